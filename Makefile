@@ -1,0 +1,44 @@
+# `make train` and `make test` on a fresh clone install everything into .venv first, once.
+# A GPU machine gets PyPI's CUDA build of torch. On a machine without one: make install TORCH_INDEX=https://download.pytorch.org/whl/cpu
+PYTHON ?= python3
+TORCH_INDEX ?=
+BIN := .venv/bin
+TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
+
+.DEFAULT_GOAL := help
+.PHONY: help install train test test-slow lint check format clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+install: .venv/installed ## create .venv with everything that is tested
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet $(TORCH) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+train: install ## train pico on easy-VQA: a few minutes on a CPU
+	$(BIN)/python src/train.py
+
+test: install ## all tests but the slow ones
+	$(BIN)/python -m pytest
+
+test-slow: install ## the slow proofs
+	$(BIN)/python -m pytest -m slow
+
+lint: install ## ruff and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+check: lint test ## what CI runs
+
+format: install ## let ruff format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove .venv and caches
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,161 @@
+"""The Python way in: `vlmtune.train([...])` and `vlmtune.load(folder).predict(dataframe)`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlmtune.config import Config
+from vlmtune.errors import ConfigError, DataError, VlmtuneError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def train(overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Run one training, as `python src/train.py ...overrides` does, and return what its result.json holds, with the
+    run's `folder`.
+
+    >>> vlmtune.train(["model=qwen2vl_7b", "adapter=lora", "data=csv", "data.train=my.csv"])  # doctest: +SKIP
+
+    Raises VlmtuneError (ConfigError, DataError, ...).
+    """
+    from vlmtune import compose
+
+    config, composed = compose.read("train", overrides)
+    folder = Path(config.resume or composed.hydra.run.dir).absolute()
+    result = run_in(folder, config)
+    return {**result, "folder": str(folder)}
+
+
+def run_in(folder: Path, config: Config) -> dict[str, Any]:
+    """Run `config` in `folder`, and leave a result.json there whatever happens.
+
+    Raises ConfigError where the folder holds another run, and whatever ends the run early.
+    """
+    from vlmtune import display, recorder, run
+    from vlmtune.data.table import BadRowsError, write_quarantine
+
+    if int(os.environ.get("RANK", 0)) != 0:
+        with display.logging_to(None):
+            return run.train(config, None)
+    check_free(folder, config)
+    folder.mkdir(parents=True, exist_ok=True)
+    recorder.write_config(folder / "config.yaml", config)
+    with display.logging_to(folder):
+        try:
+            return run.train(config, folder)
+        except BaseException as error:
+            if isinstance(error, BadRowsError):
+                write_quarantine(folder / "quarantine.csv", error.bad)
+            recorder.write_failure(folder, error)
+            raise
+
+
+def check_free(folder: Path, config: Config) -> None:
+    """Raise ConfigError where `folder` already holds a run that this one does not resume."""
+    if (folder / "config.yaml").exists() and not config.resume:
+        raise ConfigError(
+            f"{folder}: holds a run already; choose another hydra.run.dir, or go on with it: resume={folder}"
+        )
+
+
+def load(folder: str | Path, *, overrides: Sequence[str] = ()) -> Predictor:
+    """Open a finished run (its folder, or the `model/` in it) to answer questions.
+
+    `overrides`: keys of the run's config to change, for instance `["generation.max_new_tokens=32"]`.
+    Raises CheckpointError: no run there; ModelError: its base model can't be opened.
+    """
+    from vlmtune.compose import normalise, saved_config
+    from vlmtune.config import strict
+
+    path = Path(folder).expanduser()
+    path = path.parent if path.name == "model" and (path.parent / "config.yaml").exists() else path
+    usable, problems = normalise(overrides)
+    if problems:
+        raise ConfigError(problems)
+    return Predictor(path, strict(saved_config(path, usable)))
+
+
+class Predictor:
+    """A fine-tuned model with everything that its answers depend on."""
+
+    def __init__(self, folder: Path, config: Config):
+        from vlmtune import session
+        from vlmtune.data.encode import Encoder
+        from vlmtune.models import load
+
+        self.config = config
+        self.engine = session.engine(config.trainer)
+        dtypes = session.dtypes(config, self.engine)
+        self.model, processor = load.load_trained(folder, config, device=self.engine.device, **dtypes)
+        self.encoder = Encoder(
+            processor, system_prompt=config.model.system_prompt, max_image_pixels=config.data.max_image_pixels
+        )
+
+    def predict(self, frame: pd.DataFrame) -> pd.DataFrame:
+        """A copy of `frame` with the column `answer_predictions`, in row order.
+
+        `frame` has the run's image and question columns; an image is a path, bytes or a PIL image. A row that can't be
+        used gets no answer (NA) and its reason in a column `error`; the others are answered.
+        """
+        from vlmtune.data.table import audit_frame
+
+        split = audit_frame(frame, self.config.data, self.config.task, file="", answers_required=False)
+        answers = self.answer(split.records)
+        out = frame.copy()
+        column: list[str | None] = [None] * len(frame)
+        for record, answer in zip(split.records, answers, strict=True):
+            column[record.row] = answer
+        out["answer_predictions"] = column
+        if split.bad:
+            reasons = {bad.row - 1: bad.reason for bad in split.bad}
+            out["error"] = [reasons.get(row) for row in range(len(frame))]
+        return out
+
+    def answer(self, records: Sequence[Any]) -> list[str]:
+        """One answer per record, in order."""
+        from vlmtune import display
+        from vlmtune.generate import generate
+
+        size = self.config.trainer.eval_batch_size
+        with display.bar("predicting", len(records)) as advance:
+            return generate(
+                self.model,
+                self.encoder,
+                records,
+                self.config.generation,
+                batch_size=size,
+                autocast=self.engine.autocast,
+                advance=advance,
+            )
+
+
+def predict_file(folder: str, config: Config, output: str) -> int:
+    """Answer the rows of `data.test` into the CSV file `output`; returns how many rows failed.
+
+    Raises DataError where the file can't be read or no row can be used.
+    """
+    from vlmtune import display
+    from vlmtune.data.table import read_files
+
+    if config.data.test is None:
+        raise ConfigError("data.test: missing; give the CSV file to answer, for instance data.test=test.csv")
+    target = Path(output)
+    if not target.parent.exists():
+        raise ConfigError(f"output={output}: the folder {target.parent} does not exist")
+    with display.logging_to(None):
+        frame = read_files(config.data)["test"]
+        answered = Predictor(Path(folder), config).predict(frame)
+    failed = int(answered["error"].notna().sum()) if "error" in answered else 0
+    if failed == len(frame):
+        raise DataError(f"{config.data.test}: no row can be used; the first: {answered['error'].iloc[0]}")
+    partial = target.with_name(f".{target.name}.partial")
+    answered.to_csv(partial, index=False)
+    partial.replace(target)
+    return failed
+
+
+__all__ = ["Predictor", "VlmtuneError", "load", "predict_file", "run_in", "train"]

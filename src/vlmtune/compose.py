@@ -1,0 +1,133 @@
+"""From a command line to a `Config`: Hydra composes, we check."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from vlmtune.config import SCHEMA, Config, home, strict
+from vlmtune.errors import CheckpointError, ConfigError, nearest
+
+PACKAGE = Path(__file__).resolve().parent
+OmegaConf.register_new_resolver("package", lambda path: str(PACKAGE / path), replace=True)
+os.environ.setdefault("VLMTUNE_HOME", str(home()))
+
+
+@functools.cache
+def groups() -> dict[str, list[str]]:
+    """Config groups and their options."""
+    folders = [*sorted((home() / "conf").iterdir()), home() / "sweeps"]
+    found = {f.name: sorted(file.stem for file in f.glob("*.yaml")) for f in folders if f.is_dir()}
+    return {name: options for name, options in found.items() if name != "hydra"}
+
+
+def normalise(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Overrides as Hydra takes them, and the problems of those that it would refuse or worse, let through.
+
+    Keys are set whether or not a YAML file names them (`++`), since `strict` knows which exist; `a=1` and `+a=1` are
+    the same here. Raises ConfigError for what is no override at all.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import OverrideParseException
+
+    out, problems = [], []
+    for text in overrides:
+        try:
+            override = OverridesParser.create().parse_override(text)
+        except OverrideParseException as error:
+            raise ConfigError(f"{text}: is no override; write key=value, quoted where the value has spaces") from error
+        key = override.key_or_group
+        plain = text.lstrip("+~")
+        if key.startswith("hydra"):
+            out.append(text)
+        elif override.is_delete():
+            problems.append(f"{text}: keys can't be removed; set another value")
+        elif key in groups():
+            values = list(override.sweep_iterator()) if override.is_sweep_override() else [override.value()]
+            options = [*groups()[key], *(["null"] if key in ("sweeps", "experiment") else [])]
+            wrong = [f"{key}={v}: {nearest(str(v), options)}" for v in values if str(v or "null") not in options]
+            problems += wrong
+            out += [] if wrong else [plain]
+        elif key.split(".")[0] not in SCHEMA and key not in ("run", "output"):
+            problems.append(f"{key}: no such key; {nearest(key.split('.')[0], SCHEMA)}")
+        else:
+            out.append("++" + plain)
+    return out, problems
+
+
+def compose(command: str, overrides: Sequence[str]) -> DictConfig:
+    """Hydra's composition of `conf/<command>.yaml` with normalised overrides. Raises ConfigError."""
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    logging.getLogger("hydra").setLevel(logging.ERROR)
+    try:
+        with hydra.initialize_config_dir(str(home() / "conf"), version_base="1.3"):
+            return hydra.compose(command, list(overrides), return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(str(error).strip().splitlines()[0]) from error
+
+
+def read(command: str, overrides: Sequence[str]) -> tuple[Config, DictConfig]:
+    """The checked config of a run, and Hydra's composition it came from. Raises ConfigError with all problems."""
+    usable, problems = normalise(overrides)
+    try:
+        composed = compose(command, [one_choice(override) for override in usable])
+        with_resume = saved_config(composed.resume, usable) if composed.get("resume") else composed
+        config = strict(with_resume)
+    except ConfigError as error:
+        raise ConfigError([*problems, *error.problems]) from error
+    if problems:
+        raise ConfigError(problems)
+    return config, composed
+
+
+def one_choice(override: str) -> str:
+    """The first of the values that a sweep goes through, so that one config can be looked at before all are run."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    parsed = OverridesParser.create().parse_override(override)
+    if not parsed.is_sweep_override():
+        return override
+    return f"{override.split('=', 1)[0]}={next(parsed.sweep_string_iterator())}"
+
+
+def saved_config(run: str | Path, overrides: Sequence[str]) -> DictConfig:
+    """The config of an earlier run with these overrides on top. Raises CheckpointError where there is none."""
+    path = Path(run).expanduser() / "config.yaml"
+    if not path.is_file():
+        raise CheckpointError(f"{run}: is no run folder (it has no config.yaml){_runs_nearby(Path(run))}")
+    saved = OmegaConf.load(path)
+    assert isinstance(saved, DictConfig)
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        if override.key_or_group in groups():
+            raise ConfigError(f"{override.key_or_group}: a finished run keeps its groups; set single keys of them")
+        if not override.key_or_group.startswith("hydra"):
+            OmegaConf.update(saved, override.key_or_group, override.value(), force_add=True)
+    return saved
+
+
+def _runs_nearby(path: Path) -> str:
+    runs = sorted(config.parent.name for config in path.parent.glob("*/config.yaml"))
+    return f"; runs in {path.parent}: {', '.join(runs[-5:])}" if runs else ""
+
+
+def overlay(command: str, overrides: Sequence[str]) -> tuple[Config, Any]:
+    """For scripts that use a finished run: its config with the given keys on top, and the script's own keys."""
+    usable, problems = normalise(overrides)
+    composed = compose(command, usable)
+    if composed.get("run") is None:
+        problems.append("run: missing; give a run folder, for instance run=outputs/runs/<stamp>")
+    if problems:
+        raise ConfigError(problems)
+    own = [o for o in usable if o.lstrip("+").split("=")[0] not in ("run", "output")]
+    return strict(saved_config(composed.run, own)), composed

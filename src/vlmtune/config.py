@@ -1,0 +1,371 @@
+"""The schema of a run, and the strict way from Hydra's composed YAML to it.
+
+Each field's sentence gives its unit and meaning. `adapter` and `quantization` carry, beside `method` and `parts`, the
+fields of PEFT's or transformers' own config class; they are read from those packages' sources, so that a wrong field
+is refused before anything heavy is imported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from vlmtune import signatures
+from vlmtune.errors import ConfigError, nearest
+
+PARTS = ("vision", "projector", "cross_attention", "language", "head")
+
+
+def home() -> Path:
+    """The folder that holds `conf/` and `sweeps/`: the checkout, or the installed package."""
+    package = Path(__file__).resolve().parent
+    return package if (package / "conf").is_dir() else package.parents[1]
+
+
+def one_of(*choices: str, default: str | None = None) -> Any:
+    """A field whose value is one of `choices`; the first is the default unless another is named."""
+    return field(default=default or choices[0], metadata={"choices": choices})
+
+
+def number(default: Any, *, least: float = -math.inf, above: float = -math.inf, most: float = math.inf) -> Any:
+    """A number field with bounds: `least` and `most` are allowed values, `above` is not."""
+    return field(default=default, metadata={"least": least, "above": above, "most": most})
+
+
+@dataclass
+class ImageConfig:
+    min_tokens: int | None = number(None, least=1)
+    """Language-model tokens that the smallest image is scaled up to; null leaves the processor's own limit."""
+    max_tokens: int | None = number(None, least=1)
+    """Language-model tokens that the largest image is scaled down to; null leaves the processor's own limit."""
+
+
+@dataclass
+class ModelConfig:
+    name: str = "auto"
+    """Shown in logs and reports."""
+    path: str | None = None
+    """A hub id (`Qwen/Qwen2-VL-7B-Instruct`) or a local folder in the hub's layout."""
+    fresh: str | None = None
+    """Dotted path of a function `f(folder, seed)` that writes a new, untrained model in the hub's layout; used in
+    place of `path`."""
+    revision: str | None = None
+    """Commit, tag or branch on the hub; a local folder has none."""
+    trust_remote_code: bool = False
+    """Run Python code that the model's repository carries. Off unless you have read that code."""
+    dtype: str = one_of("auto", "fp32", "bf16", "fp16")
+    """Type of the weights in memory; `auto`: the compute type where they are frozen, fp32 where they are trained."""
+    attention: str = one_of("auto", "sdpa", "eager", "flash_attention_2", "flex_attention")
+    """Attention implementation of transformers."""
+    freeze: list[str] = field(default_factory=list)
+    """Parts that don't train in full fine-tuning (adapter=none); under an adapter all weights of the base are frozen."""
+    system_prompt: str | None = None
+    """A system turn in front of each conversation; null leaves the chat template's own."""
+    image: ImageConfig = field(default_factory=ImageConfig)
+
+
+@dataclass
+class SchedulerConfig:
+    name: str = one_of("cosine", "linear", "constant")
+    """Shape of the learning rate after the warmup."""
+    warmup_fraction: float = number(0.03, least=0, most=1)
+    """Share of all optimizer steps in which the learning rate rises from 0."""
+
+
+@dataclass
+class TrainerConfig:
+    epochs: float = number(1.0, above=0)
+    """Passes over the training rows."""
+    max_steps: int | None = number(None, least=1)
+    """Optimizer steps; wins over `epochs`."""
+    batch_size: int = number(8, least=1)
+    """Rows per forward pass on one process."""
+    gradient_accumulation_steps: int = number(1, least=1)
+    """Forward passes per optimizer step on one process."""
+    eval_batch_size: int = number(64, least=1)
+    """Rows per forward pass in evaluation and prediction."""
+    learning_rate: float = number(2e-4, least=0)
+    """Peak learning rate."""
+    learning_rate_of: dict[str, float] = field(default_factory=dict)
+    """Peak learning rate of single parts, for instance {vision: 2e-6}."""
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    max_grad_norm: float | None = number(1.0, above=0)
+    """Gradients are scaled down to this L2 norm; null: never."""
+    precision: str = one_of("auto", "fp32", "bf16", "fp16")
+    """Type that is computed in; `auto`: bf16 where the accelerator has it, else fp32."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    share_prefix: str = one_of("auto", "on", "off")
+    """Put an image that several rows ask about into the batch once; `auto`: where an equality check allows it."""
+    eval_every: Any = None
+    """Evaluate each so many optimizer steps, or `epoch`; null: only before and after."""
+    eval_baseline: bool = True
+    """Evaluate the untrained model first."""
+    save_every: Any = None
+    """Write a checkpoint each so many optimizer steps, or `epoch`; null: only at the end."""
+    keep_checkpoints: int = number(2, least=1)
+    """Newest checkpoints to keep; the best one is kept besides."""
+    best_metric: str | None = None
+    """A metric such as `eval/exact_match` (higher is better) or `eval/loss` (lower is): the model saved at the end is
+    that of the checkpoint where it was best."""
+    early_stopping_patience: int | None = number(None, least=1)
+    """Evaluations without a better `best_metric` after which training stops."""
+    nonfinite: str = one_of("stop", "skip")
+    """What to do when the loss or the gradient is NaN or infinite: stop the run, or skip that step (10 in a row stop)."""
+    log_every: int = number(10, least=1)
+    """Optimizer steps per logged line."""
+    num_workers: int | None = number(None, least=0)
+    """Processes that prepare batches ahead; null: 4 beside an accelerator, none on a CPU."""
+    seed: int = number(0, least=0)
+    """Seed of the order of rows, dropout and new weights."""
+
+
+@dataclass
+class ColumnsConfig:
+    image: str = "image_path"
+    question: str = "question"
+    answer: str = "answer"
+
+
+@dataclass
+class DataConfig:
+    _target_: str = "vlmtune.data.table.read_files"
+    """Function of this config that returns the splits {train, validation, test}; your own goes here."""
+    train: str | None = None
+    """CSV file to train on."""
+    validation: str | None = None
+    """CSV file that evaluation uses."""
+    validation_fraction: float = number(0.0, least=0, most=0.9)
+    """Share of the training images held out for evaluation where no validation file is given."""
+    test: str | None = None
+    """CSV file that is evaluated once, at the end, and that predict.py and evaluate.py read."""
+    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
+    image_root: str | None = None
+    """Folder that relative image paths start from; null: the folder of the CSV file."""
+    on_bad_row: str = one_of("fail", "drop")
+    """What to do with rows that can't be used: stop and list them, or leave them out and list them."""
+    max_bad_fraction: float = number(0.1, least=0, most=1)
+    """With on_bad_row=drop: the share of bad rows above which the run stops all the same."""
+    check_images: str = one_of("decode", "header")
+    """Before the model loads, decode each image once, or read only its header (for very large sets)."""
+    max_image_pixels: int = number(100_000_000, least=1)
+    """Images with more pixels are refused before they are decoded."""
+    max_train_rows: int | None = number(None, least=1)
+    """Use only so many training rows, drawn by seed."""
+    max_eval_rows: int | None = number(None, least=1)
+    """Use only so many rows of validation and test each, the first ones."""
+
+
+@dataclass
+class OptimizerConfig:
+    name: str = one_of("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit")
+    """AdamW of torch (fused where the device has it), or bitsandbytes' 8-bit and paged forms."""
+    weight_decay: float = number(0.0, least=0)
+    """Decoupled weight decay of matrices; biases, norms and other vectors have none."""
+    beta1: float = number(0.9, least=0, most=1)
+    beta2: float = number(0.999, least=0, most=1)
+    eps: float = number(1e-8, above=0)
+
+
+@dataclass
+class TaskConfig:
+    name: str = "vqa"
+    """Shown in logs and reports."""
+    metrics: list[str] = field(default_factory=lambda: ["exact_match"])
+    """Names of `vlmtune.metrics` or dotted paths of your own `f(prediction, references) -> float`; the first is the
+    objective."""
+    caption_prompt: str = "Describe the image."
+    """The question that a row without one gets."""
+
+
+@dataclass
+class GenerationConfig:
+    max_new_tokens: int = number(256, least=1)
+    """Longest answer, in tokens."""
+    temperature: float = number(0.0, least=0)
+    """0: the most likely token each time; above: sampling."""
+    top_p: float = number(1.0, above=0, most=1)
+    """Sampling keeps the most likely tokens that together reach this probability."""
+
+
+@dataclass
+class TrackerConfig:
+    name: str = one_of("wandb", "tensorboard", "none")
+    """Where curves go besides metrics.jsonl."""
+    project: str = "vlmtune"
+    """W&B project."""
+    mode: str = one_of("offline", "online")
+    """W&B mode; WANDB_MODE wins. `offline` needs no account."""
+    samples: int = number(16, least=0)
+    """Predictions with images in the table that each evaluation logs."""
+
+
+@dataclass
+class Config:
+    """One run."""
+
+    model: ModelConfig
+    adapter: dict[str, Any]
+    quantization: dict[str, Any]
+    trainer: TrainerConfig
+    data: DataConfig
+    optimizer: OptimizerConfig
+    task: TaskConfig
+    generation: GenerationConfig
+    tracker: TrackerConfig
+    resume: str | None = None
+    """A run folder to go on with, from its last checkpoint."""
+    preflight: str = one_of("on", "only")
+    """`only`: stop after the checks that come before the first step."""
+
+    @property
+    def uses_adapter(self) -> bool:
+        return self.adapter["method"] is not None
+
+    @property
+    def is_quantized(self) -> bool:
+        return self.quantization["method"] is not None
+
+
+OPEN_GROUPS = {"adapter": signatures.adapter_fields, "quantization": signatures.quantization_fields}
+SCHEMA = {f.name: f for f in dataclasses.fields(Config)}
+
+
+def strict(composed: DictConfig) -> Config:
+    """Turn a composed config into a `Config`.
+
+    Raises ConfigError that lists every unknown key, wrong type, value out of bounds and impossible combination.
+    """
+    problems: list[str] = []
+    ours = OmegaConf.masked_copy(composed, [str(key) for key in composed if key not in ("sweeps", "hydra")])
+    raw = OmegaConf.to_container(ours, resolve=True)
+    assert isinstance(raw, dict)
+    config = _read(Config, raw, "", problems)
+    if not problems:
+        problems = combinations(config)
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def _read(schema: type, raw: dict[Any, Any], prefix: str, problems: list[str]) -> Any:
+    """Build the dataclass `schema` from `raw`, appending to `problems` instead of raising."""
+    fields = {f.name: f for f in dataclasses.fields(schema)}
+    problems += [f"{prefix}{key}: no such key; {nearest(str(key), fields)}" for key in raw if key not in fields]
+    values = {}
+    for name, spec in fields.items():
+        key = f"{prefix}{name}"
+        if name in OPEN_GROUPS and schema is Config:
+            values[name] = _read_open(name, raw.get(name) or {}, problems)
+        elif nested := nested_schema(spec):
+            group = raw.get(name, {})
+            if not isinstance(group, dict):
+                problems.append(f"{key}={group}: is a group of keys; set one of {', '.join(nested.__annotations__)}")
+                group = {}
+            values[name] = _read(nested, group, f"{key}.", problems)
+        elif name in raw:
+            values[name] = _value(schema, spec, key, raw[name], problems)
+    return schema(**values)
+
+
+def nested_schema(spec: dataclasses.Field[Any]) -> type | None:
+    """The dataclass that a field holds, if it holds one."""
+    found = globals().get(str(spec.type))
+    return found if dataclasses.is_dataclass(found) and isinstance(found, type) else None
+
+
+def _value(schema: type, spec: dataclasses.Field[Any], key: str, value: Any, problems: list[str]) -> Any:
+    """Convert one value to its field's type and check its bounds."""
+    single = dataclasses.make_dataclass("Single", [("value", _annotation(schema, spec.name), MISSING)])
+    try:
+        value = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(single), {"value": value})).value  # type: ignore[union-attr]
+    except OmegaConfBaseException:
+        problems.append(f"{key}={value!r}: must be of type {spec.type}")
+        return None
+    rule = spec.metadata
+    if "choices" in rule and value not in rule["choices"]:
+        problems.append(f"{key}={value}: {nearest(str(value), rule['choices'])}")
+    if "least" in rule and value is not None and not (rule["least"] <= value <= rule["most"] and value > rule["above"]):
+        low = f"above {rule['above']:g}" if rule["above"] > -math.inf else f"at least {rule['least']:g}"
+        high = f" and at most {rule['most']:g}" if rule["most"] < math.inf else ""
+        problems.append(f"{key}={value}: must be {low}{high}")
+    return value
+
+
+def _annotation(schema: type, name: str) -> Any:
+    import typing
+
+    return typing.get_type_hints(schema)[name]
+
+
+def _read_open(group: str, raw: dict[Any, Any], problems: list[str]) -> dict[str, Any]:
+    """Check an `adapter` or `quantization` group against the config class of the package that defines the method."""
+    values = dict(raw)
+    method = values.setdefault("method", None)
+    values.setdefault("parts", ["language"])
+    if method is None:
+        problems += [
+            f"{group}.{key}: there is nothing to set with {group}=none" for key in raw if key not in ("method", "parts")
+        ]
+        return values
+    methods = OPEN_GROUPS[group]()
+    if method not in methods:
+        problems.append(f"{group}.method={method}: {nearest(str(method), methods)}")
+        return values
+    allowed = methods[method]
+    problems += [
+        f"{group}.{key}: {method} has no such field; {nearest(str(key), allowed, most=40)}"
+        for key in values
+        if key not in allowed and key not in ("method", "parts")
+    ]
+    return values
+
+
+def combinations(config: Config) -> list[str]:
+    """Problems of fields that are fine alone but not together."""
+    found = []
+    trainer, model = config.trainer, config.model
+    if model.path is None and model.fresh is None:
+        found.append("model.path: missing; give a hub id or a folder, or choose a model by name (model=qwen2vl_7b)")
+    for key in ("eval_every", "save_every"):
+        value = getattr(trainer, key)
+        if value not in (None, "epoch") and not (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+            found.append(f"trainer.{key}={value}: must be a number of steps, `epoch` or null")
+    for key, names in {
+        "model.freeze": model.freeze,
+        "trainer.learning_rate_of": trainer.learning_rate_of,
+        "adapter.parts": config.adapter["parts"],
+        "quantization.parts": config.quantization["parts"],
+    }.items():
+        found += [f"{key}: {name} is no part; {nearest(str(name), PARTS)}" for name in names if name not in PARTS]
+    if config.uses_adapter and model.freeze:
+        found.append(
+            f"model.freeze={model.freeze}: under an adapter the whole base model is frozen already; "
+            "drop model.freeze, or use adapter=none"
+        )
+    if config.is_quantized and not config.uses_adapter:
+        found.append(
+            "quantization: quantized weights can't be trained themselves; add an adapter, for instance adapter=lora"
+        )
+    if model.image.min_tokens and model.image.max_tokens and model.image.min_tokens > model.image.max_tokens:
+        found.append(
+            f"model.image.min_tokens={model.image.min_tokens}: above model.image.max_tokens={model.image.max_tokens}"
+        )
+    if trainer.early_stopping_patience and not (trainer.best_metric and trainer.eval_every):
+        found.append("trainer.early_stopping_patience: also needs trainer.best_metric and trainer.eval_every")
+    if trainer.best_metric:
+        name = trainer.best_metric.removeprefix("eval/")
+        metrics = ["loss", *config.task.metrics]
+        if name not in metrics:
+            found.append(f"trainer.best_metric={trainer.best_metric}: {nearest(name, [f'eval/{m}' for m in metrics])}")
+        if not trainer.eval_every:
+            found.append("trainer.best_metric: also needs trainer.eval_every, or there is nothing to choose from")
+    if trainer.precision == "fp16" and model.dtype == "bf16":
+        found.append("trainer.precision=fp16: does not go with model.dtype=bf16; use precision=bf16 or dtype=fp16")
+    return found

@@ -1,0 +1,216 @@
+"""Rows of a frame become records, or bad rows with their reasons. Nothing is repaired, replaced or guessed.
+
+The part of a reason up to its first colon or number names its kind.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Hashable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from vlmtune.config import ColumnsConfig, DataConfig, TaskConfig
+from vlmtune.data.images import Source, image_size, open_image
+from vlmtune.data.records import BadRow, Record, Split, Turn
+from vlmtune.errors import DataError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+MANY = 2000
+"""Images from which on checking them shows a progress bar."""
+
+
+def audit_frame(
+    frame: pd.DataFrame, config: DataConfig, task: TaskConfig, file: str = "", answers_required: bool = True
+) -> Split:
+    """Turn a frame's rows into records, and keep apart those that can't be used, with their reasons.
+
+    An image cell holds a path, a PIL image, bytes, a function that returns a PIL image, or nothing (a text-only row).
+    Relative paths start from `data.image_root`, else from the folder of `file`. `Record.row` is the position in
+    `frame`. Without `answers_required`, as in prediction, answers may be missing and rows may repeat.
+
+    Raises DataError when a column is missing; bad rows raise nothing.
+    """
+    if problems := column_problems(frame.columns, config.columns, file, answers_required):
+        raise DataError(problems)
+    reader = _Reader(config, task, file, answers_required)
+    columns = (_cells(frame, name) for name in vars(config.columns).values())
+    read = [reader.read(row, *cells) for row, cells in enumerate(zip(*columns, strict=True))]
+    records, faults = [record for record, _ in read], [found for _, found in read]
+    _add_image_faults(records, faults, config)
+    if answers_required:
+        _add_duplicates(records, faults)
+    lines = frame.index.tolist() if frame.index.name == "line" else [0] * len(frame)
+    good = [record for record, found in zip(records, faults, strict=True) if not found]
+    bad = [BadRow(file, lines[row], row + 1, "; ".join(found)) for row, found in enumerate(faults) if found]
+    return Split(good, frame, bad)
+
+
+# ---------------------------------------------------------------- columns
+
+BLANK = {"image": "rows of text alone", "question": "captions"}
+"""Columns that may be empty, and what such rows are."""
+
+
+def column_problems(present: Iterable[Any], columns: ColumnsConfig, file: str, answers_required: bool) -> list[str]:
+    """Say which columns are missing, and the override that would name them.
+
+    The question column may be absent (every row is then a caption), unless it was named or another one looks like it.
+    """
+    names = [str(name) for name in present]
+    found = []
+    for role, name in vars(columns).items():
+        close = _closest(name, names)
+        optional = {"image": False, "question": name == "question" and not close, "answer": not answers_required}[role]
+        if name not in names and not optional:
+            key = f"data.columns.{role}"
+            hint = f"try {_override(key, close)}" if close else f"set {key} to one of: {', '.join(names)}"
+            hint += "".join(f"; for {rows} add it with empty cells" for part, rows in BLANK.items() if part == role)
+            found.append(f"{file or 'data'}: no column {name!r}; {hint}")
+    return found
+
+
+def _closest(name: str, names: list[str]) -> str | None:
+    folded = {other.casefold(): other for other in names}
+    close = difflib.get_close_matches(name.casefold(), folded, n=1)
+    return folded[close[0]] if close else None
+
+
+def _override(key: str, value: str) -> str:
+    return f"{key}={value}" if value.isidentifier() else f"\"{key}='{value}'\""
+
+
+def _cells(frame: pd.DataFrame, name: str) -> list[Any]:
+    return frame[name].tolist() if name in frame.columns else [None] * len(frame)
+
+
+# ---------------------------------------------------------------- cells
+
+
+class _Reader:
+    """Rows to records, noting the faults in their cells; images are located, not opened."""
+
+    def __init__(self, config: DataConfig, task: TaskConfig, file: str, answers_required: bool):
+        self.root = Path(os.path.expanduser(config.image_root)) if config.image_root else Path(file).parent
+        self.task, self.file, self.answers_required = task, file, answers_required
+        self.paths: dict[str, Path] = {}
+
+    def read(self, row: int, image: Any, question: Any, answer: Any) -> tuple[Record, list[str]]:
+        source: Source | None = None
+        group: Hashable = None
+        answers: tuple[str, ...] = ()
+        faults: list[str] = []
+        text = _text(question)
+        try:
+            source, group = self.locate(image)
+            if source is None and not text.strip():
+                faults.append("nothing to answer: the row has neither an image nor a question")
+        except DataError as error:
+            faults += error.problems
+        try:
+            answers = _answers(answer)
+            if self.answers_required and not answers:
+                faults.append("empty answer")
+        except DataError as error:
+            faults += error.problems
+        turn = Turn(text if text.strip() else self.task.caption_prompt, answers)
+        return Record((turn,), () if source is None else (source,), group, self.file, row), faults
+
+    def locate(self, cell: Any) -> tuple[Source | None, Hashable]:
+        """The image in a cell and its group: equal for equal images, None where there is none."""
+        if isinstance(cell, bytes):
+            return cell, hashlib.sha256(cell).hexdigest()
+        if isinstance(cell, Image.Image) or callable(cell):
+            return cell, id(cell)
+        if _is_missing(cell):
+            return None, None
+        if not isinstance(cell, str | Path):
+            raise DataError(f"not an image: the cell is {type(cell).__name__}; give a path, bytes or a PIL image")
+        text = str(cell)
+        if not text.strip():
+            return None, None
+        if text not in self.paths:
+            if re.match(r"\w[\w+.-]+://|data:", text):
+                raise DataError(f"image is a URL: {text:.80}; download it first and give its path")
+            self.paths[text] = Path(os.path.realpath(self.root / os.path.expanduser(text)))
+        return self.paths[text], str(self.paths[text])
+
+
+def _text(cell: Any) -> str:
+    return "" if _is_missing(cell) else str(cell)
+
+
+def _is_missing(cell: Any) -> bool:
+    if isinstance(cell, str):
+        return False
+    import pandas as pd
+
+    return cell is None or (pd.api.types.is_scalar(cell) and bool(pd.isna(cell)))
+
+
+def _answers(cell: Any) -> tuple[str, ...]:
+    """References of a row: the cell as written, or each text of a JSON list of texts. "[12, 40]" is a text itself."""
+    text = _text(cell)
+    if re.fullmatch(r"\s*\['.*'\]\s*", text, re.DOTALL) and isinstance(cell, str):
+        raise DataError(f'answer is a Python list: {text:.60}; write JSON: ["one", "two"]')
+    texts = list(cell) if isinstance(cell, list | tuple) else _json(text)
+    if not (isinstance(texts, list) and texts and all(isinstance(item, str) for item in texts)):
+        return (text,) if text.strip() else ()
+    if not all(item.strip() for item in texts):
+        raise DataError("empty answer: one in the list is blank")
+    return tuple(texts)
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text) if text.lstrip().startswith("[") else None
+    except json.JSONDecodeError:
+        return None
+
+
+# ---------------------------------------------------------------- images and repeats
+
+
+def _add_image_faults(records: list[Record], faults: list[list[str]], config: DataConfig) -> None:
+    """Open each distinct image once, in threads, and note its fault at every row that shows it."""
+    distinct = {record.group: record.images[0] for record in records if record.images}
+    check = open_image if config.check_images == "decode" else image_size
+
+    def fault(source: Source) -> str | None:
+        try:
+            check(source, config.max_image_pixels)
+        except DataError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = _with_progress(pool.map(fault, distinct.values()), len(distinct))
+        fault_of = dict(zip(distinct, results, strict=True))
+    for record, found in zip(records, faults, strict=True):
+        if reason := fault_of.get(record.group):
+            found.append(reason)
+
+
+def _with_progress(results: Iterable[str | None], total: int) -> Iterable[str | None]:
+    if total < MANY:
+        return results
+    from tqdm import tqdm
+
+    progress: Iterable[str | None] = tqdm(results, "checking images", total, leave=False, disable=None)
+    return progress
+
+
+def _add_duplicates(records: list[Record], faults: list[list[str]]) -> None:
+    first: dict[Hashable, int] = {}
+    for record, found in zip(records, faults, strict=True):
+        if not found and (original := first.setdefault((record.group, record.turns), record.row)) != record.row:
+            found.append(f"duplicate of row {original + 1}")

@@ -1,0 +1,106 @@
+"""The training rows as optimizer steps: order, layout and cut into micro-batches."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset
+
+from vlmtune import environment
+from vlmtune.config import TrainerConfig
+from vlmtune.data.batch import Batch, padded, shared
+from vlmtune.data.encode import Encoder
+from vlmtune.data.records import Record
+from vlmtune.data.sampler import Order, micro_batches
+from vlmtune.errors import ConfigError
+from vlmtune.loss import shared_prefix_fits
+
+
+class Batches(Dataset[list[Batch]]):
+    """Item n holds this rank's micro-batches of optimizer step n."""
+
+    def __init__(self, encoder: Encoder, records: Sequence[Record], trainer: TrainerConfig, engine: Any):
+        self.encoder, self.records, self.trainer = encoder, records, trainer
+        self.rank, self.ranks, self.on_cpu = engine.process_index, engine.num_processes, engine.device.type == "cpu"
+        self.rows_per_step = trainer.batch_size * trainer.gradient_accumulation_steps * self.ranks
+        self.groups = getattr(records, "groups", None) or [record.group for record in records]
+        self.share = False
+        self.order = self._order()
+        self.total_steps = trainer.max_steps or math.ceil(trainer.epochs * self.order.steps_per_epoch)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for a resumed run to see the rows that a straight one sees."""
+        return {
+            "rows per step": self.rows_per_step,
+            "training rows": len(self.records),
+            "data fingerprint": self.fingerprint,
+            "seed": self.trainer.seed,
+            "share_prefix": self.share,
+            "steps in all": self.total_steps,
+        }
+
+    @property
+    def fingerprint(self) -> str:
+        if not hasattr(self, "_fingerprint"):
+            self._fingerprint = environment.fingerprint(self.records)
+        return self._fingerprint
+
+    def _order(self) -> Order:
+        seed = self.trainer.seed
+        return Order(self.groups, rows_per_step=self.rows_per_step, seed=seed, by_group=self.share)
+
+    def sample(self, count: int) -> list[Record]:
+        """The rows that training begins with, as many as fit into one forward pass."""
+        return [self.records[i] for i in self.order.step(0)[: min(count, self.trainer.batch_size)]]
+
+    def choose_layout(self, model: Any) -> str:
+        """Decide between padded and shared batches by `trainer.share_prefix`; returns the choice with its reason.
+
+        Raises ConfigError where `on` is asked for and would change the loss.
+        """
+        wish = self.trainer.share_prefix
+        repeated = [group for group, n in Counter(g for g in self.groups if g is not None).most_common(2) if n > 1]
+        if wish == "off" or not repeated:
+            reason = "trainer.share_prefix=off" if wish == "off" else "no two rows show the same image"
+            return f"batches    padded, one row each ({reason})"
+        rows = [[i for i, group in enumerate(self.groups) if group == chosen][:3] for chosen in repeated]
+        probe = [self.records[i] for run in rows for i in run]
+        fits, evidence = shared_prefix_fits(
+            model, probe, lambda r: padded(self.encoder, r), lambda r: shared(self.encoder, r)
+        )
+        if not fits and wish == "on":
+            raise ConfigError(f"trainer.share_prefix=on: {evidence}; use auto or off")
+        self.share = fits
+        self.order = self._order()
+        return f"batches    {'shared, each image once' if fits else 'padded, one row each'} ({evidence})"
+
+    def __len__(self) -> int:
+        return self.total_steps
+
+    def __getitem__(self, step: int) -> list[Batch]:
+        rows = self.order.step(step)
+        cut = {"batch_size": self.trainer.batch_size, "accumulation": self.trainer.gradient_accumulation_steps}
+        make = shared if self.share else padded
+        own = [part for part in micro_batches(rows, rank=self.rank, **cut) if part]
+        if own:
+            return [make(self.encoder, [self.records[i] for i in part]) for part in own]
+        # an epoch's last step may leave this rank without rows, but the others wait for its gradients
+        return [make(self.encoder, [self.records[i] for i in rows[:1]]).without_labels()]
+
+    def steps(self, first: int) -> Iterator[list[Batch]]:
+        """Micro-batches of all steps from `first` on, prepared ahead by worker processes where that pays."""
+        workers = self.trainer.num_workers
+        if workers is None:
+            workers = 0 if self.on_cpu else 4  # on a CPU they would take the cores that compute
+        loader = DataLoader(
+            self,
+            batch_size=None,
+            sampler=range(first, self.total_steps),
+            num_workers=workers,
+            pin_memory=not self.on_cpu,
+        )
+        return iter(loader)

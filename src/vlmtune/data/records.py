@@ -1,0 +1,72 @@
+"""What every data source becomes: records. The rest of the program knows nothing of files or columns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from PIL import Image
+
+ImageSource = "Path | bytes | Image.Image | Callable[[], Image.Image]"
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A question and its reference answers; the first answer is the one trained on. A prompt alone has no answers."""
+
+    question: str
+    answers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One row: images, then turns about them."""
+
+    turns: tuple[Turn, ...]
+    images: tuple[Path | bytes | Image.Image | Callable[[], Image.Image], ...] = ()
+    group: Hashable = None
+    """Equal for rows that show the same images; None: shares with no other row."""
+    file: str = ""
+    row: int = 0
+    """Position in its file or frame, from 0."""
+
+    @property
+    def question(self) -> str:
+        return self.turns[-1].question
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        return self.turns[-1].answers
+
+    @property
+    def place(self) -> str:
+        """Where a person finds this row."""
+        return f"{self.file or 'data'}, row {self.row + 1}"
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """A row that can't be used, and why."""
+
+    file: str
+    line: int
+    """Line of the file on which the row begins, from 1; the header is line 1."""
+    row: int
+    """Number of the row, from 1, the header not counted."""
+    reason: str
+
+
+@dataclass
+class Split:
+    """Rows of one split, in order. `frame` holds the input's own columns, for predictions.csv."""
+
+    records: Sequence[Record]
+    frame: pd.DataFrame | None = None
+    bad: list[BadRow] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.records)

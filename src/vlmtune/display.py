@@ -1,0 +1,102 @@
+"""What a person sees while a run goes on: log lines, a progress bar, tables."""
+
+from __future__ import annotations
+
+import io
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+log = logging.getLogger("vlmtune")
+console = Console(stderr=True)
+SECONDS_BETWEEN_LINES = 10.0
+"""Where no terminal shows a bar, a line like it is logged this often at most."""
+
+
+@contextmanager
+def logging_to(folder: Path | None) -> Iterator[None]:
+    """Log to the console, and in full to `folder/train.log`; without a folder (other ranks) only warnings."""
+    screen: logging.Handler
+    if console.is_terminal:
+        screen = RichHandler(
+            console=console, show_path=False, show_level=False, omit_repeated_times=False, markup=False
+        )
+    else:
+        screen = logging.StreamHandler()
+    screen.setFormatter(logging.Formatter("%(message)s"))
+    handlers = [screen]
+    if folder is not None:
+        file = logging.FileHandler(folder / "train.log")
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        handlers.append(file)
+    log.setLevel(logging.INFO if folder is not None else logging.WARNING)
+    log.propagate = False
+    for handler in handlers:
+        log.addHandler(handler)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            log.removeHandler(handler)
+            handler.close()
+
+
+@contextmanager
+def bar(title: str, total: int, *, show: bool = True) -> Iterator[Callable[..., None]]:
+    """A progress bar; yields `advance(by=1, note="")`. Where there is no terminal, a line now and then."""
+    began = last = time.monotonic()
+    done = 0
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    live = Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console, transient=True)
+    visible = show and console.is_terminal
+
+    def advance(by: int = 1, note: str = "") -> None:
+        nonlocal done, last
+        done += by
+        if visible:
+            live.update(task, advance=by, note=note)
+        elif show and time.monotonic() - last >= SECONDS_BETWEEN_LINES:
+            last = time.monotonic()
+            left = (last - began) / done * (total - done)
+            log.info("%s %d/%d, %s left  %s", title, done, total, duration(left), note)
+
+    if not visible:
+        yield advance
+        return
+    with live:
+        task = live.add_task(title, total=total, note="")
+        yield advance
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table as text: the first column left-aligned, the others right-aligned."""
+    made = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
+    for number, name in enumerate(columns):
+        made.add_column(name, justify="left" if number == 0 else "right", overflow="fold")
+    for row in rows:
+        made.add_row(*row)
+    out = io.StringIO()
+    Console(file=out, width=110, color_system=None).print(made, markup=False)
+    return "\n" + "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+
+
+def duration(seconds: float) -> str:
+    """`0:42`, `12:05` or `3:07:00`."""
+    minutes, secs = divmod(int(max(seconds, 0)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{secs:02}" if hours else f"{minutes}:{secs:02}"
+
+
+def size(count: float, unit: str = "") -> str:
+    """A large number in three digits: `1.53 G`."""
+    for factor, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(count) >= factor:
+            return f"{count / factor:.3g} {letter}{unit}"
+    return f"{count:.3g} {unit}".strip()

@@ -1,0 +1,109 @@
+"""Put a PEFT adapter on the chosen parts. The only module that imports peft."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlmtune.config import Config
+from vlmtune.errors import CheckpointError, ConfigError, nearest
+from vlmtune.models.parts import Parts, modules_in
+
+
+def adapt(model: Any, config: Config, parts: Parts, *, total_steps: int) -> Any:
+    """Make trainable what the config asks for: an adapter over a frozen base, or the model minus `model.freeze`.
+
+    Raises ConfigError: a target that matches nothing in the parts, or a layer or value that PEFT can't take.
+    """
+    if not config.uses_adapter:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(parts.of(name) not in config.model.freeze)
+        return model
+    from peft import get_peft_model
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+    from peft.utils import PeftType
+
+    fields = {k: v for k, v in config.adapter.items() if k not in ("method", "parts")}
+    for key in ("target_modules", "feedforward_modules"):
+        if fields.get(key) is not None:
+            fields[key] = expand_targets(model, parts, fields[key], config.adapter["parts"], key)
+    if config.adapter["method"] == "adalora":
+        fields.setdefault("total_step", total_steps)
+    model.requires_grad_(False)
+    try:
+        peft_config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(config.adapter["method"].upper())](**fields)
+        return get_peft_model(model, peft_config)
+    except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
+        raise ConfigError(f"adapter={config.adapter['method']}: PEFT refuses it here: {error}") from error
+
+
+def expand_targets(model: nn.Module, parts: Parts, wanted: Any, scope: list[str], key: str) -> list[str]:
+    """Full names of the modules that `wanted` means inside the parts `scope`.
+
+    `wanted`: `all-linear`, a list of module name endings (`q_proj`), or a regular expression of full names.
+    """
+    linear = {name for name, module in modules_in(model, parts, scope) if isinstance(module, nn.Linear)}
+    if wanted == "all-linear":
+        return sorted(linear)
+    everything = [name for name, _ in modules_in(model, parts, scope)]
+    if isinstance(wanted, str):
+        found = [name for name in everything if re.fullmatch(wanted, name)]
+        unmatched = [] if found else [wanted]
+    else:
+        hits = {target: [n for n in everything if n == target or n.endswith("." + target)] for target in wanted}
+        found = sorted({name for names in hits.values() for name in names})
+        unmatched = [target for target, names in hits.items() if not names]
+    if unmatched:
+        endings = {name.rsplit(".", 1)[-1] for name in linear}
+        problems = [
+            f"adapter.{key}: {t} matches nothing in {'+'.join(scope)}; {nearest(t, endings)}" for t in unmatched
+        ]
+        raise ConfigError(problems)
+    return found
+
+
+def load_adapter(model: Any, folder: Path, *, trainable: bool = False) -> Any:
+    """The model with the adapter saved in `folder`.
+
+    Raises CheckpointError where a weight of the adapter finds no place in the model or the other way round: PEFT would
+    only warn, and leave a random adapter.
+    """
+    import warnings
+
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*missing adapter keys.*")
+        warnings.filterwarnings("error", message=".*unexpected.*keys.*")
+        try:
+            return PeftModel.from_pretrained(model, folder, is_trainable=trainable)
+        except Warning as error:
+            raise CheckpointError(f"{folder}: the adapter does not fit this model: {error}") from error
+
+
+def after_step(model: Any, step: int) -> None:
+    """Let an adapter that changes its shape while training do so (AdaLoRA prunes ranks). `step` counts from 1."""
+    update = getattr(getattr(model, "base_model", None), "update_and_allocate", None)
+    if update is not None:
+        update(step)
+
+
+def penalty(model: Any) -> torch.Tensor | None:
+    """AdaLoRA's orthogonality term, weighted, which PEFT adds only to losses that the model computes itself.
+
+    Mean over all A and B of the Frobenius norm of A A^T - I, B^T B - I. Source: Zhang et al. 2023, arXiv:2303.10512.
+    """
+    peft_config = getattr(model, "peft_config", {}).get("default")
+    weight = getattr(peft_config, "orth_reg_weight", None)
+    if not weight:
+        return None
+    terms = []
+    for name, p in model.named_parameters():
+        if "lora_A" in name or "lora_B" in name:
+            gram = p @ p.T if "lora_A" in name else p.T @ p
+            terms.append(torch.linalg.norm(gram - torch.eye(len(gram), device=p.device)))
+    return weight * torch.stack(terms).mean()

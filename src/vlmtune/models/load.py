@@ -1,0 +1,165 @@
+"""Open a vision-language model from the hub or a folder, and say clearly what is missing when that fails."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlmtune.config import Config, ModelConfig
+from vlmtune.errors import CheckpointError, ConfigError, ModelError
+from vlmtune.models.parts import find_parts
+from vlmtune.models.processors import hub_options, load_processor
+from vlmtune.models.quantization import keep_trainable_on_cpu, quantization_config
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def load(
+    config: ModelConfig,
+    quantization: dict[str, Any],
+    *,
+    dtype: torch.dtype,
+    compute_dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Any, Any]:
+    """The model, on `device` in `dtype` with the asked parts quantized, and its processor.
+
+    Raises ModelError: no such model, no network, no licence, damaged files; ConfigError: a value that doesn't fit it.
+    """
+    with explained(config):
+        processor = load_processor(config)
+        model = _load_model(config, quantization, dtype, compute_dtype, device)
+    if quantization["method"] is not None and device.type == "cpu":
+        keep_trainable_on_cpu(model)
+    return model, processor
+
+
+def _load_model(
+    config: ModelConfig,
+    quantization: dict[str, Any],
+    dtype: torch.dtype,
+    compute_dtype: torch.dtype,
+    device: torch.device,
+) -> Any:
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    options = hub_options(config)
+    architecture = AutoConfig.from_pretrained(config.path, **options)
+    if config.attention != "auto":
+        options["attn_implementation"] = config.attention
+    if quantization["method"] is not None:
+        with torch.device("meta"):
+            skeleton = AutoModelForImageTextToText.from_config(architecture)
+        options["quantization_config"] = quantization_config(quantization, find_parts(skeleton), compute_dtype)
+    model, report = AutoModelForImageTextToText.from_pretrained(
+        config.path,
+        dtype=dtype,
+        device_map={"": device},
+        use_safetensors=True,
+        output_loading_info=True,
+        **options,
+    )
+    missing = sorted(report["missing_keys"])
+    if missing:
+        shown = ", ".join(missing[:3])
+        raise ModelError(f"{config.path}: {len(missing)} weights are missing from its files, among them {shown}")
+    return model
+
+
+def make_fresh(config: ModelConfig, folder: Path, seed: int) -> None:
+    """Write an untrained model with the function that `model.fresh` names, and point `config.path` at it."""
+    module, _, function = str(config.fresh).rpartition(".")
+    try:
+        build = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"model.fresh={config.fresh}: {error}") from error
+    shutil.rmtree(folder, ignore_errors=True)
+    build(folder, seed)
+    config.path = str(folder)
+
+
+@contextmanager
+def explained(config: ModelConfig) -> Iterator[None]:
+    """Turn what transformers and the hub raise while loading into one sentence with the way out."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    path = config.path
+    try:
+        yield
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        causes = list(_chain(error))
+        kinds = tuple(type(cause) for cause in causes)
+        text = " ".join(str(cause) for cause in causes)
+        page = f"https://huggingface.co/{path}"
+        if Path(str(path)).is_dir():
+            raise ModelError(f"{path}: can't be opened: {_first_line(error)}") from error
+        if _looks_local(str(path)):
+            raise ModelError(f"model.path={path}: no such folder") from error
+        if any(issubclass(kind, GatedRepoError) for kind in kinds) or "gated repo" in text:
+            raise ModelError(
+                f"{path} is gated: accept its licence on {page}, then log in once with `hf auth login` "
+                "(or set HF_TOKEN)"
+            ) from error
+        if any(issubclass(kind, RevisionNotFoundError) for kind in kinds):
+            raise ModelError(
+                f"model.revision={config.revision}: {path} has no such revision; see {page}/commits"
+            ) from error
+        if any(issubclass(kind, LocalEntryNotFoundError) for kind in kinds) or "connect" in text or "offline" in text:
+            raise ModelError(
+                f"{path}: is not in the local cache, and the hub can't be reached. Connect once, or fetch it elsewhere with "
+                f"`hf download {path}` and give the folder: model.path=FOLDER"
+            ) from error
+        if any(issubclass(kind, RepositoryNotFoundError) for kind in kinds):
+            raise ModelError(
+                f"{path}: no such model on the hub, or a private one: check the name, or log in with `hf auth login`"
+            ) from error
+        raise ModelError(f"{path}: can't be opened: {_first_line(error)}") from error
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _looks_local(path: str) -> bool:
+    return path.startswith((".", "/", "~")) or path.count("/") != 1
+
+
+def load_trained(
+    folder: Path, config: Config, *, dtype: torch.dtype, compute_dtype: torch.dtype, device: torch.device
+) -> tuple[Any, Any]:
+    """The model that a run left in `folder/model`, ready to answer, and its processor.
+
+    Raises CheckpointError where the run saved none.
+    """
+    from vlmtune.models.adapters import load_adapter
+
+    saved = folder / "model"
+    if not saved.is_dir():
+        raise CheckpointError(f"{folder}: this run has not saved a model; its result.json says why")
+    types = {"dtype": dtype, "compute_dtype": compute_dtype}
+    if not config.uses_adapter:
+        own = dataclasses.replace(config.model, path=str(saved))
+        model, processor = load(own, config.quantization, device=device, **types)
+    else:
+        base = dataclasses.replace(config.model, path=str(folder / "base")) if config.model.fresh else config.model
+        model, processor = load(base, config.quantization, device=device, **types)
+        model = load_adapter(model, saved)
+    return model.eval(), processor

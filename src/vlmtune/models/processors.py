@@ -1,0 +1,102 @@
+"""Load a checkpoint's processor: tokenizer, image processor and chat template."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+from vlmtune.config import ImageConfig, ModelConfig
+from vlmtune.errors import ConfigError, ModelError
+
+
+@functools.cache
+def torchvision_works() -> bool:
+    """True where torchvision can be imported; a build that doesn't fit the installed torch raises, and counts as no."""
+    try:
+        import torchvision  # noqa: F401
+    except Exception:  # a mismatched build raises RuntimeError or OSError, not ImportError
+        return False
+    return True
+
+
+def image_only(cls: Any) -> Any:
+    """A processor class without its video half, which needs torchvision; images have a PIL implementation.
+
+    `get_attributes` drives loading, saving and type checks. `__init__` stays the original one, because transformers
+    reads its signature to pass `chat_template` and others on.
+    """
+    from transformers.processing_utils import ProcessorMixin
+
+    attributes = cls.get_attributes()
+    if "video_processor" not in attributes:
+        return cls
+    if attributes.index("video_processor") != 2:
+        raise ModelError(f"{cls.__name__} needs torchvision: `pip install torchvision` in the build of your torch")
+
+    def arguments(sub: Any, *args: Any, **kwargs: Any) -> list[Any]:
+        return [*super(image_class, sub)._get_arguments_from_pretrained(*args, **kwargs), None]
+
+    image_class = type(
+        cls.__name__,
+        (cls,),
+        {
+            "__module__": cls.__module__,
+            "get_attributes": classmethod(lambda sub: [name for name in attributes if name != "video_processor"]),
+            "_get_arguments_from_pretrained": classmethod(arguments),
+            "apply_chat_template": ProcessorMixin.apply_chat_template,  # SmolVLM's reads the video half even for text
+        },
+    )
+    return image_class
+
+
+def load_processor(config: ModelConfig) -> Any:
+    """The processor of `config.path`, with the image budget applied.
+
+    Raises ModelError where the checkpoint has none, ConfigError where its family can't follow the budget.
+    """
+    from transformers import AutoConfig, AutoProcessor
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
+    options = hub_options(config)
+    architecture = AutoConfig.from_pretrained(config.path, **options)
+    cls = PROCESSOR_MAPPING.get(type(architecture), None)
+    if cls is not None and "video_processor" in cls.get_attributes() and not torchvision_works():
+        processor = image_only(cls).from_pretrained(config.path, **options)
+    else:
+        processor = AutoProcessor.from_pretrained(config.path, **options)
+    if getattr(processor, "tokenizer", None) is None or getattr(processor, "image_processor", None) is None:
+        raise ModelError(f"{config.path}: has no image processor, so it is no vision-language model")
+    set_image_budget(processor, config.image)
+    return processor
+
+
+def hub_options(config: ModelConfig) -> dict[str, Any]:
+    """Arguments of `from_pretrained` that a hub id takes and a local folder doesn't."""
+    remote = {} if Path(str(config.path)).is_dir() else {"revision": config.revision or "main"}
+    return {"trust_remote_code": config.trust_remote_code, **remote}
+
+
+def set_image_budget(processor: Any, image: ImageConfig) -> None:
+    """Translate `model.image.*_tokens` into the pixel limits of the family's image processor.
+
+    Qwen2-VL and its successors: one token covers (patch * merge)^2 pixels.
+    """
+    if image.min_tokens is None and image.max_tokens is None:
+        return
+    images = processor.image_processor
+    if not hasattr(images, "merge_size"):
+        raise ConfigError(f"model.image: {type(processor).__name__} has no adjustable image size; leave both keys null")
+    pixels = (images.patch_size * images.merge_size) ** 2
+    size = {"shortest_edge": images.size["shortest_edge"], "longest_edge": images.size["longest_edge"]}
+    if image.min_tokens is not None:
+        size["shortest_edge"] = image.min_tokens * pixels
+    if image.max_tokens is not None:
+        size["longest_edge"] = image.max_tokens * pixels
+    if size["shortest_edge"] > size["longest_edge"]:
+        raise ConfigError(
+            f"model.image: at least {size['shortest_edge'] // pixels} but at most {size['longest_edge'] // pixels} tokens "
+            "an image is impossible; set both min_tokens and max_tokens"
+        )
+    images.size = type(images.size)(**size) if not isinstance(images.size, dict) else size
+    images.min_pixels, images.max_pixels = size["shortest_edge"], size["longest_edge"]

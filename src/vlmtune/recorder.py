@@ -1,0 +1,367 @@
+"""What happens around the loop's steps: logging, evaluation, checkpoints, early stopping, and the result at the end."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from vlmtune import checkpoint, display, environment, report, session, tracking
+from vlmtune.config import Config
+from vlmtune.data.batches import Batches
+from vlmtune.data.encode import Encoder
+from vlmtune.data.images import open_image
+from vlmtune.data.records import Record, Split
+from vlmtune.errors import CheckpointError, TrainingError
+from vlmtune.evaluation import Evaluation, evaluate
+from vlmtune.loop import Hooks, NonFinite, Progress, StepReport
+from vlmtune.models import adapters
+
+log = logging.getLogger("vlmtune")
+
+
+class Recorder:
+    """One run's folder and memory. On ranks other than the first it computes along and writes nothing."""
+
+    def __init__(
+        self,
+        config: Config,
+        folder: Path,
+        engine: Any,
+        model: Any,
+        encoder: Encoder,
+        splits: dict[str, Split],
+        batches: Batches,
+    ):
+        self.config, self.folder, self.engine = config, folder, engine
+        self.model, self.encoder, self.splits, self.batches = model, encoder, splits, batches
+        self.main = engine.is_main_process
+        self.progress = Progress()
+        self.interruption = session.Interruption()
+        self.baseline: dict[str, float] = {}
+        self.stopped_early = False
+        self.started = time.perf_counter()
+        self.training_seconds = 0.0
+        self.tracker: tracking.Tracker = tracking.Nothing()
+        self.metrics_file: tracking.MetricsFile | None = None
+
+    # ---- before the first step
+
+    def open(self, optimizer: Any, scheduler: Any, processor: Any) -> Progress:
+        """Write what describes the run, start the trackers, and go on from a checkpoint if the config says so."""
+        self.optimizer, self.scheduler, self.processor = optimizer, scheduler, processor
+        resumed = self._resume() if self.config.resume else False
+        if self.main:
+            described = environment.describe(self.config.trainer.seed, self.batches.fingerprint, processor)
+            write_json(self.folder / "environment.json", described)
+            self.metrics_file = tracking.MetricsFile(
+                self.folder / "metrics.jsonl", resume_step=self.progress.step if resumed else None
+            )
+            self.tracker = tracking.build(self.config.tracker, asdict(self.config), self.folder)
+        return self.progress
+
+    def _resume(self) -> bool:
+        found = checkpoint.all_checkpoints(self.folder / "checkpoints")
+        if not found:
+            raise CheckpointError(f"resume={self.folder}: has no checkpoint; it stopped before the first one was saved")
+        self.progress = checkpoint.load_checkpoint(
+            found[-1], self.model, self.optimizer, self.engine.scaler, self.batches.identity, self.engine.process_index
+        )
+        for _ in range(self.progress.step):
+            self.scheduler.step()
+        saved = (
+            json.loads((self.folder / "baseline.json").read_text()) if (self.folder / "baseline.json").exists() else {}
+        )
+        self.baseline = saved
+        log.info("going on from step %d (%s)", self.progress.step, found[-1])
+        return True
+
+    def measure_baseline(self) -> None:
+        """Evaluate the untrained model, unless that is switched off, impossible or already done."""
+        if self.config.trainer.eval_baseline and self.progress.step == 0 and "validation" in self.splits:
+            found = self.evaluate("before training")
+            self.baseline = {f"baseline/{name}": value for name, value in found.metrics.items()}
+            if self.main:
+                write_json(self.folder / "baseline.json", self.baseline)
+
+    # ---- around steps
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """While inside: a progress bar, signals that end the run after its step, and clear errors."""
+        total = self.batches.total_steps
+        began = time.perf_counter()
+        try:
+            with self.interruption.watching(), display.bar("training", total, show=self.main) as self.advance:
+                if self.progress.step:
+                    self.advance(self.progress.step)
+                yield
+        except NonFinite as error:
+            raise TrainingError(
+                f"{error}. A lower trainer.learning_rate, trainer.precision=fp32 or trainer.max_grad_norm=1 may help; "
+                "trainer.nonfinite=skip leaves such steps out"
+            ) from error
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(
+                "out of device memory. Less is needed with a smaller trainer.batch_size (and more "
+                "trainer.gradient_accumulation_steps), trainer.gradient_checkpointing=true, model.image.max_tokens=..., "
+                "adapter=lora or quantization=nf4"
+            ) from error
+        finally:
+            self.training_seconds += time.perf_counter() - began
+
+    def hooks(self) -> Hooks:
+        return Hooks(
+            after_step=self.after_step,
+            before_zero_grad=lambda step: adapters.after_step(self.model, step),
+            penalty=lambda: adapters.penalty(self.model),
+            stop=self.should_stop,
+        )
+
+    def after_step(self, step: StepReport) -> None:
+        """Log, evaluate and save when it is time to."""
+        trainer = self.config.trainer
+        speed = {"examples": step.examples / step.seconds, "tokens": step.tokens / step.seconds}
+        self.advance(1, note=self._note(step, speed))
+        if step.step % trainer.log_every == 0 or step.step in (1, self.batches.total_steps):
+            self.log(
+                {
+                    "train/loss": step.loss,
+                    "train/learning_rate": step.learning_rate,
+                    "train/gradient_norm": step.gradient_norm,
+                    "train/examples_per_second": speed["examples"],
+                    "train/tokens_per_second": speed["tokens"],
+                    "train/examples": self.progress.examples,
+                    "train/epoch": step.step / self.batches.order.steps_per_epoch,
+                    "time/step_seconds": step.seconds,
+                    "time/data_wait_share": step.waited / step.seconds,
+                    "time/elapsed_seconds": time.perf_counter() - self.started,
+                }
+            )
+        last = step.step == self.batches.total_steps
+        if self._due(trainer.eval_every, step.step) and not last and "validation" in self.splits:
+            self._evaluate_and_choose()
+        if self._due(trainer.save_every, step.step) and not last:
+            self.save()
+
+    def _note(self, step: StepReport, speed: dict[str, float]) -> str:
+        used = environment.memory()
+        memory = used["peak_device_bytes"] or used["peak_rss_bytes"]
+        return (
+            f"loss {step.loss:.4f}  lr {step.learning_rate:.2e}  {speed['examples']:.0f} examples/s  "
+            f"{display.size(speed['tokens'])} tokens/s  {display.size(memory, 'B')}"
+        )
+
+    def _due(self, every: Any, step: int) -> bool:
+        if every is None:
+            return False
+        return step % (self.batches.order.steps_per_epoch if every == "epoch" else every) == 0
+
+    def should_stop(self) -> bool:
+        """Whether to end after this step, the same answer on every rank."""
+        wish = self.interruption.signal is not None or self.stopped_early
+        if self.engine.num_processes == 1:
+            return wish
+        return bool(self.engine.reduce(torch.tensor(float(wish), device=self.engine.device), "sum").item())
+
+    def log(self, values: dict[str, float]) -> None:
+        """Write to metrics.jsonl and the tracker, at the present step."""
+        if self.metrics_file is not None:
+            self.metrics_file.log(values, self.progress.step)
+            self.tracker.log(values, self.progress.step)
+
+    def evaluate(self, title: str, split: str = "validation") -> Evaluation:
+        """Score a split; log the means and some samples with their images."""
+        records = self.splits[split].records
+        began = time.perf_counter()
+        found = evaluate(self.model, self.encoder, records, self.config, self.engine, title=f"evaluating {title}")
+        prefix = "eval" if split == "validation" else split
+        self.log({f"{prefix}/{name}": value for name, value in found.metrics.items()})
+        self.log({"time/eval_seconds": time.perf_counter() - began})
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in found.metrics.items())
+        log.info("%s, %d rows: %s", title, len(records), shown)
+        count = min(self.config.tracker.samples, len(records))
+        if self.main and count:
+            self.tracker.samples([self._sample(records[i], found, i) for i in range(count)], self.progress.step)
+        return found
+
+    def _sample(self, record: Record, found: Evaluation, index: int) -> tracking.Sample:
+        picture = open_image(record.images[0], self.config.data.max_image_pixels) if record.images else None
+        first = self.config.task.metrics[0]
+        score = found.scores[index][first]
+        return tracking.Sample(record.question, record.answers[0], found.predictions[index], score, picture)
+
+    def _evaluate_and_choose(self) -> None:
+        """Evaluate; save where the metric that chooses is better than ever; stop where it has not been for long."""
+        found, trainer = self.evaluate(f"step {self.progress.step}"), self.config.trainer
+        if trainer.best_metric is None:
+            return
+        name = trainer.best_metric.removeprefix("eval/")
+        value, progress = found.metrics[name], self.progress
+        if progress.best is None or (value < progress.best if name == "loss" else value > progress.best):
+            progress.best, progress.best_step, progress.since_best = value, progress.step, 0
+            self.save()
+        else:
+            progress.since_best += 1
+            patience = trainer.early_stopping_patience
+            if patience and progress.since_best >= patience:
+                self.stopped_early = True
+                log.info("%s has not been better than %.4f for %d evaluations: stopping", name, progress.best, patience)
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        from accelerate.utils import gather_object
+
+        states = (
+            gather_object([checkpoint.random_state()]) if self.engine.num_processes > 1 else [checkpoint.random_state()]
+        )
+        if self.main:
+            path = checkpoint.save_checkpoint(
+                self.folder / "checkpoints",
+                self.model,
+                self.optimizer,
+                self.engine.scaler,
+                self.progress,
+                self.batches.identity,
+                states,
+                keep=self.config.trainer.keep_checkpoints,
+            )
+            log.info("saved %s", path)
+        self.engine.wait_for_everyone()
+
+    # ---- after the last step
+
+    def finish(self) -> dict[str, Any]:
+        """Evaluate, choose, save; write result.json, predictions.csv and report.html. Returns the result."""
+        metrics: dict[str, float] = dict(self.baseline)
+        status = "completed" if self.interruption.signal is None else "interrupted"
+        if status == "interrupted" or self.config.trainer.save_every:
+            self.save()
+        final = None
+        if status == "completed":
+            if self.config.trainer.best_metric and "validation" in self.splits and not self.stopped_early:
+                self._evaluate_and_choose()
+            self._restore_best()
+            if "validation" in self.splits:
+                final = self.evaluate("after training")
+                metrics |= {f"eval/{name}": value for name, value in final.metrics.items()}
+            if "test" in self.splits:
+                tested = self.evaluate("on the test rows", "test")
+                metrics |= {f"test/{name}": value for name, value in tested.metrics.items()}
+        result = self._result(status, metrics)
+        if self.main:
+            checkpoint.save_model(self.model, self.processor, self.folder / "model")
+            if final is not None:
+                write_predictions(
+                    self.folder / "predictions.csv", self.splits["validation"], final, self.config.task.metrics[0]
+                )
+            write_json(self.folder / "result.json", result)
+            self.tracker.finish(metrics)
+            report.write(self.folder, self._image)
+            log.info(self._closing_table(result))
+        return result
+
+    def _restore_best(self) -> None:
+        best = self.progress.best_step
+        if best is not None and best != self.progress.step:
+            checkpoint.load_weights(self.folder / "checkpoints" / f"step_{best:06d}", self.model)
+            log.info("took the weights of step %d, where %s was best", best, self.config.trainer.best_metric)
+
+    def _image(self, row: int) -> Any:
+        record = self.splits["validation"].records[row]
+        return open_image(record.images[0], self.config.data.max_image_pixels) if record.images else None
+
+    def _result(self, status: str, metrics: dict[str, float]) -> dict[str, Any]:
+        seconds = max(self.training_seconds, 1e-9)
+        objective = metrics.get(f"eval/{self.config.task.metrics[0]}")
+        return {
+            "status": status,
+            "objective": objective,
+            "steps": self.progress.step,
+            "examples": self.progress.examples,
+            "skipped_steps": self.progress.skipped,
+            "metrics": metrics,
+            "speed": {
+                "examples_per_second": self.progress.examples / seconds,
+                "tokens_per_second": self.progress.tokens / seconds,
+                "training_seconds": seconds,
+            },
+            "memory": environment.memory(),
+            "error": None,
+        }
+
+    def _closing_table(self, result: dict[str, Any]) -> str:
+        names = [name.removeprefix("eval/") for name in result["metrics"] if name.startswith("eval/")]
+        cell = lambda key: f"{result['metrics'][key]:.4f}" if key in result["metrics"] else "-"  # noqa: E731
+        rows = [(name, cell(f"baseline/{name}"), cell(f"eval/{name}")) for name in names]
+        lines = [display.table("Result", ("metric", "before", "after"), rows)] if rows else []
+        speed, memory = result["speed"], result["memory"]
+        used = memory["peak_device_bytes"] or memory["peak_rss_bytes"]
+        lines.append(
+            f"{result['status']}: {result['steps']} steps, {result['examples']} examples in "
+            f"{display.duration(speed['training_seconds'])} ({speed['examples_per_second']:.0f} examples/s), "
+            f"peak memory {display.size(used, 'B')}"
+        )
+        lines += [f"  {name:<12} {self.folder / file}" for name, file in FILES.items() if (self.folder / file).exists()]
+        return "\n".join(lines)
+
+
+FILES = {"model": "model", "predictions": "predictions.csv", "curves": "report.html", "numbers": "result.json"}
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write `values`, whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(values, indent=2) + "\n")
+    partial.replace(path)
+
+
+def write_config(path: Path, config: Config) -> None:
+    """Write the resolved config as YAML that `resume=` and `predict.py` read back."""
+    path.write_text(yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True))
+
+
+def write_predictions(path: Path, split: Split, found: Evaluation, metric: str) -> None:
+    """Write the split's own columns, answer_predictions and the score, in row order."""
+    if split.frame is not None:
+        frame = split.frame.iloc[[record.row for record in split.records]].copy()
+        frame["answer_predictions"] = found.predictions
+        frame["score"] = [scores[metric] for scores in found.scores]
+        frame.to_csv(path, index=False)
+        return
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image_path", "question", "answer", "answer_predictions", "score"])
+        for index, (prediction, scores) in enumerate(zip(found.predictions, found.scores, strict=True)):
+            record = split.records[index]
+            writer.writerow([record.group, record.question, record.answers[0], prediction, scores[metric]])
+
+
+def write_failure(folder: Path, error: BaseException) -> None:
+    """Say in result.json that and why the run failed, with what its log shows of how far it came."""
+    rows = tracking.read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else []
+    last: dict[str, Any] = {}
+    for row in rows:
+        last |= row
+    write_json(
+        folder / "result.json",
+        {
+            "status": "failed",
+            "objective": None,
+            "steps": last.get("step", 0),
+            "examples": last.get("train/examples", 0),
+            "metrics": {name: value for name, value in last.items() if name.startswith(("eval/", "test/"))},
+            "speed": {},
+            "memory": {},
+            "error": {"type": type(error).__name__, "message": str(error)},
+        },
+    )

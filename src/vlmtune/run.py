@@ -1,0 +1,79 @@
+"""The page that is the architecture: everything a run needs is built here, in order, and handed to a plain loop."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from vlmtune.config import Config
+from vlmtune.data import table
+
+log = logging.getLogger("vlmtune")
+
+
+def train(config: Config, folder: Path | None) -> dict[str, Any]:
+    """One run: from rows to a fine-tuned model in `folder` (None on ranks other than the first, which write nothing).
+
+    Returns what result.json holds. Raises VlmtuneError for what the user can solve.
+    """
+    # rows -> records, audited before anything heavy is imported
+    splits = table.load(config.data, config.task, config.trainer.seed)
+
+    from vlmtune import preflight, session
+    from vlmtune.data.batches import Batches
+    from vlmtune.data.encode import Encoder
+    from vlmtune.loop import fit
+    from vlmtune.loss import summed_loss
+    from vlmtune.models import adapters, load
+    from vlmtune.models.parts import find_parts
+    from vlmtune.optim import build_optimizer, build_scheduler
+    from vlmtune.recorder import Recorder
+
+    # processes and number types
+    engine = session.engine(config.trainer)
+    folder = session.agree_on_folder(folder, engine)
+    dtypes = session.dtypes(config, engine)
+
+    # model and what trains of it
+    if config.model.fresh:
+        load.make_fresh(config.model, folder / "base", config.trainer.seed)
+    model, processor = load.load(config.model, config.quantization, device=engine.device, **dtypes)
+    parts = find_parts(model)
+    encoder = Encoder(
+        processor, system_prompt=config.model.system_prompt, max_image_pixels=config.data.max_image_pixels
+    )
+    batches = Batches(encoder, splits["train"].records, config.trainer, engine)
+    model = adapters.adapt(model, config, parts, total_steps=batches.total_steps)
+    session.prepare_checkpointing(model, config.trainer)
+    optimizer = build_optimizer(model, parts, config.trainer, config.optimizer)
+    scheduler = build_scheduler(optimizer, config.trainer, batches.total_steps)
+
+    # proof before time is spent
+    sample = batches.sample(8)
+    log.info(preflight.parts_table(model, parts))
+    log.info(preflight.check_labels(encoder, sample))
+    log.info(preflight.check_gradients(model, encoder, sample, engine))
+    log.info(batches.choose_layout(model))
+    if config.preflight == "only":
+        return {"status": "preflight", "steps": 0}
+
+    # the run
+    prepared, optimizer = engine.prepare(model, optimizer)
+    recorder = Recorder(config, folder, engine, model, encoder, splits, batches)
+    progress = recorder.open(optimizer, scheduler, processor)
+    recorder.measure_baseline()
+    with recorder.training():
+        fit(
+            prepared,
+            batches.steps(progress.step),
+            optimizer,
+            scheduler,
+            engine,
+            summed_loss,
+            progress,
+            max_grad_norm=config.trainer.max_grad_norm,
+            skip_nonfinite=config.trainer.nonfinite == "skip",
+            hooks=recorder.hooks(),
+        )
+    return recorder.finish()

@@ -1,0 +1,98 @@
+"""What a run needs of the machine it is on: processes, devices, number types, one folder, signals."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlmtune import display
+from vlmtune.config import Config, TrainerConfig
+from vlmtune.errors import ConfigError
+from vlmtune.models.load import DTYPES
+
+
+def engine(trainer: TrainerConfig) -> Any:
+    """The Accelerator: devices and processes as launched, `trainer.precision`, and all seeds set.
+
+    Raises ConfigError where the device can't compute in the asked precision.
+    """
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import set_seed
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()  # what matters of it is raised or logged by us
+    for package in ("transformers", "peft", "bitsandbytes", "torch"):  # their deprecations are for us, not for users
+        warnings.filterwarnings("ignore", category=FutureWarning, module=package)
+    if not display.console.is_terminal:
+        transformers_logging.disable_progress_bar()
+    precision = trainer.precision
+    bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    if precision == "auto":
+        precision = "bf16" if bf16 else "fp32"
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise ConfigError("trainer.precision=fp16: needs an accelerator; use fp32 (or bf16) on a CPU")
+    if precision == "bf16" and torch.cuda.is_available() and not bf16:
+        raise ConfigError("trainer.precision=bf16: this GPU has no bfloat16; use fp16 or fp32")
+    AcceleratorState._reset_state()  # a multirun's jobs may differ in precision
+    set_seed(trainer.seed)
+    return Accelerator(mixed_precision="no" if precision == "fp32" else precision)
+
+
+def dtypes(config: Config, engine: Any) -> dict[str, torch.dtype]:
+    """`compute_dtype`, and the `dtype` of the weights: frozen ones in the compute type, trained ones in fp32."""
+    compute = DTYPES.get(engine.mixed_precision, torch.float32)
+    if config.model.dtype != "auto":
+        return {"dtype": DTYPES[config.model.dtype], "compute_dtype": compute}
+    return {"dtype": compute if config.uses_adapter else torch.float32, "compute_dtype": compute}
+
+
+def agree_on_folder(folder: Path | None, engine: Any) -> Path:
+    """The first rank's run folder, on every rank."""
+    from accelerate.utils import broadcast_object_list
+
+    agreed = [str(folder)]
+    if engine.num_processes > 1:
+        broadcast_object_list(agreed)
+    return Path(agreed[0])
+
+
+def prepare_checkpointing(model: Any, trainer: TrainerConfig) -> None:
+    """Turn gradient checkpointing on if asked for, so that it works over frozen embeddings too."""
+    if trainer.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+
+
+class Interruption:
+    """Set by SIGINT or SIGTERM; a second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Take the signals over while inside. Other threads than the main one can't, and don't."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+        def note(number: int, frame: Any) -> None:
+            self.signal = number
+            signal.signal(number, before[number])
+
+        for number in before:
+            signal.signal(number, note)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

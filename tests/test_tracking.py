@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import subprocess
+import sys
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import wandb_offline
+from vlmtune import tracking
+from vlmtune.config import TrackerConfig
+from vlmtune.errors import ConfigError
+from vlmtune.tracking import MetricsFile, Nothing, Sample, Surviving, build, read_metrics, without_secrets
+
+CONFIG = {
+    "adapter": {"method": "LORA", "r": 16},
+    "generation": {"max_new_tokens": 256},
+    "model": {"hub_token": "hf_abc", "parts": [{"api_key": "k", "name": "vision"}]},
+    "db_password": 1234,
+}
+SAMPLES = [
+    Sample("what colour?", "red", "red", 1.0, Image.new("RGB", (900, 300), "red")),
+    Sample("what shape?", "circle", "square", 0.0, Image.new("L", (8, 8))),
+    Sample("no image", "yes", "no", 0.0),
+]
+RESULT = {"status": "completed", "objective": 0.5, "metrics": {"eval/exact_match": 0.5}, "error": None}
+
+
+@pytest.fixture(autouse=True)
+def no_outer_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+
+
+def drive(config: TrackerConfig, folder: Path) -> None:
+    tracker = build(config, CONFIG, folder)
+    for step in (10, 20):
+        tracker.log({"train/loss": 1 / step, "train/learning_rate": 1e-4}, step)
+    tracker.log({"eval/exact_match": 0.5, "eval/loss": math.nan}, 20)
+    tracker.samples(SAMPLES, 20)
+    tracker.finish(RESULT)
+
+
+@pytest.fixture(scope="module")
+def wandb_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wandb") / "rank" / "stamp" / "0"
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("WANDB_")]:
+            patch.delenv(name)
+        drive(TrackerConfig(name="wandb", project="p"), folder)
+        assert "WANDB_DATA_DIR" not in os.environ
+    return folder
+
+
+def test_wandb_offline_has_every_curve_against_the_optimizer_step(wandb_run: Path) -> None:
+    run = wandb_offline.read(wandb_run)
+    losses = [(row["step"], row["train/loss"]) for row in run["history"] if "train/loss" in row]
+    assert losses == [(10, 0.1), (20, 0.05)]
+    assert [row["step"] for row in run["history"] if row.get("eval/exact_match") == 0.5] == [20]
+    assert ("*", "step") in run["metrics"]
+    assert run["summary"]["eval/exact_match"] == 0.5
+    assert run["exit_code"] == 0
+
+
+def test_wandb_offline_has_the_config_and_no_secret(wandb_run: Path) -> None:
+    config = wandb_offline.read(wandb_run)["config"]
+    assert config["adapter"] == {"method": "LORA", "r": 16}
+    assert config["generation"] == {"max_new_tokens": 256}
+    text = b"".join(path.read_bytes() for path in wandb_run.rglob("*") if path.is_file())
+    assert b"hf_abc" not in text
+    assert b"1234" not in json.dumps(config).encode()
+
+
+def test_wandb_offline_has_the_sample_table_with_pictures_inside_the_run_folder(wandb_run: Path) -> None:
+    run = wandb_offline.read(wandb_run)
+    (table,) = [path for path in run["files"] if path.endswith("table.json")]
+    (stored,) = wandb_run.rglob(table)
+    rows = json.loads(stored.read_text())
+    assert rows["columns"] == ["image", "question", "reference", "prediction", "score"]
+    assert [row[1:] for row in rows["data"]] == [[s.question, s.reference, s.prediction, s.score] for s in SAMPLES]
+    assert len(run["images"]) == 2
+    assert all(path.is_relative_to(wandb_run.resolve()) for path in run["images"].values())
+    pictures = [Image.open(BytesIO(path.read_bytes())) for path in run["images"].values()]
+    assert sorted(picture.size for picture in pictures) == [(8, 8), (512, 171)]
+
+
+def test_wandb_marks_a_failed_run(tmp_path: Path) -> None:
+    build(TrackerConfig(), {}, tmp_path).finish({"status": "failed"})
+    assert wandb_offline.read(tmp_path)["exit_code"] == 1
+
+
+def test_wandb_mode_of_the_environment_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert isinstance(build(TrackerConfig(mode="online"), {}, tmp_path), Nothing)
+    monkeypatch.setenv("WANDB_MODE", "ofline")
+    with pytest.raises(ConfigError, match="did you mean offline"):
+        build(TrackerConfig(), {}, tmp_path)
+
+
+def test_online_without_a_login_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    with pytest.raises(ConfigError, match=r"tracker\.mode=offline.*wandb login"):
+        build(TrackerConfig(mode="online"), {}, tmp_path)
+
+
+def test_a_failing_tracker_warns_once_and_training_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    class Broken(Nothing):
+        def log(self, values: object, step: int) -> None:
+            raise OSError("disk full")
+
+    tracker = Surviving("W&B", Broken())
+    with caplog.at_level(logging.WARNING):
+        tracker.log({"train/loss": 1.0}, 1)
+        tracker.log({"train/loss": 1.0}, 2)
+        tracker.finish({})
+    assert [record.getMessage() for record in caplog.records if "disk full" in record.getMessage()]
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("name", ["none", "tensorboard"])
+def test_other_trackers_never_import_wandb(name: str, tmp_path: Path) -> None:
+    code = f"""
+import sys
+from pathlib import Path
+from vlmtune.config import TrackerConfig
+from vlmtune.tracking import build
+tracker = build(TrackerConfig(name={name!r}), {{}}, Path({str(tmp_path)!r}))
+tracker.log({{'train/loss': 1.0}}, 1)
+tracker.samples([], 1)
+tracker.finish({{}})
+assert 'wandb' not in sys.modules
+"""
+    source = str(Path(tracking.__file__).parents[1])
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": source})
+
+
+def test_tensorboard_has_curves_images_and_config(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
+
+    drive(TrackerConfig(name="tensorboard"), tmp_path)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    losses = [(event.step, round(event.value, 6)) for event in events.Scalars("train/loss")]
+    assert losses == [(10, 0.1), (20, 0.05)]
+    assert events.Images("samples/0")[0].width == 512
+    config = events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert '"method": "LORA"' in config
+    assert "hf_abc" not in config
+
+
+def test_metrics_file_is_valid_json_whatever_the_loss(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    file.log({"train/loss": math.nan, "train/learning_rate": math.inf}, 1)
+    file.log({"train/loss": 0.5}, 2)
+    assert read_metrics(file.path) == [
+        {"step": 1, "train/loss": None, "train/learning_rate": None},
+        {"step": 2, "train/loss": 0.5},
+    ]
+
+
+def test_resume_cuts_what_came_after_the_checkpoint_and_a_torn_line(tmp_path: Path) -> None:
+    """A killed run has logged past its checkpoint and may have died inside a line."""
+    path = tmp_path / "metrics.jsonl"
+    before = MetricsFile(path)
+    for step in (1, 2, 3):
+        before.log({"train/loss": step / 10}, step)
+    with path.open("a") as torn:
+        torn.write('{"step": 4, "train/lo')
+    assert [row["step"] for row in read_metrics(path)] == [1, 2, 3]
+    MetricsFile(path, resume_step=2).log({"train/loss": 9.0}, 3)
+    assert [(row["step"], row["train/loss"]) for row in read_metrics(path)] == [(1, 0.1), (2, 0.2), (3, 9.0)]
+
+
+def test_a_new_run_does_not_go_on_with_an_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    MetricsFile(path).log({"train/loss": 1.0}, 1)
+    assert read_metrics(MetricsFile(path).path) == []
+
+
+def test_secrets_go_and_token_counts_stay() -> None:
+    assert without_secrets(CONFIG) == {
+        "adapter": {"method": "LORA", "r": 16},
+        "generation": {"max_new_tokens": 256},
+        "model": {"parts": [{"name": "vision"}]},
+    }
