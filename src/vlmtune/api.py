@@ -158,4 +158,27 @@ def predict_file(folder: str, config: Config, output: str) -> int:
     return failed
 
 
-__all__ = ["Predictor", "VlmtuneError", "load", "predict_file", "run_in", "train"]
+def evaluate_run(folder: str, config: Config, output: str | None) -> str:
+    """Score a finished run on `data.test`, or on its validation rows without one; returns the scores as a table.
+
+    `output`: a CSV file for the rows with answer_predictions and score. Raises DataError for rows that can't be used.
+    """
+    from vlmtune import display
+    from vlmtune.data import table
+    from vlmtune.evaluation import evaluate
+    from vlmtune.recorder import write_predictions
+
+    split = "validation" if config.data.test is None else "test"
+    if split == "test":
+        config.data._target_ = "vlmtune.data.table.read_files"
+    with display.logging_to(None):
+        rows = table.load(config.data, config.task, config.trainer.seed, (split,))[split]
+        predictor = Predictor(Path(folder), config)
+        found = evaluate(predictor.model, predictor.encoder, rows.records, config, predictor.engine, title="evaluating")
+    if output is not None:
+        write_predictions(Path(output), rows, found, config.task.metrics[0])
+    title = f"{len(rows)} {split} rows"
+    return display.table(title, ("metric", "value"), [(name, f"{value:.4f}") for name, value in found.metrics.items()])
+
+
+__all__ = ["Predictor", "VlmtuneError", "evaluate_run", "load", "predict_file", "run_in", "train"]

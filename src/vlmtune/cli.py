@@ -59,7 +59,7 @@ def check(command: str, overrides: list[str]) -> int:
             f"python {sys.argv[0]} -m {' '.join(overrides)}"
         )
     if command != "train":
-        compose.overlay(command, overrides)
+        compose.overlay(compose.compose(command, compose.normalise(overrides)[0]), overrides)
         return 0
     config, composed = compose.read(command, overrides)
     if not any(flag in sys.argv for flag in MULTIRUN):
@@ -114,7 +114,14 @@ def train(composed: Any) -> int:
 
 def predict(composed: Any) -> int:
     """The job of predict.py."""
-    config, _ = compose.overlay("predict", sys.argv[1:])
+    config = compose.overlay(composed, sys.argv[1:])
     failed = api.predict_file(composed.run, config, composed.output)
     print(f"wrote {composed.output}" + (f"; {failed} rows failed, see its column `error`" if failed else ""))
+    return 0
+
+
+def evaluate(composed: Any) -> int:
+    """The job of evaluate.py."""
+    config = compose.overlay(composed, sys.argv[1:])
+    print(api.evaluate_run(composed.run, config, composed.output))
     return 0

@@ -121,13 +121,12 @@ def _runs_nearby(path: Path) -> str:
     return f"; runs in {path.parent}: {', '.join(runs[-5:])}" if runs else ""
 
 
-def overlay(command: str, overrides: Sequence[str]) -> tuple[Config, Any]:
-    """For scripts that use a finished run: its config with the given keys on top, and the script's own keys."""
+def overlay(composed: DictConfig, overrides: Sequence[str]) -> Config:
+    """For scripts that use a finished run: its config with the keys of `overrides` on top. Raises VlmtuneError."""
     usable, problems = normalise(overrides)
-    composed = compose(command, usable)
     if composed.get("run") is None:
         problems.append("run: missing; give a run folder, for instance run=outputs/runs/<stamp>")
     if problems:
         raise ConfigError(problems)
     own = [o for o in usable if o.lstrip("+").split("=")[0] not in ("run", "output")]
-    return strict(saved_config(composed.run, own)), composed
+    return strict(saved_config(composed.run, own))

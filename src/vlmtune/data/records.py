@@ -54,7 +54,7 @@ class BadRow:
 
     file: str
     line: int
-    """Line of the file on which the row begins, from 1; the header is line 1."""
+    """Line of the file on which the row begins, from 1; the header is line 1. 0: the row is of no file."""
     row: int
     """Number of the row, from 1, the header not counted."""
     reason: str

@@ -103,7 +103,7 @@ def _config(tokenizer: PreTrainedTokenizerFast) -> Qwen2VLConfig:
 
     number = tokenizer.convert_tokens_to_ids
     text = {
-        "vocab_size": VOCABULARY,
+        "vocab_size": -(-len(tokenizer) // 64) * 64,
         "hidden_size": 192,
         "intermediate_size": 512,
         "num_hidden_layers": 4,
