@@ -35,7 +35,7 @@ def run_in(folder: Path, config: Config) -> dict[str, Any]:
 
     Raises ConfigError where the folder holds another run, and whatever ends the run early.
     """
-    from vlmtune import display, recorder, run
+    from vlmtune import display, run, runfolder
     from vlmtune.data.table import BadRowsError, write_quarantine
 
     if int(os.environ.get("RANK", 0)) != 0:
@@ -43,14 +43,14 @@ def run_in(folder: Path, config: Config) -> dict[str, Any]:
             return run.train(config, None)
     check_free(folder, config)
     folder.mkdir(parents=True, exist_ok=True)
-    recorder.write_config(folder / "config.yaml", config)
+    runfolder.write_config(folder / "config.yaml", config)
     with display.logging_to(folder):
         try:
             return run.train(config, folder)
         except BaseException as error:
             if isinstance(error, BadRowsError):
                 write_quarantine(folder / "quarantine.csv", error.bad)
-            recorder.write_failure(folder, error)
+            runfolder.write_failure(folder, error)
             raise
 
 
@@ -166,7 +166,7 @@ def evaluate_run(folder: str, config: Config, output: str | None) -> str:
     from vlmtune import display
     from vlmtune.data import table
     from vlmtune.evaluation import evaluate
-    from vlmtune.recorder import write_predictions
+    from vlmtune.runfolder import write_predictions
 
     split = "validation" if config.data.test is None else "test"
     if split == "test":

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -42,8 +43,8 @@ def whole(folder: Path) -> Iterator[Path]:
     except OSError as error:
         reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error)
         raise CheckpointError(f"{folder}: can't be written: {reason}; earlier checkpoints are untouched") from error
-    except Exception as error:
-        if "No space left" in str(error):  # safetensors raises an error of its own
+    except SafetensorError as error:
+        if "No space left" in str(error):
             raise CheckpointError(
                 f"{folder}: can't be written: the disk is full; earlier checkpoints are untouched"
             ) from error
@@ -71,20 +72,30 @@ def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def split_state(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state dict as tensors and the JSON-able rest."""
-    tensors, rest = {}, {}
-    for index, values in state["state"].items():
-        for name, value in values.items():
-            (tensors if isinstance(value, Tensor) else rest)[f"{index}.{name}"] = value
+    """An optimizer's state dict as tensors and the JSON-able rest; keys are paths, as bitsandbytes nests its own."""
+    flat = dict(_leaves(state["state"]))
+    tensors = {path: value for path, value in flat.items() if isinstance(value, Tensor)}
+    rest = {path: value for path, value in flat.items() if path not in tensors}
     return tensors, {"values": rest, "param_groups": state["param_groups"]}
+
+
+def _leaves(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def join_state(tensors: dict[str, Tensor], rest: dict[str, Any]) -> dict[str, Any]:
     """Inverse of `split_state`."""
     state: dict[int, dict[str, Any]] = {}
-    for key, value in [*tensors.items(), *rest["values"].items()]:
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
+    for path, value in [*tensors.items(), *rest["values"].items()]:
+        index, *inner, name = path.split(".")
+        place = state.setdefault(int(index), {})
+        for key in inner:
+            place = place.setdefault(key, {})
+        place[name] = value
     return {"state": state, "param_groups": rest["param_groups"]}
 
 
@@ -131,14 +142,23 @@ def save_checkpoint(
 
 def all_checkpoints(root: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    return sorted(root.glob("step_*"))
+    return sorted(root.glob("step_*"), key=lambda folder: int(folder.name.removeprefix("step_")))
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file.parent}: is no checkpoint: {file.name}: {error}") from error
 
 
 def load_weights(folder: Path, model: torch.nn.Module) -> None:
     """Put a checkpoint's weights into `model`. Raises CheckpointError where they are not the model's own."""
-    saved, own = load_file(folder / "model.safetensors"), trained_tensors(model)
-    if saved.keys() != own.keys():
-        odd = sorted(saved.keys() ^ own.keys())
+    saved, own = _read(folder / "model.safetensors"), trained_tensors(model)
+    odd = sorted(
+        n for n in saved.keys() | own.keys() if n not in saved or n not in own or saved[n].shape != own[n].shape
+    )
+    if odd:
         raise CheckpointError(f"{folder}: holds other weights than this run trains, among them {', '.join(odd[:3])}")
     with torch.no_grad():
         for name, tensor in own.items():
@@ -165,10 +185,10 @@ def load_checkpoint(
             ]
         )
     load_weights(folder, model)
-    optimizer.load_state_dict(join_state(load_file(folder / "optimizer.safetensors"), state["optimizer"]))
+    optimizer.load_state_dict(join_state(_read(folder / "optimizer.safetensors"), state["optimizer"]))
     if scaler is not None and "scaler" in state:
         scaler.load_state_dict(state["scaler"])
-    rng = load_file(folder / "random.safetensors")
+    rng = _read(folder / "random.safetensors")
     torch.set_rng_state(rng[f"{rank}.cpu"])
     if torch.cuda.is_available() and f"{rank}.cuda" in rng:
         torch.cuda.set_rng_state(rng[f"{rank}.cuda"])

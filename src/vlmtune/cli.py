@@ -1,4 +1,7 @@
-"""The scripts in `src/`: Hydra apps that answer a mistake in one piece, and end with an exit code that says how it went."""
+"""The scripts in `src/`: Hydra apps that answer a mistake in one piece and end with an exit code that says how it went.
+
+0: done; 1: failed; 2: the command line can't be read; 130: interrupted.
+"""
 
 from __future__ import annotations
 
@@ -11,22 +14,7 @@ from typing import Any
 
 from vlmtune import api, compose
 from vlmtune.config import home
-from vlmtune.errors import ConfigError, VlmtuneError
-
-LOOKING = (
-    "-h",
-    "--help",
-    "--hydra-help",
-    "-c",
-    "--cfg",
-    "-i",
-    "--info",
-    "--version",
-    "--resolve",
-    "-sc",
-    "--shell-completion",
-)
-MULTIRUN = ("-m", "--multirun")
+from vlmtune.errors import ConfigError, DataError, VlmtuneError
 
 
 def main(command: str, job: Callable[[Any], int]) -> None:
@@ -38,33 +26,72 @@ def main(command: str, job: Callable[[Any], int]) -> None:
     def guarded(composed: Any) -> None:
         codes.append(guard(lambda: job(composed)))
 
-    overrides = [word for word in sys.argv[1:] if not word.startswith("-")]
-    if not any(word.split("=")[0] in LOOKING for word in sys.argv[1:]):
-        code = guard(lambda: check(command, overrides))
-        if code:
-            sys.exit(code)
-        if int(os.environ.get("RANK", 0)) != 0:  # the first rank makes the run folder; the others join it
-            sys.exit(guard(lambda: job(compose.compose(command, compose.normalise(overrides)[0]))))
-        flags = [word for word in sys.argv[1:] if word.startswith("-")]
-        sys.argv[1:] = [*flags, *compose.normalise(overrides)[0], *folder_of_resumed(overrides)]
+    code = guard(lambda: prepare(command))
+    if code:
+        sys.exit(code)
+    if int(os.environ.get("RANK", 0)) != 0:  # the first rank makes the run folder; the others join it
+        sys.exit(guard(lambda: job(compose.compose(command, overrides_given()))))
     hydra.main(version_base="1.3", config_path=str(home() / "conf"), config_name=command)(guarded)()
     sys.exit(max(codes, default=0))
 
 
-def check(command: str, overrides: list[str]) -> int:
-    """Find every problem of the command line before anything is written."""
-    if any(flag in sys.argv for flag in MULTIRUN) and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+def prepare(command: str) -> int:
+    """Check the command line before anything is written, and leave it in `sys.argv` as Hydra takes it."""
+    words = flags_and_overrides()
+    if words.hydra_help or words.shell_completion:
+        return 0
+    usable, problems = compose.normalise(words.overrides)
+    looks_only = words.help or words.cfg or words.info
+    if not looks_only:
+        check(command, words.overrides, multirun=words.multirun)
+    elif problems:
+        raise ConfigError(problems)
+    flags = [word for word in sys.argv[1:] if word not in words.overrides]
+    sys.argv[1:] = [*flags, *usable, *folder_of_resumed(words.overrides)]
+    return 0
+
+
+def flags_and_overrides() -> Any:
+    """The command line as Hydra's own parser reads it. Raises UsageError for flags that don't apply here."""
+    from hydra._internal.utils import get_args_parser
+
+    words, unknown = get_args_parser().parse_known_intermixed_args()
+    problems = [
+        f"{flag}: no such flag (--hydra-help lists them); keys go without dashes: key=value" for flag in unknown
+    ]
+    if words.config_name or words.config_path or words.config_dir:
+        problems.append(
+            "--config-name, --config-path, --config-dir: a script has one config; set keys of it: key=value"
+        )
+    if problems:
+        raise compose.UsageError(problems)
+    return words
+
+
+def overrides_given() -> list[str]:
+    """The `key=value` words of this process's command line, or of the multirun job that it is in."""
+    from hydra.core.hydra_config import HydraConfig
+
+    if HydraConfig.initialized():
+        return list(HydraConfig.get().overrides.task)
+    return list(flags_and_overrides().overrides)
+
+
+def check(command: str, overrides: list[str], *, multirun: bool) -> None:
+    """Raise VlmtuneError with every problem that can be found without opening data or model."""
+    if multirun and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ConfigError(
             "-m under a launcher would give each process other parameters. Run the sweep on one process: "
             f"python {sys.argv[0]} -m {' '.join(overrides)}"
         )
     if command != "train":
         compose.overlay(compose.compose(command, compose.normalise(overrides)[0]), overrides)
-        return 0
-    config, composed = compose.read(command, overrides)
-    if not any(flag in sys.argv for flag in MULTIRUN):
+        return
+    config, composed = compose.read(command, overrides, multirun=multirun)
+    if not multirun:
         api.check_free(Path(composed.hydra.run.dir), config)
-    return 0
+    elif swept := composed.hydra.sweeper.get("params"):
+        compose.read(command, [*(f"{key}={values}" for key, values in swept.items()), *overrides], multirun=True)
 
 
 def folder_of_resumed(overrides: list[str]) -> list[str]:
@@ -81,7 +108,7 @@ def guard(job: Callable[[], int]) -> int:
         if os.environ.get("VLMTUNE_TRACEBACK"):
             traceback.print_exc()
         print(message(error), file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, compose.UsageError) else 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -92,8 +119,8 @@ def guard(job: Callable[[], int]) -> int:
 
 def message(error: VlmtuneError) -> str:
     """`error: ...`, or a list of problems."""
-    kind = {"ConfigError": "config", "DataError": "data", "BadRowsError": "data"}.get(type(error).__name__)
-    label = f"{kind} error" if kind else "error"
+    kinds = {compose.UsageError: "usage ", ConfigError: "config ", DataError: "data "}
+    label = next((kind for cls, kind in kinds.items() if isinstance(error, cls)), "") + "error"
     if len(error.problems) == 1:
         return f"{label}: {error.problems[0]}"
     return "\n".join([f"{label}: {len(error.problems)} problems", *(f"  - {problem}" for problem in error.problems)])
@@ -105,8 +132,8 @@ def train(composed: Any) -> int:
 
     from vlmtune.config import strict
 
-    words = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else compose.normalise(sys.argv[1:])[0]
-    config = strict(compose.saved_config(composed.resume, words) if composed.get("resume") else composed)
+    resumed = composed.get("resume")
+    config = strict(compose.saved_config(resumed, overrides_given()) if resumed else composed)
     folder = Path(HydraConfig.get().runtime.output_dir) if HydraConfig.initialized() else Path()
     status = api.run_in(folder, config)["status"]
     return 130 if status == "interrupted" else 0
@@ -114,7 +141,7 @@ def train(composed: Any) -> int:
 
 def predict(composed: Any) -> int:
     """The job of predict.py."""
-    config = compose.overlay(composed, sys.argv[1:])
+    config = compose.overlay(composed, overrides_given())
     failed = api.predict_file(composed.run, config, composed.output)
     print(f"wrote {composed.output}" + (f"; {failed} rows failed, see its column `error`" if failed else ""))
     return 0
@@ -122,6 +149,6 @@ def predict(composed: Any) -> int:
 
 def evaluate(composed: Any) -> int:
     """The job of evaluate.py."""
-    config = compose.overlay(composed, sys.argv[1:])
+    config = compose.overlay(composed, overrides_given())
     print(api.evaluate_run(composed.run, config, composed.output))
     return 0

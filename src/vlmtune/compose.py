@@ -14,9 +14,14 @@ from omegaconf import DictConfig, OmegaConf
 from vlmtune.config import SCHEMA, Config, home, strict
 from vlmtune.errors import CheckpointError, ConfigError, nearest
 
+NOT_ONE_RUN = "means several runs; put -m in front of it, or quote the value if it is one text"
 PACKAGE = Path(__file__).resolve().parent
 OmegaConf.register_new_resolver("package", lambda path: str(PACKAGE / path), replace=True)
 os.environ.setdefault("VLMTUNE_HOME", str(home()))
+
+
+class UsageError(ConfigError):
+    """Words on the command line that are neither a flag nor `key=value`."""
 
 
 @functools.cache
@@ -31,18 +36,11 @@ def normalise(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
     """Overrides as Hydra takes them, and the problems of those that it would refuse or worse, let through.
 
     Keys are set whether or not a YAML file names them (`++`), since `strict` knows which exist; `a=1` and `+a=1` are
-    the same here. Raises ConfigError for what is no override at all.
+    the same here. Raises UsageError for what is no override at all.
     """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import OverrideParseException
-
     out, problems = [], []
-    for text in overrides:
-        try:
-            override = OverridesParser.create().parse_override(text)
-        except OverrideParseException as error:
-            raise ConfigError(f"{text}: is no override; write key=value, quoted where the value has spaces") from error
-        key = override.key_or_group
+    for override in parse(overrides):
+        text, key = str(override.input_line), override.key_or_group
         plain = text.lstrip("+~")
         if key.startswith("hydra"):
             out.append(text)
@@ -61,6 +59,26 @@ def normalise(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
     return out, problems
 
 
+def parse(overrides: Sequence[str]) -> list[Any]:
+    """Hydra's `Override` objects. Raises UsageError that lists all words which are none."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser = OverridesParser.create()
+    parsed, problems = [], []
+    for text in overrides:
+        try:
+            override = parser.parse_override(text)
+            if not override.key_or_group:
+                raise HydraException("no key")
+            parsed.append(override)
+        except HydraException:
+            problems.append(f"{text}: is no override; write key=value, with quotes around spaces and brackets")
+    if problems:
+        raise UsageError(problems)
+    return parsed
+
+
 def compose(command: str, overrides: Sequence[str]) -> DictConfig:
     """Hydra's composition of `conf/<command>.yaml` with normalised overrides. Raises ConfigError."""
     import hydra
@@ -75,9 +93,14 @@ def compose(command: str, overrides: Sequence[str]) -> DictConfig:
         raise ConfigError(str(error).strip().splitlines()[0]) from error
 
 
-def read(command: str, overrides: Sequence[str]) -> tuple[Config, DictConfig]:
-    """The checked config of a run, and Hydra's composition it came from. Raises ConfigError with all problems."""
+def read(command: str, overrides: Sequence[str], *, multirun: bool = False) -> tuple[Config, DictConfig]:
+    """The checked config of a run, and Hydra's composition it came from. Raises ConfigError with all problems.
+
+    `multirun`: overrides may have several values, of which the first counts here.
+    """
     usable, problems = normalise(overrides)
+    if not multirun:
+        problems += [f"{override.lstrip('+')}: {NOT_ONE_RUN}" for override in usable if asks_for_several(override)]
     try:
         composed = compose(command, [one_choice(override) for override in usable])
         with_resume = saved_config(composed.resume, usable) if composed.get("resume") else composed
@@ -89,11 +112,15 @@ def read(command: str, overrides: Sequence[str]) -> tuple[Config, DictConfig]:
     return config, composed
 
 
+def asks_for_several(override: str) -> bool:
+    """True for `a=1,2` and for `sweeps=NAME`, which one run can't follow."""
+    [parsed] = parse([override])
+    return parsed.is_sweep_override() or (parsed.key_or_group == "sweeps" and parsed.value() is not None)
+
+
 def one_choice(override: str) -> str:
     """The first of the values that a sweep goes through, so that one config can be looked at before all are run."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    parsed = OverridesParser.create().parse_override(override)
+    [parsed] = parse([override])
     if not parsed.is_sweep_override():
         return override
     return f"{override.split('=', 1)[0]}={next(parsed.sweep_string_iterator())}"
@@ -106,9 +133,7 @@ def saved_config(run: str | Path, overrides: Sequence[str]) -> DictConfig:
         raise CheckpointError(f"{run}: is no run folder (it has no config.yaml){_runs_nearby(Path(run))}")
     saved = OmegaConf.load(path)
     assert isinstance(saved, DictConfig)
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    for override in OverridesParser.create().parse_overrides(list(overrides)):
+    for override in parse(overrides):
         if override.key_or_group in groups():
             raise ConfigError(f"{override.key_or_group}: a finished run keeps its groups; set single keys of them")
         if not override.key_or_group.startswith("hydra"):

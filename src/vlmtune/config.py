@@ -64,10 +64,11 @@ class ModelConfig:
     attention: str = one_of("auto", "sdpa", "eager", "flash_attention_2", "flex_attention")
     """Attention implementation of transformers."""
     freeze: list[str] = field(default_factory=list)
-    """Parts that don't train in full fine-tuning (adapter=none); under an adapter all weights of the base are frozen."""
+    """Parts that don't train in full fine-tuning (adapter=none); under an adapter the whole base is frozen."""
     system_prompt: str | None = None
     """A system turn in front of each conversation; null leaves the chat template's own."""
     image: ImageConfig = field(default_factory=ImageConfig)
+    """How large images may become in language-model tokens."""
 
 
 @dataclass
@@ -95,6 +96,7 @@ class TrainerConfig:
     learning_rate_of: dict[str, float] = field(default_factory=dict)
     """Peak learning rate of single parts, for instance {vision: 2e-6}."""
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    """The learning rate over time."""
     max_grad_norm: float | None = number(1.0, above=0)
     """Gradients are scaled down to this L2 norm; null: never."""
     precision: str = one_of("auto", "fp32", "bf16", "fp16")
@@ -117,7 +119,7 @@ class TrainerConfig:
     early_stopping_patience: int | None = number(None, least=1)
     """Evaluations without a better `best_metric` after which training stops."""
     nonfinite: str = one_of("stop", "skip")
-    """What to do when the loss or the gradient is NaN or infinite: stop the run, or skip that step (10 in a row stop)."""
+    """What to do when the loss or the gradient is NaN or infinite: stop, or skip that step (10 in a row stop)."""
     log_every: int = number(10, least=1)
     """Optimizer steps per logged line."""
     num_workers: int | None = number(None, least=0)
@@ -129,8 +131,11 @@ class TrainerConfig:
 @dataclass
 class ColumnsConfig:
     image: str = "image_path"
+    """Column with the path of each row's image."""
     question: str = "question"
+    """Column with the question; rows without one are captions."""
     answer: str = "answer"
+    """Column with the answer to learn, or to compare with."""
 
 
 @dataclass
@@ -146,6 +151,7 @@ class DataConfig:
     test: str | None = None
     """CSV file that is evaluated once, at the end, and that predict.py and evaluate.py read."""
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
+    """Names of the columns in the CSV files."""
     image_root: str | None = None
     """Folder that relative image paths start from; null: the folder of the CSV file."""
     on_bad_row: str = one_of("fail", "drop")
@@ -169,8 +175,11 @@ class OptimizerConfig:
     weight_decay: float = number(0.0, least=0)
     """Decoupled weight decay of matrices; biases, norms and other vectors have none."""
     beta1: float = number(0.9, least=0, most=1)
+    """Decay per optimizer step of the mean gradient."""
     beta2: float = number(0.999, least=0, most=1)
+    """Decay per optimizer step of the mean squared gradient."""
     eps: float = number(1e-8, above=0)
+    """Added to the root of the mean squared gradient before dividing by it."""
 
 
 @dataclass
@@ -211,14 +220,23 @@ class Config:
     """One run."""
 
     model: ModelConfig
+    """What is fine-tuned."""
     adapter: dict[str, Any]
+    """`method`, a name of PEFT's registry or null for none; `parts` that it goes on; and that PEFT config's fields."""
     quantization: dict[str, Any]
+    """`method`, a name of transformers' registry or null for none; `parts` stored so; and that class's fields."""
     trainer: TrainerConfig
+    """How long, how fast and with what care it trains."""
     data: DataConfig
+    """The rows."""
     optimizer: OptimizerConfig
+    """How a gradient changes the weights."""
     task: TaskConfig
+    """What counts as a good answer."""
     generation: GenerationConfig
+    """How answers are written."""
     tracker: TrackerConfig
+    """Where curves and samples are shown."""
     resume: str | None = None
     """A run folder to go on with, from its last checkpoint."""
     preflight: str = one_of("on", "only")
@@ -244,7 +262,10 @@ def strict(composed: DictConfig) -> Config:
     """
     problems: list[str] = []
     ours = OmegaConf.masked_copy(composed, [str(key) for key in composed if key not in ("sweeps", "hydra")])
-    raw = OmegaConf.to_container(ours, resolve=True)
+    try:
+        raw = OmegaConf.to_container(ours, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
     assert isinstance(raw, dict)
     config = _read(Config, raw, "", problems)
     if not problems:
@@ -309,22 +330,30 @@ def _read_open(group: str, raw: dict[Any, Any], problems: list[str]) -> dict[str
     values = dict(raw)
     method = values.setdefault("method", None)
     values.setdefault("parts", ["language"])
+    if not isinstance(values["parts"], list):
+        problems.append(f"{group}.parts={values['parts']}: must be a list, for instance [language]")
     if method is None:
         problems += [
             f"{group}.{key}: there is nothing to set with {group}=none" for key in raw if key not in ("method", "parts")
         ]
         return values
     methods = OPEN_GROUPS[group]()
-    if method not in methods:
+    if str(method) not in methods:
         problems.append(f"{group}.method={method}: {nearest(str(method), methods)}")
         return values
     allowed = methods[method]
     problems += [
-        f"{group}.{key}: {method} has no such field; {nearest(str(key), allowed, most=40)}"
+        f"{group}.{key}: {method} has no such field; {_meant(str(key), allowed)}"
         for key in values
         if key not in allowed and key not in ("method", "parts")
     ]
     return values
+
+
+def _meant(field: str, allowed: list[str]) -> str:
+    """The nearest fields, and all others in the order of their class, which puts the main ones first."""
+    hint = nearest(field, allowed, most=0)
+    return f"{hint} " * hint.startswith("did") + f"choose from: {', '.join(allowed)}"
 
 
 def combinations(config: Config) -> list[str]:
@@ -352,6 +381,16 @@ def combinations(config: Config) -> list[str]:
     if config.is_quantized and not config.uses_adapter:
         found.append(
             "quantization: quantized weights can't be trained themselves; add an adapter, for instance adapter=lora"
+        )
+    if config.adapter["method"] in ("loha", "lokr") and config.quantization["method"] == "bitsandbytes_4bit":
+        found.append(
+            f"adapter={config.adapter['method']}: PEFT can't put it on 4-bit weights; use quantization=int8 or none, "
+            "or another adapter, for instance adapter=lora"
+        )
+    if config.is_quantized and str(config.adapter.get("init_lora_weights", "")).startswith("pissa"):
+        found.append(
+            "adapter.init_lora_weights=pissa: splits the weights themselves, which quantized ones don't allow; "
+            "use quantization=none, or adapter=lora"
         )
     if model.image.min_tokens and model.image.max_tokens and model.image.min_tokens > model.image.max_tokens:
         found.append(

@@ -59,4 +59,6 @@ def build_scheduler(optimizer: torch.optim.Optimizer, trainer: TrainerConfig, to
 
     name = "constant_with_warmup" if trainer.scheduler.name == "constant" else trainer.scheduler.name
     warmup = round(trainer.scheduler.warmup_fraction * total_steps)
-    return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=total_steps)
+    scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=total_steps)
+    optimizer._opt_called = True  # type: ignore[attr-defined]  # or torch warns where a resumed run catches up
+    return scheduler

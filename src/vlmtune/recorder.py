@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import logging
 import time
@@ -13,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
-from vlmtune import checkpoint, display, environment, report, session, tracking
+from vlmtune import checkpoint, display, environment, report, runfolder, session, tracking
 from vlmtune.config import Config
+from vlmtune.data import table
 from vlmtune.data.batches import Batches
 from vlmtune.data.encode import Encoder
 from vlmtune.data.images import open_image
@@ -61,8 +60,12 @@ class Recorder:
         self.optimizer, self.scheduler, self.processor = optimizer, scheduler, processor
         resumed = self._resume() if self.config.resume else False
         if self.main:
+            bad = [row for split in self.splits.values() for row in split.bad]
+            if bad:
+                table.write_quarantine(self.folder / "quarantine.csv", bad)
+                log.warning("left out %d rows that can't be used: %s", len(bad), self.folder / "quarantine.csv")
             described = environment.describe(self.config.trainer.seed, self.batches.fingerprint, processor)
-            write_json(self.folder / "environment.json", described)
+            runfolder.write_json(self.folder / "environment.json", described)
             self.metrics_file = tracking.MetricsFile(
                 self.folder / "metrics.jsonl", resume_step=self.progress.step if resumed else None
             )
@@ -91,7 +94,7 @@ class Recorder:
             found = self.evaluate("before training")
             self.baseline = {f"baseline/{name}": value for name, value in found.metrics.items()}
             if self.main:
-                write_json(self.folder / "baseline.json", self.baseline)
+                runfolder.write_json(self.folder / "baseline.json", self.baseline)
 
     # ---- around steps
 
@@ -100,11 +103,13 @@ class Recorder:
         """While inside: a progress bar, signals that end the run after its step, and clear errors."""
         total = self.batches.total_steps
         began = time.perf_counter()
+        done = False
         try:
             with self.interruption.watching(), display.bar("training", total, show=self.main) as self.advance:
                 if self.progress.step:
                     self.advance(self.progress.step)
                 yield
+            done = True
         except NonFinite as error:
             raise TrainingError(
                 f"{error}. A lower trainer.learning_rate, trainer.precision=fp32 or trainer.max_grad_norm=1 may help; "
@@ -118,6 +123,8 @@ class Recorder:
             ) from error
         finally:
             self.training_seconds += time.perf_counter() - began
+            if not done:
+                self.tracker.finish({"status": "failed"})
 
     def hooks(self) -> Hooks:
         return Hooks(
@@ -257,17 +264,18 @@ class Recorder:
             if "test" in self.splits:
                 tested = self.evaluate("on the test rows", "test")
                 metrics |= {f"test/{name}": value for name, value in tested.metrics.items()}
-        result = self._result(status, metrics)
+        result = runfolder.make_result(
+            status, self.progress, metrics, self.config.task.metrics[0], self.training_seconds
+        )
         if self.main:
             checkpoint.save_model(self.model, self.processor, self.folder / "model")
             if final is not None:
-                write_predictions(
-                    self.folder / "predictions.csv", self.splits["validation"], final, self.config.task.metrics[0]
-                )
-            write_json(self.folder / "result.json", result)
-            self.tracker.finish(metrics)
+                predictions = self.folder / "predictions.csv"
+                runfolder.write_predictions(predictions, self.splits["validation"], final, self.config.task.metrics[0])
+            runfolder.write_json(self.folder / "result.json", result)
+            self.tracker.finish(result)
             report.write(self.folder, self._image)
-            log.info(self._closing_table(result))
+            log.info(runfolder.closing_table(self.folder, result))
         return result
 
     def _restore_best(self) -> None:
@@ -279,89 +287,3 @@ class Recorder:
     def _image(self, row: int) -> Any:
         record = self.splits["validation"].records[row]
         return open_image(record.images[0], self.config.data.max_image_pixels) if record.images else None
-
-    def _result(self, status: str, metrics: dict[str, float]) -> dict[str, Any]:
-        seconds = max(self.training_seconds, 1e-9)
-        objective = metrics.get(f"eval/{self.config.task.metrics[0]}")
-        return {
-            "status": status,
-            "objective": objective,
-            "steps": self.progress.step,
-            "examples": self.progress.examples,
-            "skipped_steps": self.progress.skipped,
-            "metrics": metrics,
-            "speed": {
-                "examples_per_second": self.progress.examples / seconds,
-                "tokens_per_second": self.progress.tokens / seconds,
-                "training_seconds": seconds,
-            },
-            "memory": environment.memory(),
-            "error": None,
-        }
-
-    def _closing_table(self, result: dict[str, Any]) -> str:
-        names = [name.removeprefix("eval/") for name in result["metrics"] if name.startswith("eval/")]
-        cell = lambda key: f"{result['metrics'][key]:.4f}" if key in result["metrics"] else "-"  # noqa: E731
-        rows = [(name, cell(f"baseline/{name}"), cell(f"eval/{name}")) for name in names]
-        lines = [display.table("Result", ("metric", "before", "after"), rows)] if rows else []
-        speed, memory = result["speed"], result["memory"]
-        used = memory["peak_device_bytes"] or memory["peak_rss_bytes"]
-        lines.append(
-            f"{result['status']}: {result['steps']} steps, {result['examples']} examples in "
-            f"{display.duration(speed['training_seconds'])} ({speed['examples_per_second']:.0f} examples/s), "
-            f"peak memory {display.size(used, 'B')}"
-        )
-        lines += [f"  {name:<12} {self.folder / file}" for name, file in FILES.items() if (self.folder / file).exists()]
-        return "\n".join(lines)
-
-
-FILES = {"model": "model", "predictions": "predictions.csv", "curves": "report.html", "numbers": "result.json"}
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write `values`, whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(values, indent=2) + "\n")
-    partial.replace(path)
-
-
-def write_config(path: Path, config: Config) -> None:
-    """Write the resolved config as YAML that `resume=` and `predict.py` read back."""
-    path.write_text(yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True))
-
-
-def write_predictions(path: Path, split: Split, found: Evaluation, metric: str) -> None:
-    """Write the split's own columns, answer_predictions and the score, in row order."""
-    if split.frame is not None:
-        frame = split.frame.iloc[[record.row for record in split.records]].copy()
-        frame["answer_predictions"] = found.predictions
-        frame["score"] = [scores[metric] for scores in found.scores]
-        frame.to_csv(path, index=False)
-        return
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["image_path", "question", "answer", "answer_predictions", "score"])
-        for index, (prediction, scores) in enumerate(zip(found.predictions, found.scores, strict=True)):
-            record = split.records[index]
-            writer.writerow([record.group, record.question, record.answers[0], prediction, scores[metric]])
-
-
-def write_failure(folder: Path, error: BaseException) -> None:
-    """Say in result.json that and why the run failed, with what its log shows of how far it came."""
-    rows = tracking.read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else []
-    last: dict[str, Any] = {}
-    for row in rows:
-        last |= row
-    write_json(
-        folder / "result.json",
-        {
-            "status": "failed",
-            "objective": None,
-            "steps": last.get("step", 0),
-            "examples": last.get("train/examples", 0),
-            "metrics": {name: value for name, value in last.items() if name.startswith(("eval/", "test/"))},
-            "speed": {},
-            "memory": {},
-            "error": {"type": type(error).__name__, "message": str(error)},
-        },
-    )

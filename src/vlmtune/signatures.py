@@ -83,10 +83,11 @@ def quantization_fields() -> Fields:
 
 def _dict_literal(file: Path, name: str) -> dict[str, str]:
     for node in ast.parse(file.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
-            if any(isinstance(target, ast.Name) and target.id == name for target in node.targets):
-                pairs = zip(node.value.keys, node.value.values, strict=True)
-                return {k.value: v.id for k, v in pairs if isinstance(k, ast.Constant) and isinstance(v, ast.Name)}
+        if not (isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict)):
+            continue
+        if any(isinstance(target, ast.Name) and target.id == name for target in node.targets):
+            pairs = zip(node.value.keys, node.value.values, strict=True)
+            return {k.value: v.id for k, v in pairs if isinstance(k, ast.Constant) and isinstance(v, ast.Name)}
     raise LookupError(f"{name} is not in {file.name} of this transformers version")
 
 

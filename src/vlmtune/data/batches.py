@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from vlmtune import environment
@@ -102,5 +103,6 @@ class Batches(Dataset[list[Batch]]):
             sampler=range(first, self.total_steps),
             num_workers=workers,
             pin_memory=not self.on_cpu,
+            generator=torch.Generator(),  # its seed is drawn here, not from the random state that a resumed run restored
         )
         return iter(loader)

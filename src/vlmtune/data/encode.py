@@ -121,25 +121,38 @@ class Encoder:
     def encode(self, records: Sequence[Record], *, answered: bool, images_once: bool = False) -> Encoded:
         """Tokens of `records`, with labels if `answered`; else they end where the answer begins.
 
-        `images_once`: rows of one group share their image tensors, which then appear once.
+        `images_once`: neighbouring rows of one group share their image tensors, which then appear once.
         """
         sources, images_of = _distinct_images(records, images_once)
         image_inputs, expansions = self._process_images(records, sources, images_of)
-        texts, starts, grown = [], [], []
+        texts, starts = [], []
         for record, own in zip(records, images_of, strict=True):
             text, start = self.render(record, answered=answered)
             text, offset = self._expand(text, [expansions[i] for i in own], record)
             texts.append(text)
             starts.append(start + offset)
-        bos = self.tokenizer.bos_token
-        grown = self.tokenizer(
-            texts, return_offsets_mapping=True, add_special_tokens=not (bos and texts[0].startswith(bos))
-        )
-        ids = grown["input_ids"]
-        spans = zip(ids, grown["offset_mapping"], starts, strict=True)
-        labels = [_labels(i, o, s if answered else len(t)) for (i, o, s), t in zip(spans, texts, strict=True)]
+        ids, labels = self._tokens(texts, starts if answered else [len(text) for text in texts])
         types = self.processor.create_mm_token_type_ids(ids) if self._needs_token_types else None
         return Encoded(ids, labels, types, images_of, image_inputs)
+
+    def _tokens(self, texts: list[str], starts: list[int]) -> tuple[list[list[int]], list[list[int]]]:
+        """Token ids of `texts`, and labels from the character in `starts` on.
+
+        Where a token would hold characters of both sides (the prompt's last newline and an answer's first), the sides
+        are tokenized apart: generation starts from the prompt's own tokens.
+        """
+        bos = self.tokenizer.bos_token
+        special = not (bos and texts[0].startswith(bos))
+        found = self.tokenizer(texts, return_offsets_mapping=True, add_special_tokens=special)
+        ids, labels = found["input_ids"], []
+        for n, (text, start, offsets) in enumerate(zip(texts, starts, found["offset_mapping"], strict=True)):
+            if any(begin < start < end for begin, end in offsets):
+                prompt = self.tokenizer(text[:start], add_special_tokens=special)["input_ids"]
+                ids[n] = prompt + self.tokenizer(text[start:], add_special_tokens=False)["input_ids"]
+                labels.append([IGNORE] * len(prompt) + ids[n][len(prompt) :])
+            else:
+                labels.append(_labels(ids[n], offsets, start))
+        return ids, labels
 
     @property
     def _needs_token_types(self) -> bool:
@@ -196,35 +209,41 @@ def conversation(images: int, turns: int, system_prompt: str | None) -> list[dic
 def with_stand_ins(tokenizer: Any, markers: list[str]) -> tuple[Any, dict[str, str]]:
     """A copy of `tokenizer` that turns noncharacters back into the first characters of `markers`, and the mapping.
 
-    Special tokens are matched before normalization, so a character restored by the normalizer can't start one. One
-    character stands for one, so offsets stay right.
+    Special tokens are matched before normalization, so a character restored by the normalizer can't start one; those
+    declared the other way (`normalized`, in old Llama files) are declared anew. One character stands for one, so
+    offsets stay right.
     """
-    from tokenizers import normalizers
+    from tokenizers import AddedToken, normalizers
 
     firsts = sorted({marker[0] for marker in markers})
     stand_ins = {first: chr(0xFDD0 + n) for n, first in enumerate(firsts)}  # noncharacters: never in exchanged text
     tokenizer = copy.deepcopy(tokenizer)
     backend = tokenizer.backend_tokenizer
+    late = [token for token in backend.get_added_tokens_decoder().values() if token.normalized]
+    backend.add_special_tokens(
+        [
+            AddedToken(t.content, single_word=t.single_word, lstrip=t.lstrip, rstrip=t.rstrip, normalized=False)
+            for t in late
+            if t.content in markers
+        ]
+    )
     steps = [normalizers.Replace(stand_in, first) for first, stand_in in stand_ins.items()]
     backend.normalizer = normalizers.Sequence([*steps, *([backend.normalizer] if backend.normalizer else [])])
     return tokenizer, stand_ins
 
 
 def _distinct_images(records: Sequence[Record], once: bool) -> tuple[list[Any], list[list[int]]]:
-    """All image sources of the rows in order, those of a group only once if `once`; and their indices per row."""
+    """All image sources of the rows in order, those of neighbours in a group only once if `once`; indices per row."""
     sources: list[Any] = []
     images_of: list[list[int]] = []
-    of_group: dict[Any, list[int]] = {}
+    before = None
     for record in records:
-        shared = once and record.group is not None
-        if shared and record.group in of_group:
-            images_of.append(of_group[record.group])
-            continue
-        own = list(range(len(sources), len(sources) + len(record.images)))
-        sources += record.images
-        images_of.append(own)
-        if shared:
-            of_group[record.group] = own
+        if once and record.group is not None and record.group == before:
+            images_of.append(images_of[-1])
+        else:
+            images_of.append(list(range(len(sources), len(sources) + len(record.images))))
+            sources += record.images
+        before = record.group
     return sources, images_of
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from math import sqrt
 from random import Random
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -173,7 +174,7 @@ def _text(rng: Random) -> Thing:
 def _placed(rng: Random, name: str, width: float, height: float, is_text: bool = False) -> Thing:
     def centre(extent: float) -> float:
         room = 1 - extent - 0.04  # the square root favours the rim: large objects would nearly all be in the middle
-        return 0.5 + room * rng.choice((-0.5, 0.5)) * rng.random() ** 0.5
+        return 0.5 + room * rng.choice((-0.5, 0.5)) * sqrt(rng.random())
 
     return Thing(name, rng.choice(tuple(COLOURS)), centre(width), centre(height), width, height, is_text)
 
@@ -336,7 +337,8 @@ def _questions(rng: Random, things: list[Thing]) -> Iterator[Question]:
     yield from _counts(rng, shapes)
     if len(things) > 1:
         for _ in range(3):
-            yield from _relations(rng, *rng.sample(things, 2), things)
+            one, two = rng.sample(things, 2)
+            yield from _relations(rng, one, two, things)
 
 
 def _about(rng: Random, thing: Thing, things: list[Thing]) -> Iterator[Question]:

@@ -44,9 +44,9 @@ def adapt(model: Any, config: Config, parts: Parts, *, total_steps: int) -> Any:
 def expand_targets(model: nn.Module, parts: Parts, wanted: Any, scope: list[str], key: str) -> list[str]:
     """Full names of the modules that `wanted` means inside the parts `scope`.
 
-    `wanted`: `all-linear`, a list of module name endings (`q_proj`), or a regular expression of full names.
+    `wanted`: `all-linear` (but for the output embedding), a list of module name endings (`q_proj`), or a regular expression of full names.
     """
-    linear = {name for name, module in modules_in(model, parts, scope) if isinstance(module, nn.Linear)}
+    linear = {n for n, m in modules_in(model, parts, scope) if isinstance(m, nn.Linear) and n != parts.head}
     if wanted == "all-linear":
         return sorted(linear)
     everything = [name for name, _ in modules_in(model, parts, scope)]
@@ -74,15 +74,21 @@ def load_adapter(model: Any, folder: Path, *, trainable: bool = False) -> Any:
     """
     import warnings
 
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import safe_open
 
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*missing adapter keys.*")
-        warnings.filterwarnings("error", message=".*unexpected.*keys.*")
         try:
-            return PeftModel.from_pretrained(model, folder, is_trainable=trainable)
-        except Warning as error:
-            raise CheckpointError(f"{folder}: the adapter does not fit this model: {error}") from error
+            adapted = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
+        except (Warning, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[-1].strip()
+            raise CheckpointError(f"{folder}: the adapter does not fit this model: {reason}") from error
+    with safe_open(Path(folder) / "adapter_model.safetensors", framework="pt") as file:
+        homeless = sorted(set(file.keys()) - set(get_peft_model_state_dict(adapted)))
+    if homeless:
+        raise CheckpointError(f"{folder}: the adapter does not fit this model: no place for {', '.join(homeless[:3])}")
+    return adapted
 
 
 def after_step(model: Any, step: int) -> None:

@@ -64,12 +64,14 @@ def _load_model(
         device_map={"": device},
         use_safetensors=True,
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # listed in the report, and refused below
         **options,
     )
-    missing = sorted(report["missing_keys"])
-    if missing:
-        shown = ", ".join(missing[:3])
-        raise ModelError(f"{config.path}: {len(missing)} weights are missing from its files, among them {shown}")
+    for problem in ("missing", "mismatched"):
+        names = sorted(str(key[0]) if isinstance(key, tuple) else key for key in report[f"{problem}_keys"])
+        if names:
+            what = "missing from its files" if problem == "missing" else "of another shape in its files"
+            raise ModelError(f"{config.path}: {len(names)} weights are {what}, among them {', '.join(names[:3])}")
     return model
 
 
@@ -88,44 +90,59 @@ def make_fresh(config: ModelConfig, folder: Path, seed: int) -> None:
 @contextmanager
 def explained(config: ModelConfig) -> Iterator[None]:
     """Turn what transformers and the hub raise while loading into one sentence with the way out."""
+    import httpx
     from huggingface_hub.errors import (
         GatedRepoError,
+        HfHubHTTPError,
         LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
+    from safetensors import SafetensorError
 
     path = config.path
     try:
         yield
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError, httpx.HTTPError) as error:
         causes = list(_chain(error))
-        kinds = tuple(type(cause) for cause in causes)
         text = " ".join(str(cause) for cause in causes)
         page = f"https://huggingface.co/{path}"
+
+        def caused_by(*kinds: type[BaseException]) -> bool:
+            return any(isinstance(cause, kinds) for cause in causes)
+
+        if "trust_remote_code" in text:
+            raise ModelError(
+                f"{path}: carries Python code of its own; read it, then set model.trust_remote_code=true to run it"
+            ) from error
         if Path(str(path)).is_dir():
             raise ModelError(f"{path}: can't be opened: {_first_line(error)}") from error
         if _looks_local(str(path)):
             raise ModelError(f"model.path={path}: no such folder") from error
-        if any(issubclass(kind, GatedRepoError) for kind in kinds) or "gated repo" in text:
+        if caused_by(GatedRepoError) or "gated repo" in text:
             raise ModelError(
                 f"{path} is gated: accept its licence on {page}, then log in once with `hf auth login` "
                 "(or set HF_TOKEN)"
             ) from error
-        if any(issubclass(kind, RevisionNotFoundError) for kind in kinds):
+        if caused_by(RevisionNotFoundError):
             raise ModelError(
                 f"model.revision={config.revision}: {path} has no such revision; see {page}/commits"
             ) from error
-        if any(issubclass(kind, LocalEntryNotFoundError) for kind in kinds) or "connect" in text or "offline" in text:
+        offline = caused_by(LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError, httpx.TransportError)
+        if offline or "couldn't connect" in text:
             raise ModelError(
                 f"{path}: is not in the local cache, and the hub can't be reached. Connect once, or fetch it elsewhere with "
                 f"`hf download {path}` and give the folder: model.path=FOLDER"
             ) from error
-        if any(issubclass(kind, RepositoryNotFoundError) for kind in kinds):
+        if caused_by(RepositoryNotFoundError):
             raise ModelError(
                 f"{path}: no such model on the hub, or a private one: check the name, or log in with `hf auth login`"
             ) from error
-        raise ModelError(f"{path}: can't be opened: {_first_line(error)}") from error
+        answer = next((cause for cause in causes if isinstance(cause, HfHubHTTPError)), error)
+        raise ModelError(f"{path}: can't be opened: {_first_line(answer)}") from error
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

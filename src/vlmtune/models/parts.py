@@ -26,6 +26,8 @@ class Parts:
 
     prefixes: dict[str, str]
     """Module name -> part."""
+    head: str = ""
+    """Module name of the output embedding, whether it is a part of its own or tied to the input's."""
 
     def of(self, name: str) -> str:
         """The part of a parameter or module, named as in the base model or in a PEFT model around it."""
@@ -34,8 +36,9 @@ class Parts:
         return self.prefixes[max(matching, key=len)]
 
     def outside(self, wanted: list[str]) -> list[str]:
-        """Module prefixes whose part is not in `wanted`."""
-        return [prefix for prefix, part in self.prefixes.items() if prefix and part not in wanted]
+        """Module prefixes whose part is not in `wanted`; the output embedding counts as `head`, tied or not."""
+        parts = {**self.prefixes, self.head: "head"}
+        return [prefix for prefix, part in parts.items() if prefix and part not in wanted]
 
 
 def find_parts(model: Any) -> Parts:
@@ -57,7 +60,17 @@ def find_parts(model: Any) -> Parts:
     if head is not None:
         tied = head.weight is model.get_input_embeddings().weight
         prefixes[names[head]] = "language" if tied else "head"
-    return Parts(prefixes)
+    around = {name for name in _ancestors(tower) | _ancestors(text) if not f"{name}.".startswith(f"{text}.")}
+    for name in names.values():
+        if name.rpartition(".")[0] in around and name not in around:
+            prefixes.setdefault(name, "projector")
+    return Parts(prefixes, names.get(head, ""))
+
+
+def _ancestors(name: str) -> set[str]:
+    """Names of the modules around a module, the whole model (``) included."""
+    words = name.split(".")
+    return {".".join(words[:n]) for n in range(len(words))}
 
 
 def base_of(model: Any) -> Any:

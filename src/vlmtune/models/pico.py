@@ -1,4 +1,4 @@
-"""pico: a Qwen2-VL of three million parameters, small enough to be pre-trained on a laptop's CPU.
+"""pico: a Qwen2-VL of two million parameters, small enough to be pre-trained on a laptop's CPU.
 
 `build` writes a complete Hugging Face folder (tokenizer, processor, random weights); training it is an ordinary run.
 Every image becomes 64x64 pixels, so 64 patches of 8x8 and 16 language-model tokens.
@@ -104,11 +104,11 @@ def _config(tokenizer: PreTrainedTokenizerFast) -> Qwen2VLConfig:
     number = tokenizer.convert_tokens_to_ids
     text = {
         "vocab_size": -(-len(tokenizer) // 64) * 64,
-        "hidden_size": 192,
-        "intermediate_size": 512,
+        "hidden_size": 128,
+        "intermediate_size": 384,
         "num_hidden_layers": 4,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
         "max_position_embeddings": 2048,
         "rms_norm_eps": 1e-6,
         "rope_parameters": {"rope_type": "default", "rope_theta": 30.0, "mrope_section": [1, 1, 1, 1, 2, 2, 2, 3, 3]},
@@ -120,7 +120,7 @@ def _config(tokenizer: PreTrainedTokenizerFast) -> Qwen2VLConfig:
     vision = {
         "depth": 4,
         "embed_dim": 128,
-        "hidden_size": 192,
+        "hidden_size": 128,
         "num_heads": 4,
         "mlp_ratio": 4,
         "patch_size": PATCH,
@@ -139,7 +139,7 @@ def _config(tokenizer: PreTrainedTokenizerFast) -> Qwen2VLConfig:
 
 
 def _initialise(model: Qwen2VLForConditionalGeneration) -> None:
-    """Scale each matrix by its fan-in: the library's fixed 0.02 suits wide models and starves one of width 192."""
+    """Scale each matrix by its fan-in: the library's fixed 0.02 suits wide models and starves one of width 128."""
     from torch import nn
 
     for name, module in model.named_modules():
@@ -160,10 +160,9 @@ def _look_around(name: str, layer: nn.Linear | nn.Conv3d) -> None:
     """
     from torch import nn
 
-    if name.endswith(("q_proj", "k_proj")):
-        nn.init.normal_(layer.bias.data)
-    elif name.endswith("attn.qkv"):
-        nn.init.normal_(layer.bias.data[: 2 * layer.in_features])
+    if layer.bias is not None and name.endswith(("q_proj", "k_proj", "attn.qkv")):
+        values = len(layer.bias) // 3 if name.endswith("qkv") else 0
+        nn.init.normal_(layer.bias.data[: len(layer.bias) - values])
 
 
 def _gain(name: str, model: Qwen2VLForConditionalGeneration) -> float:
@@ -172,5 +171,5 @@ def _gain(name: str, model: Qwen2VLForConditionalGeneration) -> float:
         return 0.2
     if name.endswith(("o_proj", "down_proj", "attn.proj", "fc2")):
         depth = model.config.vision_config.depth if "visual" in name else model.config.text_config.num_hidden_layers
-        return (2 * depth) ** -0.5
+        return float((2 * depth) ** -0.5)
     return 1.0

@@ -99,4 +99,3 @@ def set_image_budget(processor: Any, image: ImageConfig) -> None:
             "an image is impossible; set both min_tokens and max_tokens"
         )
     images.size = type(images.size)(**size) if not isinstance(images.size, dict) else size
-    images.min_pixels, images.max_pixels = size["shortest_edge"], size["longest_edge"]

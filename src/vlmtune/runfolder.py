@@ -1,0 +1,110 @@
+"""The files of a run folder, each written whole or not at all."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vlmtune import display, environment, tracking
+from vlmtune.config import Config
+from vlmtune.data.records import Split
+from vlmtune.evaluation import Evaluation
+from vlmtune.loop import Progress
+
+FILES = {"model": "model", "predictions": "predictions.csv", "curves": "report.html", "numbers": "result.json"}
+
+
+def make_result(
+    status: str, progress: Progress, metrics: dict[str, float], objective: str, seconds: float
+) -> dict[str, Any]:
+    """What result.json holds. `objective`: the metric that a sweep compares; `seconds`: time spent in training steps."""
+    seconds = max(seconds, 1e-9)
+    return {
+        "status": status,
+        "objective": metrics.get(f"eval/{objective}"),
+        "steps": progress.step,
+        "examples": progress.examples,
+        "skipped_steps": progress.skipped,
+        "metrics": metrics,
+        "speed": {
+            "examples_per_second": progress.examples / seconds,
+            "tokens_per_second": progress.tokens / seconds,
+            "training_seconds": seconds,
+        },
+        "memory": environment.memory(),
+        "error": None,
+    }
+
+
+def closing_table(folder: Path, result: dict[str, Any]) -> str:
+    """Scores before and after, time, memory, and where everything is."""
+    metrics, speed, memory = result["metrics"], result["speed"], result["memory"]
+    names = [name.removeprefix("eval/") for name in metrics if name.startswith("eval/")]
+
+    def cell(key: str) -> str:
+        return f"{metrics[key]:.4f}" if key in metrics else "-"
+
+    rows = [(name, cell(f"baseline/{name}"), cell(f"eval/{name}")) for name in names]
+    lines = [display.table("Result", ("metric", "before", "after"), rows)] if rows else []
+    used = memory["peak_device_bytes"] or memory["peak_rss_bytes"]
+    lines.append(
+        f"{result['status']}: {result['steps']} steps, {result['examples']} examples in "
+        f"{display.duration(speed['training_seconds'])} ({speed['examples_per_second']:.0f} examples/s), "
+        f"peak memory {display.size(used, 'B')}"
+    )
+    lines += [f"  {name:<12} {folder / file}" for name, file in FILES.items() if (folder / file).exists()]
+    return "\n".join(lines)
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write `values`, whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(values, indent=2) + "\n")
+    partial.replace(path)
+
+
+def write_config(path: Path, config: Config) -> None:
+    """Write the resolved config as YAML that `resume=` and `predict.py` read back."""
+    path.write_text(yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True))
+
+
+def write_predictions(path: Path, split: Split, found: Evaluation, metric: str) -> None:
+    """Write the split's own columns, answer_predictions and the score, in row order."""
+    if split.frame is not None:
+        frame = split.frame.iloc[[record.row for record in split.records]].copy()
+        frame["answer_predictions"] = found.predictions
+        frame["score"] = [scores[metric] for scores in found.scores]
+        frame.to_csv(path, index=False)
+        return
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image_path", "question", "answer", "answer_predictions", "score"])
+        for index, (prediction, scores) in enumerate(zip(found.predictions, found.scores, strict=True)):
+            record = split.records[index]
+            writer.writerow([record.group, record.question, record.answers[0], prediction, scores[metric]])
+
+
+def write_failure(folder: Path, error: BaseException) -> None:
+    """Say in result.json that and why the run failed, with what its log shows of how far it came."""
+    rows = tracking.read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else []
+    last: dict[str, Any] = {}
+    for row in rows:
+        last |= row
+    write_json(
+        folder / "result.json",
+        {
+            "status": "failed",
+            "objective": None,
+            "steps": last.get("step", 0),
+            "examples": last.get("train/examples", 0),
+            "metrics": {name: value for name, value in last.items() if name.startswith(("eval/", "test/"))},
+            "speed": {},
+            "memory": {},
+            "error": {"type": type(error).__name__, "message": str(error)},
+        },
+    )

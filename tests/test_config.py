@@ -1,0 +1,272 @@
+"""The schema, its YAML files and the strict way between them: what is wrong is said at once, and nothing slips through."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+import vlmtune
+from vlmtune import compose, config, signatures
+from vlmtune.errors import ConfigError
+
+ROOT = config.home()
+OPTIONS = [(group, option) for group, options in compose.groups().items() for option in options]
+READABLE = {("model", "auto"): ["model.path=folder"], ("data", "csv"): ["data.train=rows.csv"]}
+"""What an option asks the user for."""
+
+
+def read(*overrides: str, multirun: bool = False) -> config.Config:
+    return compose.read("train", overrides, multirun=multirun)[0]
+
+
+def problems(*overrides: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        read(*overrides)
+    return caught.value.problems
+
+
+# ---------------------------------------------------------------- the files
+
+
+@pytest.mark.parametrize(("group", "option"), [pair for pair in OPTIONS if pair[0] != "sweeps"])
+def test_every_option_composes(group: str, option: str) -> None:
+    read(f"{group}={option}", *READABLE.get((group, option), []))
+
+
+@pytest.mark.parametrize("name", compose.groups()["sweeps"])
+def test_every_sweep_composes_and_its_values_are_valid(name: str) -> None:
+    composed = compose.compose("train", [f"sweeps={name}"])
+    for key, values in (composed.hydra.sweeper.get("params") or {}).items():
+        for value in compose.parse([f"{key}={values}"])[0].sweep_string_iterator():
+            read(f"sweeps={name}", f"{key}={value}", multirun=True)
+
+
+def test_every_option_starts_with_what_it_is() -> None:
+    for group, option in OPTIONS:
+        folder = ROOT if group == "sweeps" else ROOT / "conf"
+        lines = (folder / group / f"{option}.yaml").read_text().splitlines()
+        first = lines[1] if lines[0].startswith("# @package") else lines[0]
+        assert first.startswith("# "), f"{group}/{option}.yaml"
+
+
+def test_every_model_but_pico_and_auto_shows_its_command_and_pins_a_revision() -> None:
+    for option in set(compose.groups()["model"]) - {"pico", "auto"}:
+        text = (ROOT / "conf" / "model" / f"{option}.yaml").read_text()
+        revision = OmegaConf.create(text).revision
+        assert f"python src/train.py model={option} " in text
+        pinned = len(revision) == 40 and set(revision) <= set("0123456789abcdef")
+        assert pinned or "# unpinned" in text, f"{option}: {revision}"
+
+
+@pytest.mark.parametrize("option", compose.groups()["adapter"])
+def test_every_adapter_file_names_its_paper(option: str) -> None:
+    text = (ROOT / "conf" / "adapter" / f"{option}.yaml").read_text()
+    assert "arXiv:" in text.splitlines()[0] or option == "none"
+
+
+# ---------------------------------------------------------------- the schema
+
+
+def test_every_field_is_described_by_a_sentence() -> None:
+    tree = ast.parse(Path(config.__file__).read_text())
+    schemas = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.decorator_list]
+    assert {node.name for node in schemas} >= {"Config", "ModelConfig", "TrainerConfig", "DataConfig"}
+    silent = []
+    for schema in schemas:
+        for node, after in zip(schema.body, [*schema.body[1:], None], strict=True):
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and not is_sentence(after):
+                silent.append(f"{schema.name}.{node.target.id}")
+    assert silent == []
+
+
+def is_sentence(node: ast.stmt | None) -> bool:
+    return (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+        and node.value.value.endswith(".")
+    )
+
+
+# ---------------------------------------------------------------- what is wrong
+
+
+def test_all_problems_come_in_one_error_with_what_would_work() -> None:
+    found = problems(
+        "model=qwen2vl_7",
+        "trainer.epoch=2",
+        "trainer.batch_size=many",
+        "trainer.scheduler.warmup_fraction=1.5",
+        "trainer.precision=bf61",
+        "optimiser=adamw",
+        "quantization.bits=4",
+        "data.columns=3",
+    )
+    assert found == [
+        "model=qwen2vl_7: did you mean qwen2vl_7b or qwen2vl_72b or qwen2vl_2b?",
+        "optimiser: no such key; did you mean optimizer?",
+        "quantization.bits: there is nothing to set with quantization=none",
+        "trainer.epoch: no such key; did you mean epochs?",
+        "trainer.batch_size='many': must be of type int",
+        "trainer.scheduler.warmup_fraction=1.5: must be at least 0 and at most 1",
+        "trainer.precision=bf61: did you mean bf16?",
+        "data.columns=3: is a group of keys; set one of image, question, answer",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("trainer.batch_size=0", "trainer.batch_size=0: must be at least 1"),
+        ("trainer.batch_size=1.5", "trainer.batch_size=1.5: must be of type int"),
+        ("trainer.batch_size=true", "trainer.batch_size=True: must be of type int"),
+        ("trainer.batch_size=null", "trainer.batch_size=None: must be of type int"),
+        ("trainer.epochs=0", "trainer.epochs=0.0: must be above 0"),
+        ("trainer.learning_rate=nan", "trainer.learning_rate=nan: must be at least 0"),
+        ("trainer.seed=${nowhere}", "trainer.seed: Interpolation key 'nowhere' not found"),
+        ("trainer.epochs.x=1", "trainer.epochs={'x': 1}: must be of type float"),
+        ("model.freeze=vision", "model.freeze='vision': must be of type list[str]"),
+        ("adapter.parts=language", "adapter.parts=language: must be a list, for instance [language]"),
+        ("quantization.parts=null", "quantization.parts=None: must be a list, for instance [language]"),
+        ("adapter.parts=[lenguage]", "adapter.parts: lenguage is no part; did you mean language?"),
+        ("adapter=loraa", "adapter=loraa: did you mean lora or dora or rslora?"),
+        ("~trainer.seed", "~trainer.seed: keys can't be removed; set another value"),
+        ("trainer.eval_every=0", "trainer.eval_every=0: must be a number of steps, `epoch` or null"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_key(override: str, problem: str) -> None:
+    assert problems(override) == [problem]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "starts"),
+    [
+        (["model.freeze=[vision]"], "model.freeze=['vision']: under an adapter the whole base model is frozen"),
+        (["adapter=none", "quantization=nf4"], "quantization: quantized weights can't be trained"),
+        (["adapter=loha", "quantization=nf4"], "adapter=loha: PEFT can't put it on 4-bit weights"),
+        (["adapter=lokr", "quantization=fp4"], "adapter=lokr: PEFT can't put it on 4-bit weights"),
+        (["adapter=pissa", "quantization=int8"], "adapter.init_lora_weights=pissa: splits the weights"),
+        (["model.image.min_tokens=9", "model.image.max_tokens=4"], "model.image.min_tokens=9: above"),
+        (["trainer.precision=fp16", "model.dtype=bf16"], "trainer.precision=fp16: does not go with"),
+        (["model=auto"], "model.path: missing"),
+    ],
+)
+def test_an_impossible_combination_is_refused(overrides: list[str], starts: str) -> None:
+    assert problems(*overrides)[0].startswith(starts)
+
+
+def test_several_impossible_combinations_are_listed_together() -> None:
+    assert len(problems("model=auto", "model.freeze=[vison]", "trainer.best_metric=eval/exact_mach")) == 4
+
+
+def test_a_mistyped_adapter_field_is_answered_with_the_near_ones_and_all() -> None:
+    [problem] = problems("adapter.lora_alfa=3")
+    assert problem.startswith(
+        "adapter.lora_alfa: lora has no such field; did you mean lora_alpha? choose from: r, target_modules, "
+    )
+
+
+@pytest.mark.parametrize("plus", ["", "+", "++"])
+def test_a_plus_does_not_bypass_the_schema(plus: str) -> None:
+    """Hydra's own error text suggests `+key=`, which adds the key next to the schema."""
+    assert problems(f"{plus}trainer.epoch=2") == ["trainer.epoch: no such key; did you mean epochs?"]
+    assert problems(f"{plus}epochs=2")[0].startswith("epochs: no such key")
+
+
+@pytest.mark.parametrize("override", ["sweeps=lora_rnk", "+sweeps=lora_rnk"])
+def test_a_mistyped_sweep_is_no_silent_single_run(override: str) -> None:
+    assert problems(override) == ["sweeps=lora_rnk: did you mean lora_rank?"]
+
+
+@pytest.mark.parametrize("override", ["adapter.r=4,8", "model=pico,qwen2vl_7b", "sweeps=lora_rank"])
+def test_several_values_need_a_multirun(override: str) -> None:
+    """vlmtune.train(["adapter.r=4,8"]) must not quietly train with 4."""
+    assert problems(override)[0].startswith(f"{override}: means several runs; put -m in front")
+    read(override, multirun=True)
+
+
+@pytest.mark.parametrize("word", ["foo", "trainer.epochs=[1", "=3"])
+def test_what_is_no_override_is_a_usage_error(word: str) -> None:
+    with pytest.raises(compose.UsageError, match="is no override; write key=value"):
+        read(word)
+
+
+def test_the_python_way_in_raises_the_same_errors(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="did you mean epochs"):
+        vlmtune.train(["trainer.epoch=2", f"hydra.run.dir={tmp_path / 'run'}"])
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------- what is right
+
+
+def test_keys_of_the_schema_can_be_set_where_no_yaml_file_names_them() -> None:
+    found = read(
+        "adapter=none", "model.freeze=[vision]", "trainer.share_prefix=off", "trainer.learning_rate_of.vision=1e-5"
+    )
+    assert found.model.freeze == ["vision"]
+    assert found.trainer.share_prefix == "off"
+    assert found.trainer.learning_rate_of == {"vision": 1e-5}
+    assert read("adapter.use_dora=true").adapter["use_dora"] is True
+    assert read("model.image.min_tokens=4").model.image.min_tokens == 4
+
+
+def test_learning_rates_without_a_dot_are_numbers() -> None:
+    """PyYAML reads 1e-4 as a string."""
+    assert read("trainer.learning_rate=1e-4").trainer.learning_rate == 1e-4
+
+
+def test_the_readme_line_of_the_guide_composes() -> None:
+    found = read("model=qwen2vl_7b", "adapter=lora", "quantization=nf4", "data=csv", "data.train=vqa.csv")
+    assert (found.model.path, found.adapter["r"]) == ("Qwen/Qwen2-VL-7B-Instruct", 16)
+    assert found.quantization["bnb_4bit_quant_type"] == "nf4"
+
+
+# ---------------------------------------------------------------- PEFT's and transformers' own fields
+
+
+def test_a_wrong_field_is_answered_without_importing_what_defines_it() -> None:
+    code = (
+        "import sys\n"
+        "from vlmtune import compose\n"
+        "from vlmtune.errors import ConfigError\n"
+        "try: compose.read('train', ['adapter.zzz=1', 'quantization=nf4', 'quantization.zzz=1'])\n"
+        "except ConfigError as error: print(error)\n"
+        "print([name for name in ('torch', 'peft', 'transformers', 'pandas', 'wandb') if name in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT / "src")
+    adapter, quantization, imported = done.stdout.splitlines()
+    assert adapter.startswith("adapter.zzz: lora has no such field; choose from: r, target_modules, ")
+    assert all(name in adapter for name in ("lora_alpha", "lora_dropout", "use_dora"))
+    assert quantization.startswith("quantization.zzz: bitsandbytes_4bit has no such field; choose from: ")
+    assert "bnb_4bit_quant_type" in quantization
+    assert imported == "[]"
+
+
+def test_adapter_fields_are_those_of_peft() -> None:
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    real = {
+        kind.value.lower(): [f.name for f in dataclasses.fields(cls) if f.name not in signatures.NOT_FOR_USERS]
+        for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()
+    }
+    found = signatures.adapter_fields()
+    assert set(found) == set(real)
+    assert {method: sorted(set(fields)) for method, fields in found.items()} == {m: sorted(f) for m, f in real.items()}
+
+
+def test_quantization_fields_are_those_of_transformers() -> None:
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    found = signatures.quantization_fields()
+    assert set(found) == set(AUTO_QUANTIZATION_CONFIG_MAPPING)
+    for method in ("bitsandbytes_4bit", "bitsandbytes_8bit"):
+        parameters = inspect.signature(AUTO_QUANTIZATION_CONFIG_MAPPING[method]).parameters.values()
+        assert found[method] == [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
