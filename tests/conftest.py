@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
 
 for name, value in {
     "HF_HUB_OFFLINE": "1",
@@ -12,12 +17,6 @@ for name, value in {
     "CUDA_VISIBLE_DEVICES": "",
 }.items():
     os.environ.setdefault(name, value)
-
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
-import pytest
 
 
 @pytest.fixture(scope="session")

@@ -131,7 +131,7 @@ def test_an_adapter_of_another_family_is_refused(saved: Path, model_of: Callable
     for file in saved.glob("adapter_model.safetensors"):
         renamed = {name.replace("language_model", "text"): t for name, t in load_file(file).items()}
         save_file(renamed, file, metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match="does not fit this model: ."):
+    with pytest.raises(CheckpointError, match=r"does not fit this model: ."):
         load_adapter(model_of("qwen2_vl"), saved)
 
 
@@ -148,5 +148,5 @@ def test_an_adapter_with_other_weights_is_refused(saved: Path, model_of: Callabl
     else:
         tensors[first] = tensors[first][:1].clone()
     save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match="does not fit this model: ."):
+    with pytest.raises(CheckpointError, match=r"does not fit this model: ."):
         load_adapter(model_of("qwen2_vl"), saved)

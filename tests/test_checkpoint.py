@@ -62,7 +62,6 @@ def resume(config: Config, rows: Any, at: Path) -> tiny.Run:
     ],
     ids=["lora", "accumulation", "8-bit optimizer", "nf4", "full"],
 )
-@pytest.mark.filterwarnings("ignore:.*bitsandbytes.*")
 def test_a_resumed_run_is_the_straight_one(folder: Path, tmp_path: Path, choice: dict[str, Any]) -> None:
     """Losses, weights and order, from the middle of the second epoch; dropout shows a lost random state."""
     config = tiny.config(folder, max_steps=8, **choice)
@@ -249,7 +248,6 @@ def test_saved_weights_load_with_transformers_and_here(checkpoint_of: Any, tmp_p
     assert torch.equal(logits(reopened(config, run, tmp_path), run.encoder), wanted)
 
 
-@pytest.mark.filterwarnings("ignore:.*bitsandbytes.*")
 def test_a_saved_qlora_adapter_loads_over_the_same_4_bit_base(folder: Path, tmp_path: Path) -> None:
     config = tiny.config(folder, adapter=tiny.LORA, quantization=tiny.QUANTIZED["nf4"], learning_rate=1e-2)
     run, wanted = trained(config, tmp_path)
@@ -264,7 +262,7 @@ def test_a_save_that_loses_a_weight_is_found(run: tiny.Run, tmp_path: Path, monk
     """PEFT leaves tensors out that it does not think of as the adapter's."""
     extra = torch.nn.Parameter(torch.ones(3))
     run.model.get_base_model().register_parameter("forgotten", extra)
-    with pytest.raises(CheckpointError, match="do not hold the trained value of .*forgotten"):
+    with pytest.raises(CheckpointError, match=r"do not hold the trained value of .*forgotten"):
         save_model(run.model, run.processor, tmp_path / "model")
     assert not list(tmp_path.iterdir())
 

@@ -1,4 +1,4 @@
-"""The schema, its YAML files and the strict way between them: what is wrong is said at once, and nothing slips through."""
+"""The schema, its YAML files and the strict way between them: every mistake is named at once, nothing slips through."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import dataclasses
 import inspect
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
@@ -69,6 +71,21 @@ def test_every_model_but_pico_and_auto_shows_its_command_and_pins_a_revision() -
 def test_every_adapter_file_names_its_paper(option: str) -> None:
     text = (ROOT / "conf" / "adapter" / f"{option}.yaml").read_text()
     assert "arXiv:" in text.splitlines()[0] or option == "none"
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's own call
+@pytest.mark.parametrize("option", compose.groups()["adapter"])
+def test_every_adapter_file_makes_something_of_the_language_model_trainable(
+    option: str, model_of: Callable[[str], Any]
+) -> None:
+    from vlmtune.models.adapters import adapt
+    from vlmtune.models.parts import find_parts
+
+    model = model_of("qwen2_vl")
+    parts = find_parts(model)
+    adapted = adapt(model, read(f"adapter={option}"), parts, total_steps=100)
+    trained = {parts.of(name) for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    assert trained == ({"vision", "projector", "language", "head"} if option == "none" else {"language"})
 
 
 # ---------------------------------------------------------------- the schema
@@ -136,7 +153,7 @@ def test_all_problems_come_in_one_error_with_what_would_work() -> None:
         ("adapter.parts=language", "adapter.parts=language: must be a list, for instance [language]"),
         ("quantization.parts=null", "quantization.parts=None: must be a list, for instance [language]"),
         ("adapter.parts=[lenguage]", "adapter.parts: lenguage is no part; did you mean language?"),
-        ("adapter=loraa", "adapter=loraa: did you mean lora or dora or rslora?"),
+        ("adapter=lorra", "adapter=lorra: did you mean lora or rslora or lokr?"),
         ("~trainer.seed", "~trainer.seed: keys can't be removed; set another value"),
         ("trainer.eval_every=0", "trainer.eval_every=0: must be a number of steps, `epoch` or null"),
     ],
@@ -167,9 +184,9 @@ def test_several_impossible_combinations_are_listed_together() -> None:
 
 
 def test_a_mistyped_adapter_field_is_answered_with_the_near_ones_and_all() -> None:
-    [problem] = problems("adapter.lora_alfa=3")
+    [problem] = problems("adapter.lora_dropuot=0.1")
     assert problem.startswith(
-        "adapter.lora_alfa: lora has no such field; did you mean lora_alpha? choose from: r, target_modules, "
+        "adapter.lora_dropuot: lora has no such field; did you mean lora_dropout? choose from: r, target_modules, "
     )
 
 

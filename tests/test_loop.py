@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 
 import tiny
 from vlmtune import loop, session
 from vlmtune.config import SchedulerConfig
 from vlmtune.data.batch import padded
 from vlmtune.errors import ConfigError
-from vlmtune.loss import summed_loss
 from vlmtune.models.parts import find_parts
 from vlmtune.optim import build_optimizer, build_scheduler
 
@@ -125,7 +125,7 @@ def fit(steps: list[list[Numbers]], **options: Any) -> tuple[Quadratic, list[loo
     model = Quadratic()
     plain = torch.optim.SGD(model.parameters(), lr=1.0)
     scheduler = build_scheduler(plain, trainer, 100)
-    optimizer = engine.prepare(plain)
+    optimizer = AcceleratedOptimizer(plain, scaler=options.pop("scaler", None))
     reports: list[loop.StepReport] = []
     progress = loop.Progress()
     hooks = loop.Hooks(after_step=reports.append, **options.pop("hooks", {}))
@@ -162,6 +162,28 @@ def test_a_nonfinite_step_is_left_out_where_asked(bad: float) -> None:
     model, reports, progress = fit([[Numbers(1.0)], [Numbers(1.0), Numbers(bad)], [Numbers(1.0)]], skip_nonfinite=True)
     assert model.weight.tolist() == [-2.0] * 4
     assert (progress.step, progress.skipped, len(reports)) == (3, 1, 3)
+
+
+class Scaler:
+    """A gradient scaler that only notes that it was asked to step: itself it leaves out what is not finite."""
+
+    steps = 0
+
+    def step(self, *_: Any) -> None:
+        self.steps += 1
+
+    def update(self) -> None: ...
+
+
+def test_under_fp16_the_scaler_sees_every_step() -> None:
+    """It must be told of a bad step too, or its next `unscale_` raises; an infinite gradient alone is its business."""
+    scaler = Scaler()
+    fit([[Numbers(1e38)], [Numbers(1.0)]], scaler=scaler)
+    assert scaler.steps == 2
+    with pytest.raises(loop.NonFinite):
+        fit([[Numbers(math.nan)]], scaler=scaler)
+    fit([[Numbers(math.nan)], [Numbers(1.0)]], scaler=scaler, skip_nonfinite=True)
+    assert scaler.steps == 5
 
 
 def test_ten_nonfinite_steps_in_a_row_stop_all_the_same() -> None:
@@ -269,11 +291,13 @@ def test_gradient_checkpointing_changes_no_gradient(folder: Path, adapter: Any) 
     assert_equal(recomputed.weights(), plain.weights(), 1e-6)
 
 
-def test_dropout_is_on_in_training_and_off_in_evaluation(folder: Path) -> None:
-    run = tiny.assemble(tiny.config(folder, adapter={**tiny.LORA, "lora_dropout": 0.5}), tiny.records(4))
-    run.fit()
-    batch = padded(run.encoder, tiny.records(2))
-    run.model.train()
-    assert summed_loss(run.model, batch).item() != summed_loss(run.model, batch).item()
-    run.model.eval()
-    assert summed_loss(run.model, batch).item() == summed_loss(run.model, batch).item()
+def test_dropout_is_on_in_training_even_after_an_evaluation(folder: Path) -> None:
+    def losses(dropout: float) -> list[float]:
+        config = tiny.config(folder, adapter={**tiny.LORA, "lora_dropout": dropout}, scheduler=CONSTANT)
+        run = tiny.assemble(config, tiny.records(4))
+        run.model.eval()  # as every evaluation in between leaves it, at worst
+        return run.fit().losses
+
+    with_dropout, without = losses(0.5), losses(0.0)
+    assert with_dropout[0] == without[0], "LoRA's B is zero at first"
+    assert with_dropout[2] != without[2]

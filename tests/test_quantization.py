@@ -60,7 +60,6 @@ def test_other_parts_where_asked(checkpoint_of: Callable[[str], Path]) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-@pytest.mark.filterwarnings("ignore:MatMul8bitLt:UserWarning")  # fp32 activations become half in int8 layers
 def test_training_lowers_the_loss(checkpoint_of: Callable[[str], Path], family: str, kind: str) -> None:
     run = assemble(checkpoint_of(family), kind, max_steps=6).fit()
     assert run.losses[3] < run.losses[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,7 +47,10 @@ def run_in(folder: Path, config: Config) -> dict[str, Any]:
     runfolder.write_config(folder / "config.yaml", config)
     with display.logging_to(folder):
         try:
-            return run.train(config, folder)
+            result = run.train(config, folder)
+            if config.preflight == "only":
+                runfolder.write_json(folder / "result.json", result)
+            return result
         except BaseException as error:
             if isinstance(error, BadRowsError):
                 write_quarantine(folder / "quarantine.csv", error.bad)
@@ -55,8 +59,12 @@ def run_in(folder: Path, config: Config) -> dict[str, Any]:
 
 
 def check_free(folder: Path, config: Config) -> None:
-    """Raise ConfigError where `folder` already holds a run that this one does not resume."""
-    if (folder / "config.yaml").exists() and not config.resume:
+    """Raise ConfigError where `folder` holds a run that this one does not resume; one that never got going is in no way."""
+    if config.resume or not (folder / "config.yaml").exists():
+        return
+    result = folder / "result.json"
+    status = json.loads(result.read_text())["status"] if result.exists() else "running"
+    if status not in ("failed", "preflight") or (folder / "checkpoints").exists():
         raise ConfigError(
             f"{folder}: holds a run already; choose another hydra.run.dir, or go on with it: resume={folder}"
         )

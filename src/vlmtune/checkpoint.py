@@ -147,7 +147,7 @@ def all_checkpoints(root: Path) -> list[Path]:
 
 def _read(file: Path) -> dict[str, Tensor]:
     try:
-        return load_file(file)
+        return dict(load_file(file))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file.parent}: is no checkpoint: {file.name}: {error}") from error
 

@@ -88,7 +88,8 @@ def compose(command: str, overrides: Sequence[str]) -> DictConfig:
     logging.getLogger("hydra").setLevel(logging.ERROR)
     try:
         with hydra.initialize_config_dir(str(home() / "conf"), version_base="1.3"):
-            return hydra.compose(command, list(overrides), return_hydra_config=True)
+            composed: DictConfig = hydra.compose(command, list(overrides), return_hydra_config=True)
+            return composed
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(str(error).strip().splitlines()[0]) from error
 

@@ -8,7 +8,9 @@ is refused before anything heavy is imported.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -110,7 +112,7 @@ class TrainerConfig:
     eval_baseline: bool = True
     """Evaluate the untrained model first."""
     save_every: Any = None
-    """Write a checkpoint each so many optimizer steps, or `epoch`; null: only at the end."""
+    """Write a checkpoint each so many optimizer steps, or `epoch`; null: never. The finished model is saved in any case."""
     keep_checkpoints: int = number(2, least=1)
     """Newest checkpoints to keep; the best one is kept besides."""
     best_metric: str | None = None
@@ -267,7 +269,7 @@ def strict(composed: DictConfig) -> Config:
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
     assert isinstance(raw, dict)
-    config = _read(Config, raw, "", problems)
+    config: Config = _read(Config, raw, "", problems)
     if not problems:
         problems = combinations(config)
     if problems:
@@ -303,7 +305,7 @@ def nested_schema(spec: dataclasses.Field[Any]) -> type | None:
 
 def _value(schema: type, spec: dataclasses.Field[Any], key: str, value: Any, problems: list[str]) -> Any:
     """Convert one value to its field's type and check its bounds."""
-    single = dataclasses.make_dataclass("Single", [("value", _annotation(schema, spec.name), MISSING)])
+    single = dataclasses.make_dataclass("Single", [("value", _annotations(schema)[spec.name], MISSING)])
     try:
         value = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(single), {"value": value})).value  # type: ignore[union-attr]
     except OmegaConfBaseException:
@@ -319,10 +321,9 @@ def _value(schema: type, spec: dataclasses.Field[Any], key: str, value: Any, pro
     return value
 
 
-def _annotation(schema: type, name: str) -> Any:
-    import typing
-
-    return typing.get_type_hints(schema)[name]
+@functools.cache
+def _annotations(schema: type) -> dict[str, Any]:
+    return typing.get_type_hints(schema)
 
 
 def _read_open(group: str, raw: dict[Any, Any], problems: list[str]) -> dict[str, Any]:

@@ -45,7 +45,7 @@ class TrainingError(VlmtuneError):
 def nearest(word: str, candidates: Iterable[str], *, most: int = 12) -> str:
     """Say which candidates a mistyped word may have meant: `did you mean x?`, else the list of all."""
     names = sorted(map(str, candidates))
-    close = difflib.get_close_matches(word, names, n=3, cutoff=0.6)
+    close = [name for name in names if len(word) > 2 and name.startswith(word)][:3] or difflib.get_close_matches(word, names, n=3, cutoff=0.6)
     if close:
         return f"did you mean {' or '.join(close)}?"
     shown = ", ".join(names[:most]) + (", ..." if len(names) > most else "")

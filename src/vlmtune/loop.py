@@ -22,6 +22,8 @@ class Progress:
     """Rows trained on, over all ranks."""
     tokens: int = 0
     """Tokens computed, padding not counted, over all ranks."""
+    seconds: float = 0.0
+    """Spent in steps: evaluation, saving and starting not counted."""
     skipped: int = 0
     """Steps left out because the loss or the gradient was not finite."""
     best: float | None = None
@@ -109,10 +111,13 @@ def fit(
         counts = _count(batches, engine)
         loss = _forward_backward(model, batches, counts["supervised"], engine, summed_loss, hooks.penalty)
         norm = _gradient_norm(parameters, max_grad_norm, engine)
-        if math.isfinite(loss) and (math.isfinite(norm) or _scaled(optimizer)):
-            in_a_row = 0
+        finite, scaled = math.isfinite(loss) and math.isfinite(norm), _scaled(optimizer)
+        if finite or scaled:
             optimizer.step()
+        if finite:
             hooks.before_zero_grad(progress.step + 1)
+        if finite or (scaled and math.isfinite(loss)):
+            in_a_row = 0
         else:
             in_a_row += 1
             progress.skipped += 1
@@ -125,6 +130,7 @@ def fit(
         progress.examples += counts["rows"]
         progress.tokens += counts["tokens"]
         seconds = time.perf_counter() - began
+        progress.seconds += seconds
         hooks.after_step(
             StepReport(progress.step, loss, norm, learning_rate, counts["rows"], counts["tokens"], seconds, waited)
         )

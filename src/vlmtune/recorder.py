@@ -49,7 +49,6 @@ class Recorder:
         self.baseline: dict[str, float] = {}
         self.stopped_early = False
         self.started = time.perf_counter()
-        self.training_seconds = 0.0
         self.tracker: tracking.Tracker = tracking.Nothing()
         self.metrics_file: tracking.MetricsFile | None = None
 
@@ -102,7 +101,6 @@ class Recorder:
     def training(self) -> Iterator[None]:
         """While inside: a progress bar, signals that end the run after its step, and clear errors."""
         total = self.batches.total_steps
-        began = time.perf_counter()
         done = False
         try:
             with self.interruption.watching(), display.bar("training", total, show=self.main) as self.advance:
@@ -122,7 +120,6 @@ class Recorder:
                 "adapter=lora or quantization=nf4"
             ) from error
         finally:
-            self.training_seconds += time.perf_counter() - began
             if not done:
                 self.tracker.finish({"status": "failed"})
 
@@ -265,7 +262,7 @@ class Recorder:
                 tested = self.evaluate("on the test rows", "test")
                 metrics |= {f"test/{name}": value for name, value in tested.metrics.items()}
         result = runfolder.make_result(
-            status, self.progress, metrics, self.config.task.metrics[0], self.training_seconds
+            status, self.progress, metrics, self.config.task.metrics[0]
         )
         if self.main:
             checkpoint.save_model(self.model, self.processor, self.folder / "model")

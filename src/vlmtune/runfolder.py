@@ -20,10 +20,10 @@ FILES = {"model": "model", "predictions": "predictions.csv", "curves": "report.h
 
 
 def make_result(
-    status: str, progress: Progress, metrics: dict[str, float], objective: str, seconds: float
+    status: str, progress: Progress, metrics: dict[str, float], objective: str
 ) -> dict[str, Any]:
-    """What result.json holds. `objective`: the metric that a sweep compares; `seconds`: time spent in training steps."""
-    seconds = max(seconds, 1e-9)
+    """What result.json holds. `objective`: the metric that a sweep compares."""
+    seconds = max(progress.seconds, 1e-9)
     return {
         "status": status,
         "objective": metrics.get(f"eval/{objective}"),

@@ -43,7 +43,8 @@ def engine(trainer: TrainerConfig) -> Any:
         raise ConfigError("trainer.precision=bf16: this GPU has no bfloat16; use fp16 or fp32")
     AcceleratorState._reset_state()  # a multirun's jobs may differ in precision
     set_seed(trainer.seed)
-    return Accelerator(mixed_precision="no" if precision == "fp32" else precision)
+    cpu = not torch.cuda.is_available()  # or a launcher's CPU ranks would each believe to be alone
+    return Accelerator(cpu=cpu, mixed_precision="no" if precision == "fp32" else precision)
 
 
 def dtypes(config: Config, engine: Any) -> dict[str, torch.dtype]:

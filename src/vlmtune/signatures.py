@@ -87,7 +87,7 @@ def _dict_literal(file: Path, name: str) -> dict[str, str]:
             continue
         if any(isinstance(target, ast.Name) and target.id == name for target in node.targets):
             pairs = zip(node.value.keys, node.value.values, strict=True)
-            return {k.value: v.id for k, v in pairs if isinstance(k, ast.Constant) and isinstance(v, ast.Name)}
+            return {str(k.value): v.id for k, v in pairs if isinstance(k, ast.Constant) and isinstance(v, ast.Name)}
     raise LookupError(f"{name} is not in {file.name} of this transformers version")
 
 

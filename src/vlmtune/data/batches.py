@@ -103,6 +103,6 @@ class Batches(Dataset[list[Batch]]):
             sampler=range(first, self.total_steps),
             num_workers=workers,
             pin_memory=not self.on_cpu,
-            generator=torch.Generator(),  # its seed is drawn here, not from the random state that a resumed run restored
+            generator=torch.Generator(),  # or it draws its seed from the random state that a resume restored
         )
         return iter(loader)

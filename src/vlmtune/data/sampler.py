@@ -46,5 +46,4 @@ def _members(groups: Sequence[Hashable]) -> list[np.ndarray]:
 
 def micro_batches(rows: list[int], *, batch_size: int, accumulation: int, rank: int) -> list[list[int]]:
     """The part of a step's rows that process `rank` works on, cut into forward passes; some may be empty."""
-    cuts = [rows[i * batch_size : (i + 1) * batch_size] for i in range(rank * accumulation, (rank + 1) * accumulation)]
-    return cuts
+    return [rows[i * batch_size : (i + 1) * batch_size] for i in range(rank * accumulation, (rank + 1) * accumulation)]

@@ -134,9 +134,12 @@ def labelled_scene(seed: int, questions: int = 10, easy: bool = False) -> tuple[
     """Like `scene`, with the kind of each question. `questions`: the number besides the caption."""
     rng = Random(seed)
     things = [_shape(rng, rng.uniform(0.2, 0.7))] if easy else _things(rng)
-    image = _draw(rng, things)
+    image = _draw(rng, things, plain=easy)
     pool = [question for question in _questions(rng, things) if not easy or question.kind not in HARD]
     rng.shuffle(pool)
+    if easy:  # shape is what takes longest to see
+        pool.sort(key=lambda question: question.kind != "shape")
+        pool = [*pool[:1], *pool[2:], pool[1]]
     return image, [_caption(things), *pool[:questions]]
 
 
@@ -200,11 +203,11 @@ def _apart(one: Thing, two: Thing) -> bool:
 # ---------------------------------------------------------------- drawing
 
 
-def _draw(rng: Random, things: list[Thing]) -> Image.Image:
+def _draw(rng: Random, things: list[Thing], *, plain: bool = False) -> Image.Image:
     side = rng.choice((64, 64, 64, 80, 96, 112))
     scale = rng.choice((1, 3))
     inks = {thing: _ink(rng, thing.colour) for thing in things}
-    image = _background(rng, side * scale, list(inks.values()))
+    image = _background(rng, side * scale, list(inks.values()), plain)
     pen = ImageDraw.Draw(image)
     for thing, ink in inks.items():
         (_draw_text if thing.is_text else _draw_shape)(rng, pen, thing, ink, side * scale)
@@ -220,10 +223,13 @@ def _jitter(rng: Random, colour: RGB, amount: int) -> RGB:
     return red, green, blue
 
 
-def _background(rng: Random, side: int, inks: list[RGB]) -> Image.Image:
-    """A flat colour or a gradient that every ink stands out from."""
+def _background(rng: Random, side: int, inks: list[RGB], plain: bool) -> Image.Image:
+    """A flat colour or a gradient that every ink stands out from; `plain`: nearly always a pale flat one."""
     first, second = (_contrasting(rng, inks) for _ in range(2))
-    if rng.random() < 0.7:
+    pale = _jitter(rng, (238, 238, 238), 16)
+    if plain and _gap(pale, inks) > 130:
+        first = pale
+    if plain or rng.random() < 0.7:
         return Image.new("RGB", (side, side), first)
     ramp = Image.linear_gradient("L").resize((side, side))
     if rng.random() < 0.5:
@@ -232,13 +238,14 @@ def _background(rng: Random, side: int, inks: list[RGB]) -> Image.Image:
 
 
 def _contrasting(rng: Random, inks: list[RGB]) -> RGB:
-    def gap(colour: RGB) -> int:
-        return min(sum(abs(a - b) for a, b in zip(colour, ink, strict=True)) for ink in inks)
-
     tries = [_paper(rng) for _ in range(3)]
-    return next(
-        (colour for colour in tries if gap(colour) > 130), max([*tries, (20, 20, 30), (150, 160, 210)], key=gap)
-    )
+    last = max([*tries, (20, 20, 30), (150, 160, 210)], key=lambda colour: _gap(colour, inks))
+    return next((colour for colour in tries if _gap(colour, inks) > 130), last)
+
+
+def _gap(colour: RGB, inks: list[RGB]) -> int:
+    """How far a colour is from the nearest ink: absolute differences summed over the channels."""
+    return min(sum(abs(a - b) for a, b in zip(colour, ink, strict=True)) for ink in inks)
 
 
 def _paper(rng: Random) -> RGB:

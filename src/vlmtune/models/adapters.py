@@ -44,7 +44,8 @@ def adapt(model: Any, config: Config, parts: Parts, *, total_steps: int) -> Any:
 def expand_targets(model: nn.Module, parts: Parts, wanted: Any, scope: list[str], key: str) -> list[str]:
     """Full names of the modules that `wanted` means inside the parts `scope`.
 
-    `wanted`: `all-linear` (but for the output embedding), a list of module name endings (`q_proj`), or a regular expression of full names.
+    `wanted`: `all-linear` (but for the output embedding), a list of module name endings (`q_proj`), or a regular
+    expression of full names.
     """
     linear = {n for n, m in modules_in(model, parts, scope) if isinstance(m, nn.Linear) and n != parts.head}
     if wanted == "all-linear":

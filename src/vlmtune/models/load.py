@@ -134,8 +134,8 @@ def explained(config: ModelConfig) -> Iterator[None]:
         offline = caused_by(LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError, httpx.TransportError)
         if offline or "couldn't connect" in text:
             raise ModelError(
-                f"{path}: is not in the local cache, and the hub can't be reached. Connect once, or fetch it elsewhere with "
-                f"`hf download {path}` and give the folder: model.path=FOLDER"
+                f"{path}: is not in the local cache, and the hub can't be reached. Connect once, or fetch it elsewhere "
+                f"with `hf download {path}` and give the folder: model.path=FOLDER"
             ) from error
         if caused_by(RepositoryNotFoundError):
             raise ModelError(

@@ -61,7 +61,7 @@ def find_parts(model: Any) -> Parts:
         tied = head.weight is model.get_input_embeddings().weight
         prefixes[names[head]] = "language" if tied else "head"
     around = {name for name in _ancestors(tower) | _ancestors(text) if not f"{name}.".startswith(f"{text}.")}
-    for name in names.values():
+    for name in names.values():  # quantization's skip list needs names, also of what only the rule above covers
         if name.rpartition(".")[0] in around and name not in around:
             prefixes.setdefault(name, "projector")
     return Parts(prefixes, names.get(head, ""))

@@ -95,7 +95,7 @@ def set_image_budget(processor: Any, image: ImageConfig) -> None:
         size["longest_edge"] = image.max_tokens * pixels
     if size["shortest_edge"] > size["longest_edge"]:
         raise ConfigError(
-            f"model.image: at least {size['shortest_edge'] // pixels} but at most {size['longest_edge'] // pixels} tokens "
-            "an image is impossible; set both min_tokens and max_tokens"
+            f"model.image: at least {size['shortest_edge'] // pixels} but at most {size['longest_edge'] // pixels} "
+            "tokens an image is impossible; set both min_tokens and max_tokens"
         )
     images.size = type(images.size)(**size) if not isinstance(images.size, dict) else size

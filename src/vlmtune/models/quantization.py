@@ -11,7 +11,7 @@ from vlmtune.models.parts import Parts
 
 
 def quantization_config(quantization: dict[str, Any], parts: Parts, compute_dtype: torch.dtype) -> Any:
-    """transformers' config object for `quantization`, which leaves all modules outside `quantization.parts` as they are.
+    """transformers' config object for `quantization`, which leaves modules outside `quantization.parts` as they are.
 
     The skip list replaces transformers' own (which spares the head alone and quantizes vision tower and projector).
     Raises ConfigError where the class refuses a value.
@@ -38,4 +38,4 @@ def keep_trainable_on_cpu(model: torch.nn.Module) -> None:
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]

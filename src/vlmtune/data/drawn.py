@@ -1,0 +1,78 @@
+"""Drawn scenes as training rows, made when they are asked for: what pico is pre-trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache, partial
+from itertools import cycle, islice
+from typing import overload
+
+from PIL import Image
+
+from vlmtune.config import DataConfig
+from vlmtune.data.records import Record, Turn
+from vlmtune.data.scenes import Question, labelled_scene
+
+SCENES, HELD_OUT = 300_000, 200
+FIRST_HELD_OUT = 10_000_000
+"""Seeds of held-out scenes start here; training never gets that far."""
+
+
+class Scenes(Sequence[Record]):
+    """`count` scenes with `rows` rows each: a caption and questions about the same image, one after the other."""
+
+    def __init__(self, first: int, count: int, rows: int, *, single: bool):
+        self.first, self.count, self.rows, self.single = first, count, rows, single
+
+    @property
+    def fingerprint(self) -> str:
+        return f"scenes {self.first}+{self.count} of {self.rows} rows, single={self.single}"
+
+    @property
+    def groups(self) -> list[int]:
+        """The scene of each row."""
+        return [row // self.rows for row in range(len(self))]
+
+    def __len__(self) -> int:
+        return self.count * self.rows
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Record]: ...
+    def __getitem__(self, index: int | slice) -> Record | list[Record]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        number, place = divmod(index, self.rows)
+        seed = self.first + number
+        question = next(islice(cycle(_drawn(seed, self.single)[1]), place, None))
+        turn = Turn(question.text or "describe the image.", (question.answer,))
+        image = partial(_picture, seed, self.single)
+        return Record((turn,), (image,), group=seed, file="drawn scenes", row=index)
+
+
+@lru_cache(maxsize=512)
+def _drawn(seed: int, single: bool) -> tuple[Image.Image, list[Question]]:
+    return labelled_scene(seed, questions=20, easy=single)
+
+
+def _picture(seed: int, single: bool) -> Image.Image:
+    return _drawn(seed, single)[0]
+
+
+def load(config: DataConfig) -> dict[str, Scenes]:
+    """One object, text or several objects a scene; eight rows each."""
+    return {
+        "train": Scenes(SCENES, SCENES, 8, single=False),
+        "validation": Scenes(FIRST_HELD_OUT, HELD_OUT, 16, single=False),
+    }
+
+
+def load_single(config: DataConfig) -> dict[str, Scenes]:
+    """One object a scene and no yes-or-no questions: where seeing starts. Three rows each."""
+    return {
+        "train": Scenes(0, SCENES, 3, single=True),
+        "validation": Scenes(FIRST_HELD_OUT, HELD_OUT, 8, single=True),
+    }
