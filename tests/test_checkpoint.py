@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from vlmtune.loop import Progress
 from vlmtune.loss import model_inputs
 from vlmtune.models.load import load_trained
 
+PROGRESS = Progress(step=3, examples=24, tokens=999, skipped=1, best=0.5, best_step=2, since_best=1)
 DROPOUT = {**tiny.LORA, "lora_dropout": 0.1}
 
 
@@ -73,7 +75,7 @@ def test_a_resumed_run_is_the_straight_one(folder: Path, tmp_path: Path, choice:
     torch.manual_seed(99)
     second = resume(config, rows, path).fit()
     assert first.losses + second.losses == straight.losses
-    assert second.progress == straight.progress
+    assert replace(second.progress, seconds=0.0) == replace(straight.progress, seconds=0.0)
     wanted = straight.weights()
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in second.weights().items())
     assert [r.learning_rate for r in second.reports] == [r.learning_rate for r in straight.reports[5:]]
@@ -268,7 +270,7 @@ def test_a_save_that_loses_a_weight_is_found(run: tiny.Run, tmp_path: Path, monk
 
 
 def test_progress_round_trips(run: tiny.Run, folder: Path, tmp_path: Path) -> None:
-    run.progress = Progress(3, 24, 999, 1, 0.5, 2, 1)
+    run.progress = replace(PROGRESS)
     config = tiny.config(folder, adapter=tiny.LORA, max_steps=1)
-    assert resume(config, tiny.records(4), save(run, tmp_path)).progress == Progress(3, 24, 999, 1, 0.5, 2, 1)
+    assert resume(config, tiny.records(4), save(run, tmp_path)).progress == PROGRESS
     load_weights(tmp_path / "step_000003", run.model)

@@ -46,6 +46,7 @@ def test_only_the_language_models_layers_are_quantized(
     assert len(names) == 2 * len(LINEARS)
     assert all(name.startswith("model.language_model.layers.") for name in names)
     assert {name.split(".")[-2] for name in names} == set(LINEARS)
+    assert type(run.model.get_base_model().get_output_embeddings()) is torch.nn.Linear  # tied, its weight would hide it
     table = summary(run.model, run.parts)
     full = summary(AutoModelForImageTextToText.from_pretrained(checkpoint_of(family)), run.parts)
     lora = sum(p.numel() for name, p in run.model.named_parameters() if "lora_" in name)

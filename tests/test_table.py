@@ -62,7 +62,8 @@ def test_answers_stay_as_written(answer: str, folder: Path) -> None:
     """A reader that guesses types trains on `nan` and `7.0`."""
     split = rows(f'0.png,what?,"{answer}"\n', folder)
     assert split.records[0].answers == (answer,)
-    assert split.frame is not None and split.frame["answer"].tolist() == [answer]
+    assert split.frame is not None
+    assert split.frame["answer"].tolist() == [answer]
 
 
 def test_a_record_is_its_row(folder: Path) -> None:
@@ -163,7 +164,8 @@ def test_a_url_is_refused_with_what_to_do(url: str, folder: Path) -> None:
 )
 def test_a_file_that_is_no_utf8_csv_names_file_and_line(content: bytes, expected: str, folder: Path) -> None:
     message = refusal(content, folder)
-    assert expected in message and f"{folder}/train.csv" in message
+    assert expected in message
+    assert f"{folder}/train.csv" in message
 
 
 def test_ragged_rows_name_their_lines_after_quoted_line_breaks(folder: Path) -> None:
@@ -220,14 +222,18 @@ def test_each_bad_row_has_its_line_row_and_every_reason(folder: Path) -> None:
     found = bad(FAULTY, folder)
     assert [(row.line, row.row) for row in found] == [(4, 2), (5, 3), (7, 5), (8, 6)]
     assert [row.reason.split(":")[0] for row in found[:3]] == ["empty answer", "no such image", "duplicate of row 4"]
-    assert "nothing to answer" in found[3].reason and "empty answer" in found[3].reason
+    assert "nothing to answer" in found[3].reason
+    assert "empty answer" in found[3].reason
 
 
 def test_the_message_lists_the_first_bad_rows_counts_kinds_and_names_the_policy(folder: Path) -> None:
     message = refusal(HEADER + "0.png,what?,red\n" + "gone.png,what?,red\n" * 30 + "0.png,who?,\n", folder)
     assert "31 of 32 rows can't be used (30 x no such image, 1 x empty answer)" in message
-    assert message.count("\n  line ") == 20 and "and 11 more" in message and "line 3, row 2" in message
-    assert "data.on_bad_row=drop" in message and "data.image_root" in message
+    assert message.count("\n  line ") == 20
+    assert "and 11 more" in message
+    assert "line 3, row 2" in message
+    assert "data.on_bad_row=drop" in message
+    assert "data.image_root" in message
 
 
 def test_bad_rows_of_two_splits_come_in_one_error(folder: Path) -> None:
@@ -241,7 +247,9 @@ def test_drop_keeps_the_rest_with_positions_in_the_frame(folder: Path) -> None:
     """predictions.csv joins records to the frame by position: dropping must not shift it."""
     split = rows(FAULTY, folder, on_bad_row="drop", max_bad_fraction=0.7)
     assert [record.row for record in split.records] == [0, 3]
-    assert len(split.bad) == 4 and split.frame is not None and len(split.frame) == 6
+    assert len(split.bad) == 4
+    assert split.frame is not None
+    assert len(split.frame) == 6
 
 
 def test_drop_stops_above_the_allowed_share_and_when_nothing_is_left(folder: Path) -> None:
@@ -294,7 +302,9 @@ def test_a_frame_for_prediction_keeps_bad_rows_apart_and_needs_no_answers(folder
     assert [record.row for record in split.records] == [0, 1, 2, 3, 5, 7]
     assert [(row.row, row.line) for row in split.bad] == [(5, 0), (7, 0), (9, 0)]
     groups = [record.group for record in split.records]
-    assert groups[0] == groups[5] and groups[2] == groups[3] and len({*groups}) == 4
+    assert groups[0] == groups[5]
+    assert groups[2] == groups[3]
+    assert len({*groups}) == 4
     assert split.records[0].answers == ()
 
 
@@ -348,7 +358,8 @@ def test_limits_draw_training_rows_in_order_and_take_the_first_of_validation(fol
     config = many(folder, validation=validation, max_train_rows=20, max_eval_rows=3)
     found, other = load(config, TaskConfig(), 0), load(config, TaskConfig(), 1)
     drawn = [record.row for record in found["train"].records]
-    assert len(drawn) == 20 and drawn == sorted(drawn) != list(range(20))
+    assert len(drawn) == 20
+    assert drawn == sorted(drawn) != list(range(20))
     assert drawn != [record.row for record in other["train"].records]
     assert [record.row for record in found["validation"].records] == [0, 1, 2]
 
@@ -357,7 +368,8 @@ def test_only_the_wanted_splits_are_read(folder: Path) -> None:
     """Prediction on another machine must not need the training file that the run's config names."""
     config = DataConfig(train="/gone/train.csv", test=table(folder, "image_path,question\n0.png,what?\n0.png,what?\n"))
     found = load(config, TaskConfig(), 0, ("test",), answers_required=False)
-    assert list(found) == ["test"] and len(found["test"]) == 2
+    assert list(found) == ["test"]
+    assert len(found["test"]) == 2
 
 
 def test_no_training_file_names_the_key() -> None:

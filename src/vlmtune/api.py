@@ -59,7 +59,7 @@ def run_in(folder: Path, config: Config) -> dict[str, Any]:
 
 
 def check_free(folder: Path, config: Config) -> None:
-    """Raise ConfigError where `folder` holds a run that this one does not resume; one that never got going is in no way."""
+    """Raise ConfigError where `folder` holds a run that this one does not resume. A failed start is no obstacle."""
     if config.resume or not (folder / "config.yaml").exists():
         return
     result = folder / "result.json"
@@ -111,7 +111,8 @@ class Predictor:
         """
         from vlmtune.data.table import audit_frame
 
-        split = audit_frame(frame, self.config.data, self.config.task, file="", answers_required=False)
+        file = str(frame.attrs.get("file", ""))  # relative paths start at the folder of a table that was read from one
+        split = audit_frame(frame, self.config.data, self.config.task, file=file, answers_required=False)
         answers = self.answer(split.records)
         out = frame.copy()
         column: list[str | None] = [None] * len(frame)

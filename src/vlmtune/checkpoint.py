@@ -214,12 +214,18 @@ def _compare(model: Any, folder: Path) -> None:
 
     Compared by content: names change between a live model and the hub's layout.
     """
+    from vlmtune.models.adapters import adapter_state, saved_name
+
     saved = {_digest(t) for file in folder.glob("*.safetensors") for t in load_file(file).values()}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and _digest(parameter) not in saved:
-            raise CheckpointError(f"{folder}: the saved files do not hold the trained value of {name}")
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    adapter = adapter_state(model)  # has its own names, and under AdaLoRA its own shapes
+    lost = [name for name, p in trained.items() if not adapter and _digest(p) not in saved]
+    lost += [name for name, tensor in adapter.items() if _digest(tensor) not in saved]
+    lost += [name for name in trained if adapter and saved_name(name) not in adapter]
+    if lost:
+        raise CheckpointError(f"{folder}: the saved files do not hold the trained value of {lost[0]}")
 
 
 def _digest(tensor: Tensor) -> bytes:
     data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-    return hashlib.blake2b(data, digest_size=16).digest()
+    return hashlib.blake2b(data.data, digest_size=16).digest()

@@ -14,7 +14,7 @@ from typing import Any
 
 from vlmtune import api, compose
 from vlmtune.config import home
-from vlmtune.errors import ConfigError, DataError, VlmtuneError
+from vlmtune.errors import ConfigError, DataError, UsageError, VlmtuneError
 
 
 def main(command: str, job: Callable[[Any], int]) -> None:
@@ -64,7 +64,7 @@ def flags_and_overrides() -> Any:
             "--config-name, --config-path, --config-dir: a script has one config; set keys of it: key=value"
         )
     if problems:
-        raise compose.UsageError(problems)
+        raise UsageError(problems)
     return words
 
 
@@ -108,7 +108,7 @@ def guard(job: Callable[[], int]) -> int:
         if os.environ.get("VLMTUNE_TRACEBACK"):
             traceback.print_exc()
         print(message(error), file=sys.stderr)
-        return 2 if isinstance(error, compose.UsageError) else 1
+        return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -119,7 +119,7 @@ def guard(job: Callable[[], int]) -> int:
 
 def message(error: VlmtuneError) -> str:
     """`error: ...`, or a list of problems."""
-    kinds = {compose.UsageError: "usage ", ConfigError: "config ", DataError: "data "}
+    kinds = {UsageError: "usage ", ConfigError: "config ", DataError: "data "}
     label = next((kind for cls, kind in kinds.items() if isinstance(error, cls)), "") + "error"
     if len(error.problems) == 1:
         return f"{label}: {error.problems[0]}"
@@ -135,8 +135,8 @@ def train(composed: Any) -> int:
     resumed = composed.get("resume")
     config = strict(compose.saved_config(resumed, overrides_given()) if resumed else composed)
     folder = Path(HydraConfig.get().runtime.output_dir) if HydraConfig.initialized() else Path()
-    status = api.run_in(folder, config)["status"]
-    return 130 if status == "interrupted" else 0
+    result = api.run_in(folder, config)
+    return 128 + result["signal"] if result["status"] == "interrupted" else 0
 
 
 def predict(composed: Any) -> int:

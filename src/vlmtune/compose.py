@@ -12,16 +12,12 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from vlmtune.config import SCHEMA, Config, home, strict
-from vlmtune.errors import CheckpointError, ConfigError, nearest
+from vlmtune.errors import CheckpointError, ConfigError, UsageError, nearest
 
 NOT_ONE_RUN = "means several runs; put -m in front of it, or quote the value if it is one text"
 PACKAGE = Path(__file__).resolve().parent
 OmegaConf.register_new_resolver("package", lambda path: str(PACKAGE / path), replace=True)
 os.environ.setdefault("VLMTUNE_HOME", str(home()))
-
-
-class UsageError(ConfigError):
-    """Words on the command line that are neither a flag nor `key=value`."""
 
 
 @functools.cache

@@ -112,7 +112,7 @@ class TrainerConfig:
     eval_baseline: bool = True
     """Evaluate the untrained model first."""
     save_every: Any = None
-    """Write a checkpoint each so many optimizer steps, or `epoch`; null: never. The finished model is saved in any case."""
+    """Write a checkpoint each so many optimizer steps, or `epoch`; null: never. The final model is always saved."""
     keep_checkpoints: int = number(2, least=1)
     """Newest checkpoints to keep; the best one is kept besides."""
     best_metric: str | None = None

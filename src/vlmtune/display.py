@@ -31,7 +31,7 @@ def logging_to(folder: Path | None) -> Iterator[None]:
     else:
         screen = logging.StreamHandler()
     screen.setFormatter(logging.Formatter("%(message)s"))
-    handlers = [screen]
+    handlers: list[logging.Handler] = [screen]
     if folder is not None:
         file = logging.FileHandler(folder / "train.log")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))

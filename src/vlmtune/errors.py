@@ -1,7 +1,8 @@
-"""Everything a user can do wrong, as a tree. `src/*.py` print these in one piece and exit with 1; anything else is our bug.
+"""Everything a user can do wrong, as a tree. The scripts print these in one piece and exit with 1, or 2 for usage.
 
 VlmtuneError
 ├── ConfigError        a key, a value or a combination of them
+│   └── UsageError     a command line that can't be read
 ├── DataError          a file, a row, an image
 ├── ModelError         a model that can't be found, opened or used this way
 ├── CheckpointError    saving or loading a run's state
@@ -26,6 +27,10 @@ class ConfigError(VlmtuneError):
     """A key, a value or a combination of them does not work."""
 
 
+class UsageError(ConfigError):
+    """A command line can't be read at all; the exit code is 2."""
+
+
 class DataError(VlmtuneError):
     """A file, a row or an image can't be used."""
 
@@ -45,7 +50,9 @@ class TrainingError(VlmtuneError):
 def nearest(word: str, candidates: Iterable[str], *, most: int = 12) -> str:
     """Say which candidates a mistyped word may have meant: `did you mean x?`, else the list of all."""
     names = sorted(map(str, candidates))
-    close = [name for name in names if len(word) > 2 and name.startswith(word)][:3] or difflib.get_close_matches(word, names, n=3, cutoff=0.6)
+    close = [name for name in names if len(word) > 2 and name.startswith(word)][:3] or difflib.get_close_matches(
+        word, names, n=3, cutoff=0.6
+    )
     if close:
         return f"did you mean {' or '.join(close)}?"
     shown = ", ".join(names[:most]) + (", ..." if len(names) > most else "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,12 +25,17 @@ def check_labels(encoder: Encoder, records: Sequence[Record]) -> str:
         pieces = encoder.pieces(len(record.images), len(record.turns))
         text = encoder.tokenizer.decode([i for i in labels if i != IGNORE], skip_special_tokens=False)
         wanted = pieces.separator + record.answers[0] + pieces.tail
-        if text.strip() != wanted.strip():
+        if _composed(text) != _composed(wanted):
             raise DataError(
                 f"{record.place}: would train on {text!r} in place of {wanted!r}; this tokenizer can't write it"
             )
         example = example or text
     return f"labels     {len(records)} rows decode to their answers and an end token, the first to {example!r}"
+
+
+def _composed(text: str) -> str:
+    """The form of a text that tokenizers compare in: they may compose accents and drop outer space."""
+    return unicodedata.normalize("NFC", text).strip()
 
 
 def check_gradients(model: Any, encoder: Encoder, records: Sequence[Record], engine: Any) -> str:
@@ -40,9 +46,17 @@ def check_gradients(model: Any, encoder: Encoder, records: Sequence[Record], eng
     was_training = model.training
     model.train()
     batch: Batch = padded(encoder, records).to(engine.device)
-    with engine.autocast():
-        loss = summed_loss(model, batch)
-    loss.backward()
+    try:
+        with engine.autocast():
+            loss = summed_loss(model, batch)
+        loss.backward()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # layers that PEFT or the quantizer wrapped, but can't compute with
+        raise TrainingError(
+            f"the first forward and backward pass fails with {type(error).__name__}: {error}. This model, adapter and "
+            "quantization don't go together here"
+        ) from error
     without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     leaking = [name for name, p in model.named_parameters() if not p.requires_grad and p.grad is not None]
     trained = sum(p.requires_grad for p in model.parameters())

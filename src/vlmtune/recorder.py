@@ -116,8 +116,8 @@ class Recorder:
         except torch.OutOfMemoryError as error:
             raise TrainingError(
                 "out of device memory. Less is needed with a smaller trainer.batch_size (and more "
-                "trainer.gradient_accumulation_steps), trainer.gradient_checkpointing=true, model.image.max_tokens=..., "
-                "adapter=lora or quantization=nf4"
+                "trainer.gradient_accumulation_steps), trainer.gradient_checkpointing=true, "
+                "model.image.max_tokens=..., adapter=lora or quantization=nf4"
             ) from error
         finally:
             if not done:
@@ -261,9 +261,9 @@ class Recorder:
             if "test" in self.splits:
                 tested = self.evaluate("on the test rows", "test")
                 metrics |= {f"test/{name}": value for name, value in tested.metrics.items()}
-        result = runfolder.make_result(
-            status, self.progress, metrics, self.config.task.metrics[0]
-        )
+        result = runfolder.make_result(status, self.progress, metrics, self.config.task.metrics[0])
+        if self.interruption.signal is not None:
+            result["signal"] = self.interruption.signal
         if self.main:
             checkpoint.save_model(self.model, self.processor, self.folder / "model")
             if final is not None:

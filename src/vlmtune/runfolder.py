@@ -6,22 +6,22 @@ import csv
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from vlmtune import display, environment, tracking
 from vlmtune.config import Config
 from vlmtune.data.records import Split
-from vlmtune.evaluation import Evaluation
-from vlmtune.loop import Progress
+
+if TYPE_CHECKING:  # they import torch, and a run that fails at once should not wait for it
+    from vlmtune.evaluation import Evaluation
+    from vlmtune.loop import Progress
 
 FILES = {"model": "model", "predictions": "predictions.csv", "curves": "report.html", "numbers": "result.json"}
 
 
-def make_result(
-    status: str, progress: Progress, metrics: dict[str, float], objective: str
-) -> dict[str, Any]:
+def make_result(status: str, progress: Progress, metrics: dict[str, float], objective: str) -> dict[str, Any]:
     """What result.json holds. `objective`: the metric that a sweep compares."""
     seconds = max(progress.seconds, 1e-9)
     return {

@@ -88,7 +88,7 @@ class Interruption:
 
         def note(number: int, frame: Any) -> None:
             self.signal = number
-            signal.signal(number, before[number])
+            signal.signal(number, before[signal.Signals(number)])
 
         for number in before:
             signal.signal(number, note)

@@ -19,14 +19,14 @@ FIRST_HELD_OUT = 10_000_000
 
 
 class Scenes(Sequence[Record]):
-    """`count` scenes with `rows` rows each: a caption and questions about the same image, one after the other."""
+    """`scenes` scenes with `rows` rows each: a caption and questions about the same image, one after the other."""
 
-    def __init__(self, first: int, count: int, rows: int, *, single: bool):
-        self.first, self.count, self.rows, self.single = first, count, rows, single
+    def __init__(self, first: int, scenes: int, rows: int, *, single: bool):
+        self.first, self.scenes, self.rows, self.single = first, scenes, rows, single
 
     @property
     def fingerprint(self) -> str:
-        return f"scenes {self.first}+{self.count} of {self.rows} rows, single={self.single}"
+        return f"scenes {self.first}+{self.scenes} of {self.rows} rows, single={self.single}"
 
     @property
     def groups(self) -> list[int]:
@@ -34,7 +34,7 @@ class Scenes(Sequence[Record]):
         return [row // self.rows for row in range(len(self))]
 
     def __len__(self) -> int:
-        return self.count * self.rows
+        return self.scenes * self.rows
 
     @overload
     def __getitem__(self, index: int) -> Record: ...

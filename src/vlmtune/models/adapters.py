@@ -92,6 +92,18 @@ def load_adapter(model: Any, folder: Path, *, trainable: bool = False) -> Any:
     return adapted
 
 
+def adapter_state(model: Any) -> dict[str, torch.Tensor]:
+    """The tensors that PEFT saves of an adapter; empty for a model without one."""
+    from peft import PeftModel, get_peft_model_state_dict
+
+    return get_peft_model_state_dict(model) if isinstance(model, PeftModel) else {}
+
+
+def saved_name(name: str) -> str:
+    """The key under which PEFT saves the parameter `name` of a live model: without the adapter's name."""
+    return name.replace(".modules_to_save", "").replace(".default", "")
+
+
 def after_step(model: Any, step: int) -> None:
     """Let an adapter that changes its shape while training do so (AdaLoRA prunes ranks). `step` counts from 1."""
     update = getattr(getattr(model, "base_model", None), "update_and_allocate", None)

@@ -34,11 +34,29 @@ def load(
     Raises ModelError: no such model, no network, no licence, damaged files; ConfigError: a value that doesn't fit it.
     """
     with explained(config):
+        ask_hub(config)
         processor = load_processor(config)
         model = _load_model(config, quantization, dtype, compute_dtype, device)
     if quantization["method"] is not None and device.type == "cpu":
         keep_trainable_on_cpu(model)
     return model, processor
+
+
+def ask_hub(config: ModelConfig) -> None:
+    """Ask the hub once for the model before downloads begin: those retry for half a minute where there is no network."""
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+
+    path = str(config.path)
+    if Path(path).is_dir() or looks_local(path) or constants.HF_HUB_OFFLINE:
+        return
+    if isinstance(try_to_load_from_cache(path, "config.json", revision=config.revision or "main"), str):
+        return
+    try:
+        HfApi().model_info(path, revision=config.revision, timeout=10)
+    except OSError:
+        raise
+    except Exception as error:  # the HTTP library's own errors of connecting
+        raise OSError(f"can't connect to the hub: {error}") from error
 
 
 def _load_model(
@@ -120,7 +138,7 @@ def explained(config: ModelConfig) -> Iterator[None]:
             ) from error
         if Path(str(path)).is_dir():
             raise ModelError(f"{path}: can't be opened: {_first_line(error)}") from error
-        if _looks_local(str(path)):
+        if looks_local(str(path)):
             raise ModelError(f"model.path={path}: no such folder") from error
         if caused_by(GatedRepoError) or "gated repo" in text:
             raise ModelError(
@@ -155,7 +173,7 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-def _looks_local(path: str) -> bool:
+def looks_local(path: str) -> bool:
     return path.startswith((".", "/", "~")) or path.count("/") != 1
 
 

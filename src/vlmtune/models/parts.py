@@ -86,7 +86,7 @@ def count(parameter: nn.Parameter) -> int:
 
 def is_quantized(parameter: nn.Parameter) -> bool:
     """True for a weight stored in fewer bits than it is computed in."""
-    return not parameter.is_floating_point()
+    return hasattr(parameter, "quant_state") or not parameter.is_floating_point()
 
 
 def summary(model: nn.Module, parts: Parts) -> dict[str, dict[str, int]]:

@@ -37,7 +37,7 @@ def image_only(cls: Any) -> Any:
     def arguments(sub: Any, *args: Any, **kwargs: Any) -> list[Any]:
         return [*super(image_class, sub)._get_arguments_from_pretrained(*args, **kwargs), None]
 
-    image_class = type(
+    image_class: Any = type(
         cls.__name__,
         (cls,),
         {
