@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 from vlmtune import display
 from vlmtune.config import Config
-from vlmtune.data.batch import padded
+from vlmtune.data.batch import Batch, padded
 from vlmtune.data.encode import Encoder
 from vlmtune.data.records import Record
 from vlmtune.generate import generate
@@ -30,39 +31,51 @@ class Evaluation:
 
 
 def evaluate(
-    model: Any, encoder: Encoder, records: Sequence[Record], config: Config, engine: Any, *, title: str
+    model: Any,
+    encoder: Encoder,
+    records: Sequence[Record],
+    config: Config,
+    engine: Any,
+    *,
+    title: str,
+    make: Callable[[Encoder, Sequence[Record]], Batch] = padded,
 ) -> Evaluation:
-    """Answer all records and compare; each rank takes every n-th row."""
+    """Answer all records and compare; each rank takes a stretch of them. `make` lays out the batches for the loss."""
     from accelerate.utils import gather_object
 
-    rank, ranks = engine.process_index, engine.num_processes
-    own = [records[i] for i in range(rank, len(records), ranks)]
-    batch_size = config.trainer.eval_batch_size
+    ranks = engine.num_processes
+    stretch = math.ceil(len(records) / ranks)
+    own = records[engine.process_index * stretch : (engine.process_index + 1) * stretch]
+    size = config.trainer.eval_batch_size
     with display.bar(title, 2 * len(own), show=engine.is_main_process) as advance:
-        loss, tokens = loss_over(model, encoder, own, batch_size, engine, advance)
+        loss, tokens = loss_over(model, encoder, own, size, engine, make, advance)
         answers = generate(
-            model, encoder, own, config.generation, batch_size=batch_size, autocast=engine.autocast, advance=advance
+            model, encoder, own, config.generation, batch_size=size, autocast=engine.autocast, advance=advance
         )
     if ranks > 1:
-        gathered = gather_object([(rank, loss, tokens, answers)])
-        loss, tokens = sum(g[1] for g in gathered), sum(g[2] for g in gathered)
-        by_rank = [g[3] for g in sorted(gathered)]
-        answers = [by_rank[i % ranks][i // ranks] for i in range(len(records))]
-    references = [list(records[i].answers) for i in range(len(records))]
-    means, scores = score(resolve(config.task.metrics), answers, references)
+        gathered = gather_object([(loss, tokens, answers)])  # in the order of the ranks
+        loss, tokens = sum(g[0] for g in gathered), sum(g[1] for g in gathered)
+        answers = [answer for g in gathered for answer in g[2]]
+    means, scores = score(resolve(config.task.metrics), answers, [list(record.answers) for record in records])
     return Evaluation({"loss": loss / max(tokens, 1), **means}, answers, scores)
 
 
 @torch.no_grad()
 def loss_over(
-    model: Any, encoder: Encoder, records: Sequence[Record], batch_size: int, engine: Any, advance: Any
+    model: Any,
+    encoder: Encoder,
+    records: Sequence[Record],
+    batch_size: int,
+    engine: Any,
+    make: Callable[[Encoder, Sequence[Record]], Batch],
+    advance: Callable[[int], None],
 ) -> tuple[float, int]:
     """Summed loss and count of supervised tokens."""
     was_training = model.training
     model.eval()
     loss, tokens = 0.0, 0
     for start in range(0, len(records), batch_size):
-        batch = padded(encoder, records[start : start + batch_size])
+        batch = make(encoder, records[start : start + batch_size])
         with engine.autocast():
             loss += float(summed_loss(model, batch.to(engine.device)))
         tokens += batch.supervised

@@ -16,6 +16,7 @@ import torch
 from vlmtune import checkpoint, display, environment, report, runfolder, session, tracking
 from vlmtune.config import Config
 from vlmtune.data import table
+from vlmtune.data.batch import padded, shared
 from vlmtune.data.batches import Batches
 from vlmtune.data.encode import Encoder
 from vlmtune.data.images import open_image
@@ -187,7 +188,10 @@ class Recorder:
         """Score a split; log the means and some samples with their images."""
         records = self.splits[split].records
         began = time.perf_counter()
-        found = evaluate(self.model, self.encoder, records, self.config, self.engine, title=f"evaluating {title}")
+        make = shared if self.batches.share else padded
+        found = evaluate(
+            self.model, self.encoder, records, self.config, self.engine, title=f"evaluating {title}", make=make
+        )
         prefix = "eval" if split == "validation" else split
         self.log({f"{prefix}/{name}": value for name, value in found.metrics.items()})
         self.log({"time/eval_seconds": time.perf_counter() - began})

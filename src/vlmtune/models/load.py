@@ -43,7 +43,7 @@ def load(
 
 
 def ask_hub(config: ModelConfig) -> None:
-    """Ask the hub once for the model before downloads begin: those retry for half a minute where there is no network."""
+    """Ask the hub once for the model before downloads begin: without network those retry for half a minute."""
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
 
     path = str(config.path)

@@ -173,3 +173,20 @@ def _gain(name: str, model: Qwen2VLForConditionalGeneration) -> float:
         depth = model.config.vision_config.depth if "visual" in name else model.config.text_config.num_hidden_layers
         return float((2 * depth) ** -0.5)
     return 1.0
+
+
+def release(run: Path, folder: Path) -> None:
+    """Copy a finished pre-training's model into `folder`, its weights in bfloat16."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(run / "model", folder, dirs_exist_ok=True)
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: w.bfloat16() for name, w in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+
+
+if __name__ == "__main__":
+    import sys
+
+    release(Path(sys.argv[1]), Path(__file__).parent / "pico_weights")
