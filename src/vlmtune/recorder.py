@@ -199,7 +199,8 @@ class Recorder:
         log.info("%s, %d rows: %s", title, len(records), shown)
         count = min(self.config.tracker.samples, len(records))
         if self.main and count:
-            self.tracker.samples([self._sample(records[i], found, i) for i in range(count)], self.progress.step)
+            spread = [i * len(records) // count for i in range(count)]  # neighbours often show the same image
+            self.tracker.samples([self._sample(records[i], found, i) for i in spread], self.progress.step)
         return found
 
     def _sample(self, record: Record, found: Evaluation, index: int) -> tracking.Sample:

@@ -203,7 +203,7 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
 
 
 def _samples(path: Path, columns: tuple[str, str], images: ImageOf | None) -> list[dict[str, Any]]:
-    """The first wrong and the first right answers, in the file's order."""
+    """Some wrong and some right answers, spread over the file: neighbours often show the same image."""
     if not path.exists():
         return []
     csv.field_size_limit(2**31 - 1)  # a document's answer may be longer than 128 KiB
@@ -211,8 +211,9 @@ def _samples(path: Path, columns: tuple[str, str], images: ImageOf | None) -> li
         rows = list(csv.DictReader(file))
     shown: list[tuple[int, str]] = []
     for verdict in ("wrong", "right", "partly right"):
-        found = (number for number, row in enumerate(rows) if _verdict(row) == verdict)
-        shown += [(number, verdict) for number, _ in zip(found, range(SAMPLES_PER_VERDICT), strict=False)]
+        found = [number for number, row in enumerate(rows) if _verdict(row) == verdict]
+        count = min(SAMPLES_PER_VERDICT, len(found))
+        shown += [(found[i * len(found) // count], verdict) for i in range(count)]
     question, answer = columns
     return [
         {

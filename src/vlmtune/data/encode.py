@@ -86,6 +86,11 @@ class Encoder:
         tail = self.tokenizer(self.pieces(0, 1).tail, add_special_tokens=False)["input_ids"]
         return sorted({tail[-1], self.tokenizer.eos_token_id} - {None})
 
+    @functools.cached_property
+    def image_ids(self) -> set[int]:
+        """Ids that stand for image features, of type 1 in `mm_token_type_ids`."""
+        return {i for i in self.processor.image_token_ids if i is not None}
+
     def _pieces(self, images: int, turns: int) -> Pieces:
         """Render a conversation of `turns` questions, the first with `images` images, the last to be answered."""
         tokenizer = self.processor.tokenizer
@@ -132,7 +137,7 @@ class Encoder:
             texts.append(text)
             starts.append(start + offset)
         ids, labels = self._tokens(texts, starts if answered else [len(text) for text in texts])
-        types = self.processor.create_mm_token_type_ids(ids) if self._needs_token_types else None
+        types = [[int(i in self.image_ids) for i in row] for row in ids] if self._needs_token_types else None
         return Encoded(ids, labels, types, images_of, image_inputs)
 
     def _tokens(self, texts: list[str], starts: list[int]) -> tuple[list[list[int]], list[list[int]]]:
