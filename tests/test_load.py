@@ -218,9 +218,9 @@ def test_a_budget_that_the_family_can_not_follow(checkpoint_of: Callable[[str], 
 def test_a_fresh_model_is_written_by_the_named_function(tmp_path: Path) -> None:
     config = ModelConfig(fresh="vlmtune.models.pico.nothing")
     with pytest.raises(ConfigError, match=r"model\.fresh=vlmtune\.models\.pico\.nothing"):
-        make_fresh(config, tmp_path, 0)
+        make_fresh(config, tmp_path, 0, None)
     with pytest.raises(ConfigError, match=r"model\.fresh=nowhere\.build"):
-        make_fresh(ModelConfig(fresh="nowhere.build"), tmp_path, 0)
+        make_fresh(ModelConfig(fresh="nowhere.build"), tmp_path, 0, None)
 
 
 def test_a_run_without_a_saved_model(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def train(config: Config, folder: Path | None) -> dict[str, Any]:
 
     # model and what trains of it
     if config.model.fresh:
-        load.make_fresh(config.model, folder / "base", config.trainer.seed)
+        load.make_fresh(config.model, folder / "base", config.trainer.seed, engine)
     model, processor = load.load(config.model, config.quantization, device=engine.device, **dtypes)
     parts = find_parts(model)
     encoder = Encoder(

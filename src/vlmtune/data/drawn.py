@@ -63,9 +63,9 @@ def _picture(seed: int, single: bool) -> Image.Image:
 
 
 def load(config: DataConfig) -> dict[str, Scenes]:
-    """One object, text or several objects a scene; eight rows each."""
+    """One object, text or several objects a scene; five rows each."""
     return {
-        "train": Scenes(SCENES, SCENES, 8, single=False),
+        "train": Scenes(SCENES, SCENES, 5, single=False),
         "validation": Scenes(FIRST_HELD_OUT, HELD_OUT, 16, single=False),
     }
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -93,15 +92,18 @@ def _load_model(
     return model
 
 
-def make_fresh(config: ModelConfig, folder: Path, seed: int) -> None:
-    """Write an untrained model with the function that `model.fresh` names, and point `config.path` at it."""
+def make_fresh(config: ModelConfig, folder: Path, seed: int, engine: Any) -> None:
+    """Have the first rank write an untrained model with the function that `model.fresh` names, unless a resumed run has
+    one already; point `config.path` at it.
+    """
     module, _, function = str(config.fresh).rpartition(".")
     try:
         build = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"model.fresh={config.fresh}: {error}") from error
-    shutil.rmtree(folder, ignore_errors=True)
-    build(folder, seed)
+    if engine.is_main_process and not folder.exists():
+        build(folder, seed)
+    engine.wait_for_everyone()
     config.path = str(folder)
 
 
