@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 import tiny
@@ -17,7 +18,8 @@ from vlmtune.data.batch import PADDING, Batch, branch_mask, branch_positions, pa
 from vlmtune.data.encode import IGNORE, Encoder
 from vlmtune.data.records import Record
 from vlmtune.generate import generate
-from vlmtune.loss import model_inputs, shared_prefix_fits, summed_loss
+from vlmtune.loss import model_inputs, summed_loss
+from vlmtune.preflight import layouts_agree
 
 FAMILIES = [*tiny.FAMILIES]
 SIZES = ((56, 56), (112, 56), (28, 84))
@@ -130,7 +132,7 @@ def test_a_batch_of_text_alone_has_no_images(model: Any, encoder: Encoder) -> No
 
 def verdict(model: Any, encoder: Encoder) -> tuple[bool, str]:
     rows = tiny.records(6, per_image=3, sizes=SIZES)
-    return shared_prefix_fits(model, rows, lambda r: padded(encoder, r), lambda r: shared(encoder, r))
+    return layouts_agree(model, encoder, rows, Accelerator(cpu=True))
 
 
 def test_the_check_says_yes_and_leaves_no_trace(model: Any, encoder: Encoder) -> None:

@@ -120,8 +120,8 @@ def scaled_sum(model: Quadratic, batch: Numbers) -> torch.Tensor:
 
 
 def fit(steps: list[list[Numbers]], **options: Any) -> tuple[Quadratic, list[loop.StepReport], loop.Progress]:
-    trainer = tiny.config(None, scheduler=CONSTANT).trainer
-    engine = session.engine(trainer)
+    config = tiny.config(None, scheduler=CONSTANT)
+    trainer, engine = config.trainer, session.engine(config)
     model = Quadratic()
     plain = torch.optim.SGD(model.parameters(), lr=1.0)
     scheduler = build_scheduler(plain, trainer, 100)

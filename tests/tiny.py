@@ -20,7 +20,7 @@ from PIL import Image
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import nn
 
-from vlmtune import loop, session
+from vlmtune import loop, preflight, session
 from vlmtune.config import (
     Config,
     DataConfig,
@@ -356,7 +356,7 @@ class Run:
 
 def assemble(config: Config, rows: Sequence[Record]) -> Run:
     """Build everything that training `rows` under `config` needs, in the order of `run.train`."""
-    engine = session.engine(config.trainer)
+    engine = session.engine(config)
     model, processor = load.load(
         config.model, config.quantization, device=engine.device, **session.dtypes(config, engine)
     )
@@ -367,5 +367,5 @@ def assemble(config: Config, rows: Sequence[Record]) -> Run:
     session.prepare_checkpointing(model, config.trainer)
     optimizer = build_optimizer(model, parts, config.trainer, config.optimizer)
     scheduler = build_scheduler(optimizer, config.trainer, batches.total_steps)
-    batches.choose_layout(model)
+    preflight.choose_layout(model, batches, engine)
     return Run(config, engine, model, processor, parts, encoder, batches, optimizer, scheduler)

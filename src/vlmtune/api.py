@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmtune.config import Config
-from vlmtune.errors import ConfigError, DataError, VlmtuneError
+from vlmtune.data.records import BadRow, Split
+from vlmtune.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,7 +39,7 @@ def run_in(folder: Path, config: Config) -> dict[str, Any]:
 
     Raises ConfigError where the folder holds another run, and whatever ends the run early.
     """
-    from vlmtune import display, run, runfolder
+    from vlmtune import display, run, runfolder, signals
     from vlmtune.data.table import BadRowsError, write_quarantine
 
     if int(os.environ.get("RANK", 0)) != 0:
@@ -44,8 +47,10 @@ def run_in(folder: Path, config: Config) -> dict[str, Any]:
             return run.train(config, None)
     check_free(folder, config)
     folder.mkdir(parents=True, exist_ok=True)
-    runfolder.write_config(folder / "config.yaml", config)
-    with display.logging_to(folder):
+    if not config.resume:  # a resumed run's files are touched once it is known to be the same run
+        runfolder.write_config(folder / "config.yaml", config)
+        (folder / "quarantine.csv").unlink(missing_ok=True)
+    with display.logging_to(folder), signals.ending_at_once():
         try:
             result = run.train(config, folder)
             if config.preflight == "only":
@@ -54,7 +59,9 @@ def run_in(folder: Path, config: Config) -> dict[str, Any]:
         except BaseException as error:
             if isinstance(error, BadRowsError):
                 write_quarantine(folder / "quarantine.csv", error.bad)
-            runfolder.write_failure(folder, error)
+            if not config.resume or not (folder / "result.json").exists():
+                with suppress(OSError):  # on a full disk the error itself matters more
+                    runfolder.write_failure(folder, error)
             raise
 
 
@@ -96,7 +103,7 @@ class Predictor:
         from vlmtune.models import load
 
         self.config = config
-        self.engine = session.engine(config.trainer)
+        self.engine = session.engine(config)
         dtypes = session.dtypes(config, self.engine)
         self.model, processor = load.load_trained(folder, config, device=self.engine.device, **dtypes)
         self.encoder = Encoder(
@@ -109,11 +116,20 @@ class Predictor:
         `frame` has the run's image and question columns; an image is a path, bytes or a PIL image. A row that can't be
         used gets no answer (NA) and its reason in a column `error`; the others are answered.
         """
+        return self._predict(frame)[0]
+
+    def _predict(self, frame: pd.DataFrame) -> tuple[pd.DataFrame, list[BadRow]]:
+        """The answered frame, and the rows that could not be used."""
         from vlmtune.data.table import audit_frame
 
         file = str(frame.attrs.get("file", ""))  # relative paths start at the folder of a table that was read from one
-        split = audit_frame(frame, self.config.data, self.config.task, file=file, answers_required=False)
-        answers = self.answer(split.records)
+        data = dataclasses.replace(self.config.data, check_images="decode")  # one bad image must not end the others
+        split = audit_frame(frame, data, self.config.task, file=file, answers_required=False)
+        try:
+            answers = self.answer(split.records)
+        except DataError:
+            self._set_apart(split)
+            answers = self.answer(split.records)
         out = frame.copy()
         column: list[str | None] = [None] * len(frame)
         for record, answer in zip(split.records, answers, strict=True):
@@ -122,7 +138,19 @@ class Predictor:
         if split.bad:
             reasons = {bad.row - 1: bad.reason for bad in split.bad}
             out["error"] = [reasons.get(row) for row in range(len(frame))]
-        return out
+        return out, split.bad
+
+    def _set_apart(self, split: Split) -> None:
+        """Move records whose image the model's processor refuses (too thin, say) to the split's bad rows."""
+        kept = []
+        for record in split.records:
+            try:
+                if record.images:
+                    self.encoder.encode([record], answered=False)
+                kept.append(record)
+            except DataError as error:
+                split.bad.append(BadRow(record.file, 0, record.row + 1, "; ".join(error.problems)))
+        split.records = kept
 
     def answer(self, records: Sequence[Any]) -> list[str]:
         """One answer per record, in order."""
@@ -152,19 +180,24 @@ def predict_file(folder: str, config: Config, output: str) -> int:
 
     if config.data.test is None:
         raise ConfigError("data.test: missing; give the CSV file to answer, for instance data.test=test.csv")
-    target = Path(output)
-    if not target.parent.exists():
-        raise ConfigError(f"output={output}: the folder {target.parent} does not exist")
+    target = output_file(output)
     with display.logging_to(None):
         frame = read_files(config.data)["test"]
-        answered = Predictor(Path(folder), config).predict(frame)
-    failed = int(answered["error"].notna().sum()) if "error" in answered else 0
-    if failed == len(frame):
-        raise DataError(f"{config.data.test}: no row can be used; the first: {answered['error'].iloc[0]}")
+        answered, bad = Predictor(Path(folder), config)._predict(frame)
+    if bad and len(bad) == len(frame):
+        raise DataError(f"{config.data.test}: no row can be used; the first: {bad[0].reason}")
     partial = target.with_name(f".{target.name}.partial")
     answered.to_csv(partial, index=False)
     partial.replace(target)
-    return failed
+    return len(bad)
+
+
+def output_file(output: str) -> Path:
+    """The file to write to. Raises ConfigError where its folder does not exist, before any time is spent."""
+    target = Path(output).expanduser()
+    if not target.parent.is_dir():
+        raise ConfigError(f"output={output}: the folder {target.parent} does not exist")
+    return target
 
 
 def evaluate_run(folder: str, config: Config, output: str | None) -> str:
@@ -177,6 +210,7 @@ def evaluate_run(folder: str, config: Config, output: str | None) -> str:
     from vlmtune.evaluation import evaluate
     from vlmtune.runfolder import write_predictions
 
+    target = output_file(output) if output is not None else None
     split = "validation" if config.data.test is None else "test"
     if split == "test":
         config.data._target_ = "vlmtune.data.table.read_files"
@@ -184,10 +218,10 @@ def evaluate_run(folder: str, config: Config, output: str | None) -> str:
         rows = table.load(config.data, config.task, config.trainer.seed, (split,))[split]
         predictor = Predictor(Path(folder), config)
         found = evaluate(predictor.model, predictor.encoder, rows.records, config, predictor.engine, title="evaluating")
-    if output is not None:
-        write_predictions(Path(output), rows, found, config.task.metrics[0])
-    title = f"{len(rows)} {split} rows"
+    if target is not None:
+        write_predictions(target, rows, found, config.task.metrics[0])
+    title = f"{len(rows)} {split} rows" + (f", {len(rows.bad)} more left out" if rows.bad else "")
     return display.table(title, ("metric", "value"), [(name, f"{value:.4f}") for name, value in found.metrics.items()])
 
 
-__all__ = ["Predictor", "VlmtuneError", "evaluate_run", "load", "predict_file", "run_in", "train"]
+__all__ = ["Predictor", "evaluate_run", "load", "predict_file", "run_in", "train"]

@@ -15,6 +15,7 @@ from typing import Any
 from vlmtune import api, compose
 from vlmtune.config import home
 from vlmtune.errors import ConfigError, DataError, UsageError, VlmtuneError
+from vlmtune.signals import Interrupted
 
 
 def main(command: str, job: Callable[[Any], int]) -> None:
@@ -25,6 +26,8 @@ def main(command: str, job: Callable[[Any], int]) -> None:
 
     def guarded(composed: Any) -> None:
         codes.append(guard(lambda: job(composed)))
+        if codes[-1] >= 128:  # a signal is for the whole sweep
+            sys.exit(codes[-1])
 
     code = guard(lambda: prepare(command))
     if code:
@@ -84,11 +87,13 @@ def check(command: str, overrides: list[str], *, multirun: bool) -> None:
             "-m under a launcher would give each process other parameters. Run the sweep on one process: "
             f"python {sys.argv[0]} -m {' '.join(overrides)}"
         )
+    if command != "train" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ConfigError(f"{command}.py works in one process; start it without a launcher")
     if command != "train":
         compose.overlay(compose.compose(command, compose.normalise(overrides)[0]), overrides)
         return
     config, composed = compose.read(command, overrides, multirun=multirun)
-    if not multirun:
+    if not multirun and int(os.environ.get("RANK", 0)) == 0:
         api.check_free(Path(composed.hydra.run.dir), config)
     elif swept := composed.hydra.sweeper.get("params"):
         compose.read(command, [*(f"{key}={values}" for key, values in swept.items()), *overrides], multirun=True)
@@ -109,8 +114,10 @@ def guard(job: Callable[[], int]) -> int:
             traceback.print_exc()
         print(message(error), file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
+    except Interrupted as error:
+        print(error, file=sys.stderr)
+        return 128 + error.number
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
         return 130
     except Exception:
         traceback.print_exc()

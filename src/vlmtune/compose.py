@@ -135,6 +135,11 @@ def saved_config(run: str | Path, overrides: Sequence[str]) -> DictConfig:
             raise ConfigError(f"{override.key_or_group}: a finished run keeps its groups; set single keys of them")
         if not override.key_or_group.startswith("hydra"):
             OmegaConf.update(saved, override.key_or_group, override.value(), force_add=True)
+    asked = any(override.key_or_group == "model.trust_remote_code" for override in parse(overrides))
+    if OmegaConf.select(saved, "model.trust_remote_code") and not asked:
+        raise ConfigError(
+            f"{path}: that run ran its model's own code; to run it again, set model.trust_remote_code=true"
+        )
     return saved
 
 

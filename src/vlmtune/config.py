@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vlmtune import signatures
 from vlmtune.errors import ConfigError, nearest
+from vlmtune.metrics import resolve
 
 PARTS = ("vision", "projector", "cross_attention", "language", "head")
 
@@ -363,6 +364,14 @@ def combinations(config: Config) -> list[str]:
     trainer, model = config.trainer, config.model
     if model.path is None and model.fresh is None:
         found.append("model.path: missing; give a hub id or a folder, or choose a model by name (model=qwen2vl_7b)")
+    if model.trust_remote_code and model.revision is None and not Path(str(model.path)).is_dir():
+        found.append("model.revision: missing; code of a repository is only run at a pinned commit")
+    try:
+        resolve(config.task.metrics)
+    except ConfigError as error:
+        found += error.problems
+    if config.resume and config.adapter["method"] == "adalora":
+        found.append("resume: AdaLoRA keeps part of its state to itself, so a resumed run would be another one")
     for key in ("eval_every", "save_every"):
         value = getattr(trainer, key)
         if value not in (None, "epoch") and not (isinstance(value, int) and not isinstance(value, bool) and value > 0):

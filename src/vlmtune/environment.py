@@ -8,7 +8,7 @@ import platform
 import resource
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ def git_state(folder: Path) -> dict[str, str] | None:
 
     try:
         sha = git("rev-parse", "HEAD").strip()
-        return {"sha": sha, "diff": git("diff", "HEAD", "--", "*.py", "*.yaml")} if sha else None
+        return {"sha": sha, "diff": git("diff", "HEAD", "--", ":/*.py", ":/*.yaml")} if sha else None
     except (OSError, subprocess.TimeoutExpired):
         return None
 
@@ -72,9 +72,10 @@ def fingerprint(records: Sequence[Record]) -> str:
     own = getattr(records, "fingerprint", None)
     if own is not None:
         return str(own)
-    digest = hashlib.blake2b(digest_size=12)
+    digest, seen = hashlib.blake2b(digest_size=12), dict[Hashable, int]()
     for record in records:
-        digest.update(repr((record.turns, str(record.group))).encode())
+        images = [image.name for image in record.images if isinstance(image, Path)]  # the folder may move
+        digest.update(repr((record.turns, images, seen.setdefault(record.group, len(seen)))).encode())
     return digest.hexdigest()
 
 

@@ -26,7 +26,7 @@ def generation_arguments(generation: GenerationConfig, encoder: Encoder, model: 
         "do_sample": generation.temperature > 0,
     }
     if generation.temperature > 0:
-        arguments |= {"temperature": generation.temperature, "top_p": generation.top_p}
+        arguments |= {"temperature": generation.temperature, "top_p": generation.top_p, "top_k": 0}
     else:  # values that the checkpoint's own generation config may carry, and that greedy search would warn about
         arguments |= {"temperature": None, "top_p": None, "top_k": None}
     return arguments

@@ -26,6 +26,8 @@ class Progress:
     """Spent in steps: evaluation, saving and starting not counted."""
     skipped: int = 0
     """Steps left out because the loss or the gradient was not finite."""
+    baseline: dict[str, float] = field(default_factory=dict)
+    """What the untrained model scored."""
     best: float | None = None
     """Best value so far of the metric that chooses the checkpoint."""
     best_step: int | None = None
@@ -116,12 +118,11 @@ def fit(
             optimizer.step()
         if finite:
             hooks.before_zero_grad(progress.step + 1)
-        if finite or (scaled and math.isfinite(loss)):
-            in_a_row = 0
-        else:
-            in_a_row += 1
+        in_a_row = 0 if finite else in_a_row + 1
+        if not finite:
             progress.skipped += 1
-            if not skip_nonfinite or in_a_row >= 10:
+            scaling = scaled and math.isfinite(loss)  # a scaler tries smaller and smaller scales by itself
+            if in_a_row >= (40 if scaling else 10) or not (skip_nonfinite or scaling):
                 raise NonFinite(f"loss {loss}, gradient norm {norm} at step {progress.step + 1}")
         learning_rate = scheduler.get_last_lr()[0]
         scheduler.step()

@@ -5,7 +5,6 @@ Shapes: B rows, T tokens, D hidden size, V vocabulary, N supervised tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from torch import Tensor
 
 from vlmtune.data.batch import Batch, branch_mask, branch_positions
 from vlmtune.data.encode import IGNORE
-from vlmtune.data.records import Record
 from vlmtune.models.parts import base_of
 
 
@@ -58,45 +56,3 @@ def prefix_positions(model: Any, batch: Batch) -> Tensor:
     grids = {key: value for key, value in batch.inputs.items() if key.endswith("_grid_thw")}
     types = batch.inputs["mm_token_type_ids"]
     return rope_index(batch.input_ids, mm_token_type_ids=types, attention_mask=prefix, **grids)[0]
-
-
-def shared_prefix_fits(
-    model: Any,
-    records: list[Record],
-    make_padded: Callable[[list[Record]], Batch],
-    make_shared: Callable[[list[Record]], Batch],
-) -> tuple[bool, str]:
-    """Whether both layouts of `records` give this model the same loss and gradients, and the evidence as a sentence.
-
-    Run in evaluation mode, so that dropout does not tell them apart. Families whose attention is not causal over a
-    4-D mask (cross-attention, bidirectional image tokens) differ or refuse.
-    """
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    try:
-        plain = _loss_and_gradient(model, make_padded(records).to(device))
-        branch = _loss_and_gradient(model, make_shared(records).to(device))
-    except (ValueError, TypeError, RuntimeError, IndexError, KeyError) as error:
-        return False, f"this model refuses the shared layout ({str(error).splitlines()[0]})"
-    finally:
-        model.train(was_training)
-        model.zero_grad(set_to_none=True)
-    half = any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()) or torch.is_autocast_enabled(
-        device.type
-    )
-    allowed = 5e-2 if half else 1e-3
-    loss_gap = abs(plain[0] - branch[0]) / max(abs(plain[0]), 1e-6)
-    gradient_gap = float((plain[1] - branch[1]).norm() / plain[1].norm().clamp(min=1e-12))
-    found = f"loss differs by {loss_gap:.1e}, gradients by {gradient_gap:.1e} (relative; allowed {allowed:.0e})"
-    return loss_gap <= allowed and gradient_gap <= allowed, found
-
-
-def _loss_and_gradient(model: Any, batch: Batch) -> tuple[float, Tensor]:
-    """Summed loss and all gradients in one vector, on the CPU."""
-    model.zero_grad(set_to_none=True)
-    with torch.enable_grad():
-        loss = summed_loss(model, batch)
-        loss.backward()
-    gradients = [p.grad.detach().flatten().float().cpu() for p in model.parameters() if p.grad is not None]
-    return float(loss.detach()), torch.cat(gradients)

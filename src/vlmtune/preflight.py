@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from vlmtune import display
-from vlmtune.data.batch import Batch, padded
+from vlmtune import display, session
+from vlmtune.data.batch import Batch, padded, shared
+from vlmtune.data.batches import Batches
 from vlmtune.data.encode import IGNORE, Encoder
 from vlmtune.data.records import Record
-from vlmtune.errors import DataError, TrainingError
+from vlmtune.errors import ConfigError, DataError, TrainingError
 from vlmtune.loss import summed_loss
 from vlmtune.models.parts import Parts, summary
 
@@ -39,7 +41,8 @@ def _composed(text: str) -> str:
 
 
 def check_gradients(model: Any, encoder: Encoder, records: Sequence[Record], engine: Any) -> str:
-    """Raise TrainingError unless every trainable tensor gets a gradient, and no frozen one does.
+    """Raise TrainingError where a frozen tensor gets a gradient, or no trainable one does; the sentence names those
+    that these rows don't reach (a tower behind rows without images, layers above the one that features are taken from).
 
     Zero is a gradient too: LoRA's A has none but zeros while B is zero.
     """
@@ -70,6 +73,67 @@ def check_gradients(model: Any, encoder: Encoder, records: Sequence[Record], eng
         raise TrainingError(f"the loss of the first rows is {float(loss)}; try trainer.precision=fp32")
     note = f"; {len(without)} get none from these rows, among them {without[0]}" if without else ""
     return f"gradients  reach {trained - len(without)} of {trained} trainable tensors and no frozen one{note}"
+
+
+def choose_layout(model: Any, batches: Batches, engine: Any) -> str:
+    """Choose between padded and shared batches by `trainer.share_prefix`; returns the choice with its reason.
+
+    `auto` compares loss and gradients of both on a few rows of the user's own, on his own model. Families whose
+    attention is not causal over a 4-D mask (cross-attention, bidirectional image tokens) differ or refuse.
+    Raises ConfigError where `on` is asked for and would change the loss.
+    """
+    wish, probe = batches.trainer.share_prefix, batches.repeated(min(6, batches.trainer.batch_size))
+    if wish == "off" or not probe:
+        reason = "trainer.share_prefix=off" if wish == "off" else "no two rows show the same image"
+        return f"batches    padded, one row each ({reason})"
+    fits, evidence = layouts_agree(model, batches.encoder, probe, engine)
+    fits = session.all_ranks(fits, engine)
+    if not fits and wish == "on":
+        raise ConfigError(f"trainer.share_prefix=on: {evidence}; use auto or off")
+    batches.use_layout(share=fits)
+    return f"batches    {'shared, each image once' if fits else 'padded, one row each'} ({evidence})"
+
+
+def layouts_agree(model: Any, encoder: Encoder, records: list[Record], engine: Any) -> tuple[bool, str]:
+    """Whether both layouts of `records` give this model the same loss and gradients, and the evidence as a sentence.
+
+    Run in evaluation mode, so that dropout does not tell them apart.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        plain = _loss_and_gradient(model, padded(encoder, records), engine)
+        branch = _loss_and_gradient(model, shared(encoder, records), engine)
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, TypeError, RuntimeError, IndexError, KeyError) as error:
+        return False, f"this model refuses the shared layout ({str(error).splitlines()[0]})"
+    finally:
+        model.train(was_training)
+        model.zero_grad(set_to_none=True)
+    halves = (torch.float16, torch.bfloat16)
+    half = engine.mixed_precision != "no" or any(p.dtype in halves for p in model.parameters())
+    allowed = 5e-2 if half else 1e-3
+    loss_gap = abs(plain[0] - branch[0]) / max(abs(plain[0]), 1e-6)
+    gradient_gap = float((plain[1] - branch[1]).norm() / plain[1].norm().clamp(min=1e-12))
+    found = f"loss differs by {loss_gap:.1e}, gradients by {gradient_gap:.1e} (relative; allowed {allowed:.0e})"
+    return loss_gap <= allowed and gradient_gap <= allowed, found
+
+
+COMPARED = 20_000_000
+"""Gradient entries that are compared at most: those of the smallest tensors, which all lie behind the attention."""
+
+
+def _loss_and_gradient(model: Any, batch: Batch, engine: Any) -> tuple[float, torch.Tensor]:
+    """Summed loss, and gradients in one vector on the CPU."""
+    model.zero_grad(set_to_none=True)
+    with engine.autocast():
+        loss = summed_loss(model, batch.to(engine.device))
+    loss.backward()
+    gradients = sorted((p.grad for p in model.parameters() if p.grad is not None), key=torch.Tensor.numel)
+    sizes = itertools.accumulate(g.numel() for g in gradients)
+    chosen = [g for g, size in zip(gradients, sizes, strict=True) if size <= COMPARED] or gradients[:1]
+    return float(loss.detach()), torch.cat([g.flatten().float().cpu() for g in chosen])
 
 
 def parts_table(model: Any, parts: Parts) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from typing import Any
 
 import torch
 
-from vlmtune import checkpoint, display, environment, report, runfolder, session, tracking
+from vlmtune import checkpoint, display, environment, report, runfolder, signals, tracking
 from vlmtune.config import Config
 from vlmtune.data import table
 from vlmtune.data.batch import padded, shared
@@ -46,9 +45,9 @@ class Recorder:
         self.model, self.encoder, self.splits, self.batches = model, encoder, splits, batches
         self.main = engine.is_main_process
         self.progress = Progress()
-        self.interruption = session.Interruption()
-        self.baseline: dict[str, float] = {}
+        self.interruption = signals.Wish()
         self.stopped_early = False
+        self.ended_by: int | None = None
         self.started = time.perf_counter()
         self.tracker: tracking.Tracker = tracking.Nothing()
         self.metrics_file: tracking.MetricsFile | None = None
@@ -58,7 +57,8 @@ class Recorder:
     def open(self, optimizer: Any, scheduler: Any, processor: Any) -> Progress:
         """Write what describes the run, start the trackers, and go on from a checkpoint if the config says so."""
         self.optimizer, self.scheduler, self.processor = optimizer, scheduler, processor
-        resumed = self._resume() if self.config.resume else False
+        if self.config.resume:
+            self._resume()
         if self.main:
             bad = [row for split in self.splits.values() for row in split.bad]
             if bad:
@@ -67,12 +67,12 @@ class Recorder:
             described = environment.describe(self.config.trainer.seed, self.batches.fingerprint, processor)
             runfolder.write_json(self.folder / "environment.json", described)
             self.metrics_file = tracking.MetricsFile(
-                self.folder / "metrics.jsonl", resume_step=self.progress.step if resumed else None
+                self.folder / "metrics.jsonl", resume_step=self.progress.step if self.config.resume else None
             )
             self.tracker = tracking.build(self.config.tracker, asdict(self.config), self.folder)
         return self.progress
 
-    def _resume(self) -> bool:
+    def _resume(self) -> None:
         found = checkpoint.all_checkpoints(self.folder / "checkpoints")
         if not found:
             raise CheckpointError(f"resume={self.folder}: has no checkpoint; it stopped before the first one was saved")
@@ -81,20 +81,18 @@ class Recorder:
         )
         for _ in range(self.progress.step):
             self.scheduler.step()
-        saved = (
-            json.loads((self.folder / "baseline.json").read_text()) if (self.folder / "baseline.json").exists() else {}
-        )
-        self.baseline = saved
+        patience = self.config.trainer.early_stopping_patience
+        self.stopped_early = patience is not None and self.progress.since_best >= patience
+        if self.main:  # from here on the folder is this run's
+            runfolder.write_config(self.folder / "config.yaml", self.config)
+            (self.folder / "result.json").unlink(missing_ok=True)
         log.info("going on from step %d (%s)", self.progress.step, found[-1])
-        return True
 
     def measure_baseline(self) -> None:
         """Evaluate the untrained model, unless that is switched off, impossible or already done."""
         if self.config.trainer.eval_baseline and self.progress.step == 0 and "validation" in self.splits:
             found = self.evaluate("before training")
-            self.baseline = {f"baseline/{name}": value for name, value in found.metrics.items()}
-            if self.main:
-                runfolder.write_json(self.folder / "baseline.json", self.baseline)
+            self.progress.baseline = {f"baseline/{name}": value for name, value in found.metrics.items()}
 
     # ---- around steps
 
@@ -113,12 +111,6 @@ class Recorder:
             raise TrainingError(
                 f"{error}. A lower trainer.learning_rate, trainer.precision=fp32 or trainer.max_grad_norm=1 may help; "
                 "trainer.nonfinite=skip leaves such steps out"
-            ) from error
-        except torch.OutOfMemoryError as error:
-            raise TrainingError(
-                "out of device memory. Less is needed with a smaller trainer.batch_size (and more "
-                "trainer.gradient_accumulation_steps), trainer.gradient_checkpointing=true, "
-                "model.image.max_tokens=..., adapter=lora or quantization=nf4"
             ) from error
         finally:
             if not done:
@@ -173,10 +165,13 @@ class Recorder:
 
     def should_stop(self) -> bool:
         """Whether to end after this step, the same answer on every rank."""
-        wish = self.interruption.signal is not None or self.stopped_early
-        if self.engine.num_processes == 1:
-            return wish
-        return bool(self.engine.reduce(torch.tensor(float(wish), device=self.engine.device), "sum").item())
+        own = self.interruption.signal
+        if self.engine.num_processes > 1:  # a signal may reach some ranks alone
+            wishes = torch.tensor([float(own == number) for number in signals.SIGNALS], device=self.engine.device)
+            reached = self.engine.reduce(wishes, "sum").tolist()
+            own = next((number for number, count in zip(signals.SIGNALS, reached, strict=True) if count), None)
+        self.ended_by = own
+        return own is not None or self.stopped_early
 
     def log(self, values: dict[str, float]) -> None:
         """Write to metrics.jsonl and the tracker, at the present step."""
@@ -209,11 +204,11 @@ class Recorder:
         score = found.scores[index][first]
         return tracking.Sample(record.question, record.answers[0], found.predictions[index], score, picture)
 
-    def _evaluate_and_choose(self) -> None:
+    def _evaluate_and_choose(self) -> Evaluation:
         """Evaluate; save where the metric that chooses is better than ever; stop where it has not been for long."""
         found, trainer = self.evaluate(f"step {self.progress.step}"), self.config.trainer
         if trainer.best_metric is None:
-            return
+            return found
         name = trainer.best_metric.removeprefix("eval/")
         value, progress = found.metrics[name], self.progress
         if progress.best is None or (value < progress.best if name == "loss" else value > progress.best):
@@ -225,6 +220,7 @@ class Recorder:
             if patience and progress.since_best >= patience:
                 self.stopped_early = True
                 log.info("%s has not been better than %.4f for %d evaluations: stopping", name, progress.best, patience)
+        return found
 
     def save(self) -> None:
         """Write a checkpoint."""
@@ -250,41 +246,51 @@ class Recorder:
     # ---- after the last step
 
     def finish(self) -> dict[str, Any]:
-        """Evaluate, choose, save; write result.json, predictions.csv and report.html. Returns the result."""
-        metrics: dict[str, float] = dict(self.baseline)
-        status = "completed" if self.interruption.signal is None else "interrupted"
-        if status == "interrupted" or self.config.trainer.save_every:
+        """Choose and save the model, evaluate it, write result.json, predictions.csv and report.html.
+
+        Returns the result. An interrupted run saves where it is, to be gone on with, and evaluates nothing.
+        """
+        done, final = self.ended_by is None, None
+        if done and self.config.trainer.best_metric and not self.stopped_early:
+            final = self._evaluate_and_choose()
+        if not done or self.config.trainer.save_every:
             self.save()
-        final = None
-        if status == "completed":
-            if self.config.trainer.best_metric and "validation" in self.splits and not self.stopped_early:
-                self._evaluate_and_choose()
-            self._restore_best()
-            if "validation" in self.splits:
-                final = self.evaluate("after training")
-                metrics |= {f"eval/{name}": value for name, value in final.metrics.items()}
-            if "test" in self.splits:
-                tested = self.evaluate("on the test rows", "test")
-                metrics |= {f"test/{name}": value for name, value in tested.metrics.items()}
-        result = runfolder.make_result(status, self.progress, metrics, self.config.task.metrics[0])
-        if self.interruption.signal is not None:
-            result["signal"] = self.interruption.signal
-        if self.main:
+        if done and self._restore_best():
+            final = None
+        if self.main:  # before anything else can fail
             checkpoint.save_model(self.model, self.processor, self.folder / "model")
-            if final is not None:
-                predictions = self.folder / "predictions.csv"
-                runfolder.write_predictions(predictions, self.splits["validation"], final, self.config.task.metrics[0])
-            runfolder.write_json(self.folder / "result.json", result)
-            self.tracker.finish(result)
-            report.write(self.folder, self._image)
-            log.info(runfolder.closing_table(self.folder, result))
+        metrics = dict(self.progress.baseline)
+        if done and "validation" in self.splits:
+            final = final or self.evaluate("after training")
+            metrics |= {f"eval/{name}": value for name, value in final.metrics.items()}
+        if done and "test" in self.splits:
+            tested = self.evaluate("on the test rows", "test")
+            metrics |= {f"test/{name}": value for name, value in tested.metrics.items()}
+        status = "completed" if done else "interrupted"
+        result = runfolder.make_result(status, self.progress, metrics, self.config.task.metrics[0])
+        if not done:
+            result["signal"] = self.ended_by
+        if self.main:
+            self._write(result, final)
         return result
 
-    def _restore_best(self) -> None:
+    def _write(self, result: dict[str, Any], final: Evaluation | None) -> None:
+        if final is not None:
+            predictions = self.folder / "predictions.csv"
+            runfolder.write_predictions(predictions, self.splits["validation"], final, self.config.task.metrics[0])
+        runfolder.write_json(self.folder / "result.json", result)
+        self.tracker.finish(result)
+        report.write(self.folder, self._image)
+        log.info(runfolder.closing_table(self.folder, result))
+
+    def _restore_best(self) -> bool:
+        """Take the weights of the checkpoint that was best; False where those are the present ones."""
         best = self.progress.best_step
-        if best is not None and best != self.progress.step:
-            checkpoint.load_weights(self.folder / "checkpoints" / f"step_{best:06d}", self.model)
-            log.info("took the weights of step %d, where %s was best", best, self.config.trainer.best_metric)
+        if best is None or best == self.progress.step:
+            return False
+        checkpoint.load_weights(self.folder / "checkpoints" / f"step_{best:06d}", self.model)
+        log.info("took the weights of step %d, where %s was best", best, self.config.trainer.best_metric)
+        return True
 
     def _image(self, row: int) -> Any:
         record = self.splits["validation"].records[row]

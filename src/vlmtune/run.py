@@ -31,7 +31,7 @@ def train(config: Config, folder: Path | None) -> dict[str, Any]:
     from vlmtune.recorder import Recorder
 
     # processes and number types
-    engine = session.engine(config.trainer)
+    engine = session.engine(config)
     folder = session.agree_on_folder(folder, engine)
     dtypes = session.dtypes(config, engine)
 
@@ -54,7 +54,7 @@ def train(config: Config, folder: Path | None) -> dict[str, Any]:
     log.info(preflight.parts_table(model, parts))
     log.info(preflight.check_labels(encoder, sample))
     log.info(preflight.check_gradients(model, encoder, sample, engine))
-    log.info(batches.choose_layout(model))
+    log.info(preflight.choose_layout(model, batches, engine))
     if config.preflight == "only":
         return {"status": "preflight", "steps": 0}
 
@@ -66,7 +66,7 @@ def train(config: Config, folder: Path | None) -> dict[str, Any]:
     with recorder.training():
         fit(
             prepared,
-            batches.steps(progress.step),
+            [] if recorder.stopped_early else batches.steps(progress.step),
             optimizer,
             scheduler,
             engine,

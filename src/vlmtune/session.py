@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,18 +12,19 @@ import torch
 
 from vlmtune import display
 from vlmtune.config import Config, TrainerConfig
-from vlmtune.errors import ConfigError
-from vlmtune.models.load import DTYPES
+from vlmtune.errors import ConfigError, TrainingError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def engine(trainer: TrainerConfig) -> Any:
+def engine(config: Config) -> Any:
     """The Accelerator: devices and processes as launched, `trainer.precision`, and all seeds set.
 
     Raises ConfigError where the device can't compute in the asked precision.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
-    from accelerate.utils import set_seed
+    from accelerate.utils import DistributedDataParallelKwargs, set_seed
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()  # what matters of it is raised or logged by us
@@ -33,7 +32,7 @@ def engine(trainer: TrainerConfig) -> Any:
         warnings.filterwarnings("ignore", category=FutureWarning, module=package)
     if not display.console.is_terminal:
         transformers_logging.disable_progress_bar()
-    precision = trainer.precision
+    trainer, precision = config.trainer, config.trainer.precision
     bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     if precision == "auto":
         precision = "bf16" if bf16 else "fp32"
@@ -44,7 +43,13 @@ def engine(trainer: TrainerConfig) -> Any:
     AcceleratorState._reset_state()  # a multirun's jobs may differ in precision
     set_seed(trainer.seed)
     cpu = not torch.cuda.is_available()  # or a launcher's CPU ranks would each believe to be alone
-    return Accelerator(cpu=cpu, mixed_precision="no" if precision == "fp32" else precision)
+    # a tower that trains gets no gradient from rows without images
+    unused = not config.uses_adapter or config.adapter["parts"] != ["language"]
+    return Accelerator(
+        cpu=cpu,
+        mixed_precision="no" if precision == "fp32" else precision,
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
+    )
 
 
 def dtypes(config: Config, engine: Any) -> dict[str, torch.dtype]:
@@ -65,35 +70,28 @@ def agree_on_folder(folder: Path | None, engine: Any) -> Path:
     return Path(agreed[0])
 
 
+def all_ranks(yes: bool, engine: Any) -> bool:
+    """True where every rank says yes; the same answer on each."""
+    if engine.num_processes == 1:
+        return yes
+    return bool(engine.reduce(torch.tensor(float(yes), device=engine.device), "sum").item() == engine.num_processes)
+
+
+@contextmanager
+def memory_advice() -> Iterator[None]:
+    """Turn running out of device memory into an error that says what needs less."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            "out of device memory. Less is needed with a smaller trainer.batch_size (and more "
+            "trainer.gradient_accumulation_steps) or trainer.eval_batch_size, trainer.gradient_checkpointing=true, "
+            "model.image.max_tokens=..., adapter=lora or quantization=nf4"
+        ) from error
+
+
 def prepare_checkpointing(model: Any, trainer: TrainerConfig) -> None:
     """Turn gradient checkpointing on if asked for, so that it works over frozen embeddings too."""
     if trainer.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
-
-
-class Interruption:
-    """Set by SIGINT or SIGTERM; a second one ends the process at once."""
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Take the signals over while inside. Other threads than the main one can't, and don't."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-        def note(number: int, frame: Any) -> None:
-            self.signal = number
-            signal.signal(number, before[signal.Signals(number)])
-
-        for number in before:
-            signal.signal(number, note)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)

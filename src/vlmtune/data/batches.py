@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,8 +17,6 @@ from vlmtune.data.batch import Batch, padded, shared
 from vlmtune.data.encode import Encoder
 from vlmtune.data.records import Record
 from vlmtune.data.sampler import Order, micro_batches
-from vlmtune.errors import ConfigError
-from vlmtune.loss import shared_prefix_fits
 
 
 class Batches(Dataset[list[Batch]]):
@@ -55,29 +54,22 @@ class Batches(Dataset[list[Batch]]):
         return Order(self.groups, rows_per_step=self.rows_per_step, seed=seed, by_group=self.share)
 
     def sample(self, count: int) -> list[Record]:
-        """The rows that training begins with, as many as fit into one forward pass."""
+        """Some rows that training begins with, no more than fit into one forward pass."""
         return [self.records[i] for i in self.order.step(0)[: min(count, self.trainer.batch_size)]]
 
-    def choose_layout(self, model: Any) -> str:
-        """Decide between padded and shared batches by `trainer.share_prefix`; returns the choice with its reason.
-
-        Raises ConfigError where `on` is asked for and would change the loss.
-        """
-        wish = self.trainer.share_prefix
-        repeated = [group for group, n in Counter(g for g in self.groups if g is not None).most_common(2) if n > 1]
-        if wish == "off" or not repeated:
-            reason = "trainer.share_prefix=off" if wish == "off" else "no two rows show the same image"
-            return f"batches    padded, one row each ({reason})"
-        rows = [[i for i, group in enumerate(self.groups) if group == chosen][:3] for chosen in repeated]
-        probe = [self.records[i] for run in rows for i in run]
-        fits, evidence = shared_prefix_fits(
-            model, probe, lambda r: padded(self.encoder, r), lambda r: shared(self.encoder, r)
-        )
-        if not fits and wish == "on":
-            raise ConfigError(f"trainer.share_prefix=on: {evidence}; use auto or off")
-        self.share = fits
+    def use_layout(self, *, share: bool) -> None:
+        """Choose between padded batches and shared ones, which need rows of a group to stay together."""
+        self.share = share
         self.order = self._order()
-        return f"batches    {'shared, each image once' if fits else 'padded, one row each'} ({evidence})"
+
+    def repeated(self, most: int) -> list[Record]:
+        """Up to `most` rows, at least two each of up to two images that several rows show; empty if there are none."""
+        counts = Counter(group for group in self.groups if group is not None).most_common(2)
+        found = []
+        for group, _ in [(group, n) for group, n in counts if n > 1]:
+            rows = [i for i, other in enumerate(self.groups) if other == group]
+            found += [self.records[i] for i in rows[: max(most // 2, 2)]]
+        return found[: max(most, 2)]
 
     def __len__(self) -> int:
         return self.total_steps
@@ -103,6 +95,13 @@ class Batches(Dataset[list[Batch]]):
             sampler=range(first, self.total_steps),
             num_workers=workers,
             pin_memory=not self.on_cpu,
+            worker_init_fn=_ignore_signals,
             generator=torch.Generator(),  # or it draws its seed from the random state that a resume restored
         )
         return iter(loader)
+
+
+def _ignore_signals(worker: int) -> None:
+    """A signal to the process group is for the main process, which ends its step; it would miss a worker that died."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

@@ -176,7 +176,12 @@ class Encoder:
                 pictures.append(open_image(source, self.max_image_pixels))
             except DataError as error:
                 raise DataError(f"{owner[index].place}: {error}") from error
-        inputs = self.processor.image_processor(images=pictures, return_tensors="pt")
+        try:
+            inputs = self.processor.image_processor(images=pictures, return_tensors="pt")
+        except ValueError as error:  # a shape that the family can't take, such as a strip
+            sizes = [f"{owner[i].place} ({p.width}x{p.height})" for i, p in enumerate(pictures)]
+            which = sizes[0] if len(sizes) == 1 else f"one of {', '.join(sizes[:8])}"
+            raise DataError(f"{which}: the model's processor refuses the image: {error}") from error
         expansions = [self.processor.replace_image_token(inputs, image_idx=i) for i in range(len(pictures))]
         unused = self.processor.unused_input_names
         return {key: value for key, value in inputs.items() if key not in unused}, expansions

@@ -12,6 +12,7 @@ from torch import nn
 from vlmtune.config import Config
 from vlmtune.errors import CheckpointError, ConfigError, nearest
 from vlmtune.models.parts import Parts, modules_in
+from vlmtune.signatures import adapter_fields
 
 
 def adapt(model: Any, config: Config, parts: Parts, *, total_steps: int) -> Any:
@@ -28,6 +29,8 @@ def adapt(model: Any, config: Config, parts: Parts, *, total_steps: int) -> Any:
     from peft.utils import PeftType
 
     fields = {k: v for k, v in config.adapter.items() if k not in ("method", "parts")}
+    if "target_modules" in adapter_fields()[config.adapter["method"]] and fields.get("target_modules") is None:
+        fields["target_modules"] = "all-linear"  # PEFT's own default knows no parts
     for key in ("target_modules", "feedforward_modules"):
         if fields.get(key) is not None:
             fields[key] = expand_targets(model, parts, fields[key], config.adapter["parts"], key)

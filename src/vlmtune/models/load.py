@@ -17,8 +17,6 @@ from vlmtune.models.parts import find_parts
 from vlmtune.models.processors import hub_options, load_processor
 from vlmtune.models.quantization import keep_trainable_on_cpu, quantization_config
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 def load(
     config: ModelConfig,

@@ -1,0 +1,65 @@
+"""Ending on SIGINT and SIGTERM: after the step in training, at once elsewhere, and never without a result.json."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(BaseException):
+    """A signal came while there was no step to finish."""
+
+    def __init__(self, number: int):
+        super().__init__(f"ended by {signal.Signals(number).name}")
+        self.number = number
+
+
+@contextmanager
+def _handling(handler: Any) -> Iterator[dict[signal.Signals, Any]]:
+    """Handle both signals while inside; only the main thread can, and others leave them alone."""
+    if threading.current_thread() is not threading.main_thread():
+        yield {}
+        return
+    before = {number: signal.signal(number, handler) for number in SIGNALS}
+    try:
+        yield before
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+@contextmanager
+def ending_at_once() -> Iterator[None]:
+    """While inside, a signal raises `Interrupted`."""
+
+    def handler(number: int, frame: Any) -> None:
+        raise Interrupted(number)
+
+    with _handling(handler):
+        yield
+
+
+class Wish:
+    """A signal that asks to end after the step."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """While inside, the first signal is noted; a second one ends the process as it would outside."""
+        before: dict[Any, Any] = {}
+
+        def handler(number: int, frame: Any) -> None:
+            self.signal = number
+            for watched, old in before.items():
+                signal.signal(watched, old)
+
+        with _handling(handler) as replaced:
+            before |= replaced
+            yield
