@@ -32,13 +32,13 @@ def whole(folder: Path) -> Iterator[Path]:
 
     Raises CheckpointError, with nothing of it left behind, where the disk refuses.
     """
-    partial = folder.with_name(f".{folder.name}.partial")
+    partial, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("partial", "old"))
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         yield partial
-        if folder.exists():
-            shutil.rmtree(folder)
+        if folder.exists():  # aside, not away, until the new one is there
+            folder.rename(old)
         partial.rename(folder)
     except OSError as error:
         reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error)
@@ -51,6 +51,10 @@ def whole(folder: Path) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        elif old.exists():
+            old.rename(folder)
 
 
 def trained_tensors(model: torch.nn.Module) -> dict[str, Tensor]:

@@ -92,7 +92,7 @@ class TrainerConfig:
     """Rows per forward pass on one process."""
     gradient_accumulation_steps: int = number(1, least=1)
     """Forward passes per optimizer step on one process."""
-    eval_batch_size: int = number(64, least=1)
+    eval_batch_size: int = number(8, least=1)
     """Rows per forward pass in evaluation and prediction."""
     learning_rate: float = number(2e-4, least=0)
     """Peak learning rate."""

@@ -49,10 +49,13 @@ def logging_to(folder: Path | None) -> Iterator[None]:
 
 
 @contextmanager
-def bar(title: str, total: int, *, show: bool = True) -> Iterator[Callable[..., None]]:
-    """A progress bar; yields `advance(by=1, note="")`. Where there is no terminal, a line now and then."""
+def bar(title: str, total: int, *, done: int = 0, show: bool = True) -> Iterator[Callable[..., None]]:
+    """A progress bar; yields `advance(by=1, note="")`. Where there is no terminal, a line now and then.
+
+    `done`: of `total`, what an earlier session did.
+    """
+    first = done
     began = last = time.monotonic()
-    done = 0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     live = Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console, transient=True)
     visible = show and console.is_terminal
@@ -64,14 +67,14 @@ def bar(title: str, total: int, *, show: bool = True) -> Iterator[Callable[..., 
             live.update(task, advance=by, note=note)
         elif show and time.monotonic() - last >= SECONDS_BETWEEN_LINES:
             last = time.monotonic()
-            left = (last - began) / done * (total - done)
+            left = (last - began) / (done - first) * (total - done)
             log.info("%s %d/%d, %s left  %s", title, done, total, duration(left), note)
 
     if not visible:
         yield advance
         return
     with live:
-        task = live.add_task(title, total=total, note="")
+        task = live.add_task(title, total=total, completed=first, note="")
         yield advance
 
 

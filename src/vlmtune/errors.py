@@ -12,7 +12,8 @@ VlmtuneError
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 
 class VlmtuneError(Exception):
@@ -47,12 +48,26 @@ class TrainingError(VlmtuneError):
     """The run can't go on."""
 
 
+@contextmanager
+def memory_advice() -> Iterator[None]:
+    """Turn running out of device memory into an error that says what needs less."""
+    try:
+        yield
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; not imported here
+            raise
+        raise TrainingError(
+            "out of device memory. Less is needed with a smaller trainer.batch_size (and more "
+            "trainer.gradient_accumulation_steps) or trainer.eval_batch_size, trainer.gradient_checkpointing=true, "
+            "model.image.max_tokens=..., adapter=lora or quantization=nf4"
+        ) from error
+
+
 def nearest(word: str, candidates: Iterable[str], *, most: int = 12) -> str:
     """Say which candidates a mistyped word may have meant: `did you mean x?`, else the list of all."""
     names = sorted(map(str, candidates))
-    close = [name for name in names if len(word) > 2 and name.startswith(word)][:3] or difflib.get_close_matches(
-        word, names, n=3, cutoff=0.6
-    )
+    close = difflib.get_close_matches(word, names, n=3, cutoff=0.6)
+    close = close or [name for name in names if len(word) > 2 and name.startswith(word)][:3]
     if close:
         return f"did you mean {' or '.join(close)}?"
     shown = ", ".join(names[:most]) + (", ..." if len(names) > most else "")

@@ -102,9 +102,10 @@ class Recorder:
         total = self.batches.total_steps
         done = False
         try:
-            with self.interruption.watching(), display.bar("training", total, show=self.main) as self.advance:
-                if self.progress.step:
-                    self.advance(self.progress.step)
+            with (
+                self.interruption.watching(),
+                display.bar("training", total, done=self.progress.step, show=self.main) as self.advance,
+            ):
                 yield
             done = True
         except NonFinite as error:

@@ -8,10 +8,12 @@ from typing import Any
 
 from vlmtune.config import Config
 from vlmtune.data import table
+from vlmtune.errors import ConfigError, memory_advice
 
 log = logging.getLogger("vlmtune")
 
 
+@memory_advice()
 def train(config: Config, folder: Path | None) -> dict[str, Any]:
     """One run: from rows to a fine-tuned model in `folder` (None on ranks other than the first, which write nothing).
 
@@ -19,6 +21,10 @@ def train(config: Config, folder: Path | None) -> dict[str, Any]:
     """
     # rows -> records, audited before anything heavy is imported
     splits = table.load(config.data, config.task, config.trainer.seed)
+
+    if config.trainer.best_metric and "validation" not in splits:
+        raise ConfigError("trainer.best_metric: needs rows to evaluate; set data.validation(_fraction)")
+    log.info("fine-tuning %s for %s", config.model.name, config.task.name)
 
     from vlmtune import preflight, session
     from vlmtune.data.batches import Batches

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,32 +60,46 @@ def closing_table(folder: Path, result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write `values`, whole or not at all."""
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is there in full or not at all."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(values, indent=2) + "\n")
+    partial.write_text(text, encoding="utf-8")
     partial.replace(path)
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write `values` as JSON."""
+    write_whole(path, json.dumps(values, indent=2) + "\n")
 
 
 def write_config(path: Path, config: Config) -> None:
     """Write the resolved config as YAML that `resume=` and `predict.py` read back."""
-    path.write_text(yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True))
+    write_whole(path, yaml.safe_dump(asdict(absolute(config)), sort_keys=False, allow_unicode=True))
+
+
+def absolute(config: Config) -> Config:
+    """The config with absolute paths, which mean the same from every working directory."""
+    data = {name: getattr(config.data, name) for name in ("train", "validation", "test", "image_root")}
+    known: dict[str, Any] = {
+        name: str(Path(path).expanduser().absolute()) for name, path in data.items() if path is not None
+    }
+    path = config.model.path
+    local = str(Path(path).absolute()) if path is not None and Path(path).is_dir() else path
+    return replace(config, data=replace(config.data, **known), model=replace(config.model, path=local))
 
 
 def write_predictions(path: Path, split: Split, found: Evaluation, metric: str) -> None:
     """Write the split's own columns, answer_predictions and the score, in row order."""
+    import pandas as pd
+
     if split.frame is not None:
         frame = split.frame.iloc[[record.row for record in split.records]].copy()
-        frame["answer_predictions"] = found.predictions
-        frame["score"] = [scores[metric] for scores in found.scores]
-        frame.to_csv(path, index=False)
-        return
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["image_path", "question", "answer", "answer_predictions", "score"])
-        for index, (prediction, scores) in enumerate(zip(found.predictions, found.scores, strict=True)):
-            record = split.records[index]
-            writer.writerow([record.group, record.question, record.answers[0], prediction, scores[metric]])
+    else:
+        rows = [(record.group, record.question, record.answers[0]) for record in split.records]
+        frame = pd.DataFrame(rows, columns=["image_path", "question", "answer"])
+    frame["answer_predictions"] = found.predictions
+    frame["score"] = [scores[metric] for scores in found.scores]
+    write_whole(path, frame.to_csv(index=False))
 
 
 def write_failure(folder: Path, error: BaseException) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ import torch
 
 from vlmtune import display
 from vlmtune.config import Config, TrainerConfig
-from vlmtune.errors import ConfigError, TrainingError
+from vlmtune.errors import ConfigError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -75,19 +73,6 @@ def all_ranks(yes: bool, engine: Any) -> bool:
     if engine.num_processes == 1:
         return yes
     return bool(engine.reduce(torch.tensor(float(yes), device=engine.device), "sum").item() == engine.num_processes)
-
-
-@contextmanager
-def memory_advice() -> Iterator[None]:
-    """Turn running out of device memory into an error that says what needs less."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise TrainingError(
-            "out of device memory. Less is needed with a smaller trainer.batch_size (and more "
-            "trainer.gradient_accumulation_steps) or trainer.eval_batch_size, trainer.gradient_checkpointing=true, "
-            "model.image.max_tokens=..., adapter=lora or quantization=nf4"
-        ) from error
 
 
 def prepare_checkpointing(model: Any, trainer: TrainerConfig) -> None:

@@ -11,8 +11,6 @@ if TYPE_CHECKING:
     import pandas as pd
     from PIL import Image
 
-ImageSource = "Path | bytes | Image.Image | Callable[[], Image.Image]"
-
 
 @dataclass(frozen=True, slots=True)
 class Turn:

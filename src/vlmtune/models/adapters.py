@@ -70,7 +70,7 @@ def expand_targets(model: nn.Module, parts: Parts, wanted: Any, scope: list[str]
     return found
 
 
-def load_adapter(model: Any, folder: Path, *, trainable: bool = False) -> Any:
+def load_adapter(model: Any, folder: Path) -> Any:
     """The model with the adapter saved in `folder`.
 
     Raises CheckpointError where a weight of the adapter finds no place in the model or the other way round: PEFT would
@@ -84,7 +84,7 @@ def load_adapter(model: Any, folder: Path, *, trainable: bool = False) -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*missing adapter keys.*")
         try:
-            adapted = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
+            adapted = PeftModel.from_pretrained(model, folder)
         except (Warning, RuntimeError) as error:
             reason = str(error).strip().splitlines()[-1].strip()
             raise CheckpointError(f"{folder}: the adapter does not fit this model: {reason}") from error

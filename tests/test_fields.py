@@ -1,0 +1,693 @@
+"""Every config field does something: each leaf key is claimed by a test that shows what changes when it changes.
+
+`@proves(KEY, ...)` claims keys for a test of this file, `ELSEWHERE` for one of another; the last test finds what is
+left. Most are whole runs of two steps on a tiny checkpoint, through `api.run_in`, so that a key lost on the way shows.
+"""
+
+from __future__ import annotations
+
+import ast
+import csv
+import dataclasses
+import functools
+import json
+import math
+import os
+import shutil
+import sys
+import types
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import tiny
+import wandb_offline
+from vlmtune import api, evaluation, generate, loss, report, tracking
+from vlmtune.config import (
+    OPEN_GROUPS,
+    ColumnsConfig,
+    Config,
+    DataConfig,
+    GenerationConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TaskConfig,
+    TrackerConfig,
+    nested_schema,
+)
+from vlmtune.data.batches import Batches
+from vlmtune.data.table import load as load_table
+from vlmtune.errors import ConfigError, DataError, ModelError, TrainingError
+from vlmtune.models.load import load
+from vlmtune.models.parts import Parts
+from vlmtune.optim import build_optimizer
+from vlmtune.tracking import read_metrics
+
+FP32 = {"dtype": torch.float32, "compute_dtype": torch.float32, "device": torch.device("cpu")}
+CONSTANT = {"trainer.scheduler.name": "constant", "trainer.scheduler.warmup_fraction": 0.0}
+
+T = TypeVar("T")
+PROVEN: dict[str, str] = {}
+"""Key -> test of this file."""
+ELSEWHERE = {
+    "model.freeze": "test_loop.py::test_full_fine_tuning_moves_all_but_the_frozen_part",
+    "model.image.min_tokens": "test_load.py::test_the_image_budget_bounds_the_tokens",
+    "model.image.max_tokens": "test_load.py::test_the_image_budget_bounds_the_tokens",
+    "adapter.parts": "test_adapters.py::test_the_scope_may_be_other_parts",
+    "quantization.method": "test_quantization.py::test_only_the_language_models_layers_are_quantized",
+    "quantization.parts": "test_quantization.py::test_other_parts_where_asked",
+    "trainer.learning_rate_of": "test_loop.py::test_a_rate_of_its_own_for_each_part",
+    "trainer.scheduler.name": "test_loop.py::test_the_learning_rate_of_each_step",
+    "trainer.scheduler.warmup_fraction": "test_loop.py::test_the_learning_rate_of_each_step",
+    "trainer.best_metric": "test_run.py::test_the_best_checkpoint_is_what_is_saved",
+    "trainer.early_stopping_patience": "test_run.py::test_the_best_checkpoint_is_what_is_saved",
+    "data._target_": "test_table.py::test_records_of_a_users_function_are_taken_as_they_are",
+    "data.train": "test_table.py::test_a_record_is_its_row",
+    "data.validation": "test_table.py::test_a_given_validation_file_holds_nothing_out",
+    "data.validation_fraction": "test_table.py::test_held_out_images_are_whole_disjoint_and_the_same_for_a_seed",
+    "data.image_root": "test_table.py::test_relative_paths_start_at_the_table_or_at_image_root",
+    "data.on_bad_row": "test_run.py::test_dropped_rows_are_listed",
+    "data.check_images": "test_table.py::test_check_images_header_lets_damage_pass_and_decode_does_not",
+    "data.max_train_rows": "test_table.py::test_limits_draw_training_rows_in_order_and_take_the_first_of_validation",
+    "data.max_eval_rows": "test_table.py::test_limits_draw_training_rows_in_order_and_take_the_first_of_validation",
+    "task.caption_prompt": "test_table.py::test_a_row_without_question_is_a_caption",
+    "tracker.name": "test_tracking.py::test_tensorboard_has_curves_images_and_config",
+    "tracker.mode": "test_tracking.py::test_online_without_a_login_says_what_to_do",
+    "resume": "test_run.py::test_an_interrupted_run_goes_on_where_it_stopped",
+    "preflight": "test_run.py::test_preflight_only_trains_nothing",
+}
+
+
+def proves(*keys: str) -> Callable[[T], T]:
+    """Claim `keys` for the test below."""
+
+    def note(test: T) -> T:
+        PROVEN.update(dict.fromkeys(keys, getattr(test, "__name__", "")))
+        return test
+
+    return note
+
+
+# ---------------------------------------------------------------- a run
+
+
+@dataclass
+class Outcome:
+    """A finished run."""
+
+    folder: Path
+    result: dict[str, Any]
+
+    def column(self, name: str) -> dict[int, float]:
+        """A curve of metrics.jsonl: step -> value."""
+        return {row["step"]: row[name] for row in read_metrics(self.folder / "metrics.jsonl") if name in row}
+
+    @property
+    def losses(self) -> list[float]:
+        return [*self.column("train/loss").values()]
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        return load_file(next((self.folder / "model").glob("*.safetensors")))
+
+    @property
+    def largest_b(self) -> float:
+        """The largest entry of LoRA's B, which starts at zero: a first step of Adam is as long as the rate."""
+        return max(float(tensor.abs().max()) for name, tensor in self.weights.items() if "lora_B" in name)
+
+    @property
+    def checkpoints(self) -> list[int]:
+        return sorted(int(path.name.removeprefix("step_")) for path in (self.folder / "checkpoints").glob("step_*"))
+
+    def read(self, file: str) -> str:
+        return (self.folder / file).read_text()
+
+
+Train = Callable[..., Outcome]
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CSV file with 12 rows about 4 images: an epoch of 3 steps."""
+    rows = [(f"what is number {i}?", ("red", "blue", "a green circle")[i % 3]) for i in range(12)]
+    return tiny.write_csv(tmp_path_factory.mktemp("table"), rows, per_image=3)
+
+
+@pytest.fixture
+def train(checkpoint_of: Callable[[str], Path], table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
+    """Run two steps of LoRA in fp32 with these keys changed; each call in a folder of its own."""
+
+    def run(changes: dict[str, Any] | None = None, *, evaluated: bool = False, reported: bool = False) -> Outcome:
+        if not reported:  # a tenth of the time
+            monkeypatch.setattr(report, "write", lambda *_: None)
+        config = tiny.config(checkpoint_of("qwen2_vl"), adapter=tiny.LORA, max_steps=2, log_every=1)
+        config.data.train = str(table)
+        if evaluated:
+            config.data.validation, config.data.max_eval_rows = str(table), 3
+            config.generation.max_new_tokens = 2
+        for key, value in (changes or {}).items():
+            change(config, key, value)
+        folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+        return Outcome(folder, api.run_in(folder, config))
+
+    return run
+
+
+def change(config: Config, key: str, value: Any) -> None:
+    """Set one key by its dotted name."""
+    *groups, name = key.split(".")
+    owner: Any = functools.reduce(getattr, groups, config)
+    if isinstance(owner, dict):
+        owner[name] = value
+    else:
+        assert hasattr(owner, name), key
+        setattr(owner, name, value)
+
+
+@dataclass
+class Forward:
+    """One forward pass of the training loop, or of an evaluation's loss."""
+
+    rows: int
+    shared: bool
+    computed: torch.dtype
+    frozen: set[torch.dtype]
+
+
+@pytest.fixture
+def forwards(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Forward]]:
+    """Forward passes as they happen, of `training` and `evaluation`."""
+    seen: dict[str, list[Forward]] = {"training": [], "evaluation": []}
+    real = loss.summed_loss
+
+    def noting(kind: str) -> Any:
+        def summed_loss(model: Any, batch: Any) -> Any:
+            on = torch.is_autocast_enabled("cpu")
+            computed = torch.get_autocast_dtype("cpu") if on else torch.float32
+            frozen = {p.dtype for p in model.parameters() if not p.requires_grad}
+            seen[kind].append(Forward(batch.rows, batch.branches is not None, computed, frozen))
+            return real(model, batch)
+
+        return summed_loss
+
+    monkeypatch.setattr(loss, "summed_loss", noting("training"))  # run.train imports it when it is called
+    monkeypatch.setattr(evaluation, "summed_loss", noting("evaluation"))
+    return seen
+
+
+# ---------------------------------------------------------------- model
+
+
+@proves("model.name", "task.name")
+def test_names_are_shown_in_the_log_and_in_the_report(train: Train) -> None:
+    out = train({"model.name": "my_model", "task.name": "my_task"}, reported=True)
+    for name in ("my_model", "my_task"):
+        assert name in out.read("train.log")
+        assert name in out.read("report.html")
+
+
+@proves("model.path")
+def test_the_model_at_the_path_is_trained(train: Train, checkpoint_of: Callable[[str], Path]) -> None:
+    kinds = [
+        json.loads(train({"model.path": str(checkpoint_of(name))}).read("environment.json"))["image_processor"]
+        for name in ("qwen2_vl", "llava")
+    ]
+    assert [kind[:4] for kind in kinds] == ["Qwen", "CLIP"]
+
+
+@proves("model.fresh")
+def test_a_fresh_model_is_made_by_the_named_function_with_the_seed(
+    train: Train, checkpoint_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+
+    def build(folder: Path, seed: int) -> None:
+        shutil.copytree(checkpoint_of("llava"), folder)
+        made.append(seed)
+
+    monkeypatch.setitem(sys.modules, "my_models", types.SimpleNamespace(build=build))  # type: ignore[arg-type]
+    out = train({"model.path": None, "model.fresh": "my_models.build", "trainer.seed": 7})
+    assert made == [7]
+    assert json.loads(out.read("base/config.json"))["model_type"] == "llava"
+    assert json.loads(out.read("environment.json"))["image_processor"].startswith("CLIP")
+
+
+@pytest.fixture
+def cached(checkpoint_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The id of a repository in the hub's local cache whose main branch is a Qwen2-VL and whose tag v2 is a LLaVA."""
+    repository = tmp_path / "models--somebody--some-model"
+    for revision, name, commit in (("main", "qwen2_vl", "a" * 40), ("v2", "llava", "b" * 40)):
+        (repository / "refs").mkdir(parents=True, exist_ok=True)
+        (repository / "refs" / revision).write_text(commit)
+        shutil.copytree(checkpoint_of(name), repository / "snapshots" / commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    return "somebody/some-model"
+
+
+@proves("model.revision")
+def test_a_revision_chooses_among_the_hubs_commits(cached: str) -> None:
+    opened = [load(ModelConfig(path=cached, revision=r), tiny.NONE, **FP32) for r in (None, "v2")]
+    assert [model.config.model_type for model, _ in opened] == ["qwen2_vl", "llava"]
+    assert [type(processor).__name__ for _, processor in opened] == ["Qwen2VLProcessor", "LlavaProcessor"]
+
+
+@proves("model.trust_remote_code")
+def test_remote_code_runs_where_it_is_trusted(
+    checkpoint_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(checkpoint_of("llava"), tmp_path / "own_code"))
+    settings = json.loads((folder / "config.json").read_text())
+    auto = {"AutoConfig": "mine.Mine", "AutoModelForImageTextToText": "mine.Mine"}
+    (folder / "config.json").write_text(json.dumps({**settings, "model_type": "mine", "auto_map": auto}))
+    (folder / "mine.py").write_text("raise SystemExit('ran')")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    with pytest.raises(ModelError, match="trust_remote_code"):
+        load(ModelConfig(path=str(folder)), tiny.NONE, **FP32)
+    with pytest.raises(SystemExit, match="ran"):
+        load(ModelConfig(path=str(folder), trust_remote_code=True), tiny.NONE, **FP32)
+
+
+@proves("model.dtype")
+@pytest.mark.parametrize(("dtype", "stored"), [("auto", torch.float32), ("bf16", torch.bfloat16)])
+def test_weights_are_kept_in_the_asked_type(train: Train, dtype: str, stored: torch.dtype) -> None:
+    out = train({"adapter": dict(tiny.NONE), "model.dtype": dtype, "trainer.max_steps": 1})
+    assert {tensor.dtype for tensor in out.weights.values()} == {stored}
+
+
+@proves("model.attention")
+def test_attention_is_computed_as_asked_or_refused(checkpoint_of: Callable[[str], Path]) -> None:
+    path = str(checkpoint_of("qwen2_vl"))
+    for attention in ("eager", "sdpa"):
+        model, _ = load(ModelConfig(path=path, attention=attention), tiny.NONE, **FP32)
+        assert model.config._attn_implementation == attention
+    with pytest.raises(ModelError, match="FlashAttention2"):
+        load(ModelConfig(path=path, attention="flash_attention_2"), tiny.NONE, **FP32)
+
+
+@proves("model.system_prompt")
+def test_a_system_prompt_is_trained_with(train: Train) -> None:
+    own, given = train(), train({"model.system_prompt": "Answer in one word, please."})
+    assert own.losses[0] != given.losses[0]
+    assert train({"model.system_prompt": "You are a helpful assistant."}).losses == own.losses  # the template's own
+
+
+# ---------------------------------------------------------------- adapter and quantization
+
+
+@proves("adapter.method")
+@pytest.mark.parametrize("method", ["lora", "ia3", None])
+def test_the_adapter_is_of_the_asked_method(train: Train, method: str | None) -> None:
+    ia3 = {"method": "ia3", "parts": ["language"], "target_modules": ["k_proj"], "feedforward_modules": []}
+    out = train({"adapter": {"lora": tiny.LORA, "ia3": ia3, None: tiny.NONE}[method], "trainer.max_steps": 1})
+    names = " ".join(out.weights)
+    assert [mark in names for mark in ("lora_A", "ia3_l", "embed_tokens")] == [
+        method == m for m in ("lora", "ia3", None)
+    ]
+
+
+@proves("adapter.*")
+def test_a_field_of_pefts_own_reaches_it(train: Train) -> None:
+    for rank in (2, 5):
+        shapes = {len(tensor) for name, tensor in train({"adapter.r": rank}).weights.items() if "lora_A" in name}
+        assert shapes == {rank}
+
+
+@proves("quantization.*")
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_a_field_of_transformers_own_reaches_it(checkpoint_of: Callable[[str], Path], kind: str) -> None:
+    quantization = {**tiny.QUANTIZED["nf4"], "bnb_4bit_quant_type": kind}
+    model, _ = load(ModelConfig(path=str(checkpoint_of("qwen2_vl"))), quantization, **FP32)
+    states = [p.quant_state for p in model.parameters() if getattr(p, "quant_state", None)]
+    assert {state.quant_type for state in states} == {kind}
+
+
+# ---------------------------------------------------------------- trainer
+
+
+@proves("trainer.epochs", "trainer.max_steps")
+def test_epochs_count_the_rows_and_max_steps_wins(train: Train) -> None:
+    steps = [
+        train({"trainer.epochs": e, "trainer.max_steps": most}) for e, most in ((1.0, None), (1.5, None), (1.5, 2))
+    ]
+    assert [out.result["steps"] for out in steps] == [3, 5, 2]
+
+
+@proves("trainer.batch_size", "trainer.gradient_accumulation_steps")
+@pytest.mark.parametrize(("size", "accumulation"), [(3, 2), (6, 1)])
+def test_rows_per_forward_pass_and_passes_per_step(train: Train, forwards: Any, size: int, accumulation: int) -> None:
+    out = train({"trainer.batch_size": size, "trainer.gradient_accumulation_steps": accumulation})
+    assert [forward.rows for forward in forwards["training"]] == [size] * accumulation * 2
+    assert out.result["examples"] == 12
+
+
+@proves("trainer.eval_batch_size")
+@pytest.mark.parametrize(("size", "wanted"), [(2, [2, 1]), (64, [3])])
+def test_rows_per_forward_pass_in_evaluation(train: Train, forwards: Any, size: int, wanted: list[int]) -> None:
+    train({"trainer.eval_batch_size": size, "trainer.eval_baseline": False}, evaluated=True)
+    assert [forward.rows for forward in forwards["evaluation"]] == wanted
+
+
+@proves("trainer.learning_rate")
+@pytest.mark.parametrize("rate", [0.0, 1e-3, 1e-2])
+def test_the_first_step_is_as_long_as_the_learning_rate(train: Train, rate: float) -> None:
+    out = train({"trainer.learning_rate": rate, "trainer.max_steps": 1, **CONSTANT})
+    assert out.largest_b == pytest.approx(rate, rel=1e-2)
+    assert out.column("train/learning_rate") == {1: rate}
+
+
+@proves("trainer.max_grad_norm")
+@pytest.mark.parametrize("most", [None, 1e-3])
+def test_gradients_are_scaled_down_to_the_norm(train: Train, most: float | None) -> None:
+    """With eps = 1 a first step of Adam is at most rate * gradient."""
+    out = train({"trainer.max_grad_norm": most, "optimizer.eps": 1.0, "trainer.max_steps": 1, **CONSTANT})
+    norm = out.column("train/gradient_norm")[1]
+    assert norm > 0.1, "the logged one is that before scaling"
+    assert (out.largest_b <= 1e-3 * 1e-3) == (most is not None)
+
+
+@proves("trainer.precision")
+@pytest.mark.parametrize(("precision", "wanted"), [("auto", torch.float32), ("bf16", torch.bfloat16)])
+def test_the_loss_is_computed_in_the_asked_precision(
+    train: Train, forwards: Any, precision: str, wanted: torch.dtype
+) -> None:
+    out = train({"trainer.precision": precision, "trainer.max_steps": 1})
+    assert [(forward.computed, forward.frozen) for forward in forwards["training"]] == [(wanted, {wanted})]
+    assert {tensor.dtype for tensor in out.weights.values()} == {torch.float32}, "what trains is kept in full"
+
+
+@proves("trainer.precision")
+def test_fp16_is_refused_on_a_cpu(train: Train) -> None:
+    with pytest.raises(ConfigError, match=r"trainer\.precision=fp16: needs an accelerator; use fp32"):
+        train({"trainer.precision": "fp16"})
+
+
+@proves("trainer.gradient_checkpointing")
+@pytest.mark.parametrize(("on", "wanted"), [(False, 1), (True, 2)])
+def test_gradient_checkpointing_computes_layers_again(
+    checkpoint_of: Callable[[str], Path], on: bool, wanted: int
+) -> None:
+    config = tiny.config(checkpoint_of("qwen2_vl"), adapter=tiny.LORA, gradient_checkpointing=on, max_steps=1)
+    run = tiny.assemble(config, tiny.records(4))
+    calls: list[str] = []
+    layer = run.model.get_base_model().model.language_model.layers[0].self_attn.q_proj
+    layer.register_forward_hook(lambda *_: calls.append("forward"))
+    run.fit()
+    assert len(calls) == wanted
+
+
+@proves("trainer.share_prefix")
+@pytest.mark.parametrize(
+    ("share", "fits", "wanted"), [("on", True, True), ("auto", True, True), ("auto", False, False)]
+)
+def test_an_image_is_shared_where_the_check_allows_it(
+    train: Train, forwards: Any, monkeypatch: pytest.MonkeyPatch, share: str, fits: bool, wanted: bool
+) -> None:
+    monkeypatch.setattr("vlmtune.preflight.layouts_agree", lambda *_: (fits, "said so"))
+    train({"trainer.share_prefix": share})
+    assert {forward.shared for forward in forwards["training"]} == {wanted}
+
+
+@proves("trainer.share_prefix")
+def test_sharing_is_off_or_refused(train: Train, forwards: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    train({"trainer.share_prefix": "off"})
+    assert {forward.shared for forward in forwards["training"]} == {False}
+    monkeypatch.setattr("vlmtune.preflight.layouts_agree", lambda *_: (False, "loss differs"))
+    with pytest.raises(ConfigError, match=r"trainer\.share_prefix=on: loss differs"):
+        train({"trainer.share_prefix": "on"})
+
+
+@proves("trainer.eval_every")
+@pytest.mark.parametrize(("every", "wanted"), [(None, [0, 4]), (2, [0, 2, 4]), ("epoch", [0, 3, 4])])
+def test_evaluation_comes_when_asked(train: Train, every: Any, wanted: list[int]) -> None:
+    out = train({"trainer.eval_every": every, "trainer.max_steps": 4}, evaluated=True)
+    assert [*out.column("eval/loss")] == wanted
+
+
+@proves("trainer.eval_baseline")
+@pytest.mark.parametrize("on", [True, False])
+def test_the_untrained_model_is_evaluated_first(train: Train, on: bool) -> None:
+    out = train({"trainer.eval_baseline": on}, evaluated=True)
+    assert ("baseline/loss" in out.result["metrics"]) == on
+    assert (0 in out.column("eval/loss")) == on
+
+
+@proves("trainer.save_every", "trainer.keep_checkpoints")
+@pytest.mark.parametrize(
+    ("every", "keep", "wanted"), [(None, 2, []), (2, 2, [2, 4]), ("epoch", 9, [3, 4]), (1, 3, [2, 3, 4]), (1, 1, [4])]
+)
+def test_checkpoints_come_when_asked_and_the_newest_are_kept(
+    train: Train, every: Any, keep: int, wanted: list[int]
+) -> None:
+    out = train({"trainer.save_every": every, "trainer.keep_checkpoints": keep, "trainer.max_steps": 4})
+    assert out.checkpoints == wanted
+
+
+@proves("trainer.nonfinite")
+def test_a_nonfinite_step_stops_the_run_or_is_left_out(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = loss.summed_loss, iter(range(99))
+
+    def spoilt(model: Any, batch: Any) -> Any:
+        return real(model, batch) * (math.nan if next(calls) == 0 else 1.0)
+
+    monkeypatch.setattr(loss, "summed_loss", spoilt)
+    assert train({"trainer.nonfinite": "skip"}).result["skipped_steps"] == 1
+    calls = iter(range(99))
+    with pytest.raises(TrainingError, match=r"trainer\.nonfinite=skip"):
+        train({"trainer.nonfinite": "stop"})
+
+
+@proves("trainer.log_every")
+@pytest.mark.parametrize(("every", "wanted"), [(1, [1, 2, 3, 4, 5]), (2, [1, 2, 4, 5]), (10, [1, 5])])
+def test_steps_are_logged_as_often_as_asked(train: Train, every: int, wanted: list[int]) -> None:
+    assert [*train({"trainer.log_every": every, "trainer.max_steps": 5}).column("train/loss")] == wanted
+
+
+@proves("trainer.num_workers")
+@pytest.mark.parametrize(("workers", "here"), [(0, True), (None, True), (1, False)])
+def test_workers_prepare_batches(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int | None, here: bool
+) -> None:
+    real, file = Batches.__getitem__, tmp_path / "processes"
+
+    def noting(batches: Batches, step: int) -> Any:
+        with file.open("a") as out:
+            out.write(f"{os.getpid()}\n")
+        return real(batches, step)
+
+    monkeypatch.setattr(Batches, "__getitem__", noting)
+    train({"trainer.num_workers": workers})
+    processes = file.read_text().split()
+    assert len(processes) == 2
+    assert (set(processes) == {str(os.getpid())}) == here
+
+
+@proves("trainer.seed")
+def test_a_seed_repeats_a_run_and_another_does_not(train: Train) -> None:
+    first, again, other = (train({"trainer.seed": seed}) for seed in (1, 1, 2))
+    assert first.losses == again.losses
+    assert first.losses[0] != other.losses[0], "another order of rows"
+    name = next(name for name in first.weights if "lora_A" in name)
+    assert not torch.allclose(first.weights[name], other.weights[name], atol=0.01), "other new weights"
+
+
+# ---------------------------------------------------------------- data and task
+
+
+@proves("data.test")
+@pytest.mark.parametrize("given", [True, False])
+def test_the_test_rows_are_evaluated_at_the_end(train: Train, table: Path, given: bool) -> None:
+    change = {"data.test": str(table) if given else None, "data.max_eval_rows": 2, "generation.max_new_tokens": 2}
+    out = train(change)
+    assert ("test/loss" in out.result["metrics"]) == given
+    assert [*out.column("test/loss")] == [2] * given
+
+
+@proves("data.columns.image", "data.columns.question", "data.columns.answer")
+def test_columns_are_found_by_the_given_names(table: Path) -> None:
+    usual, *rows = csv.reader(table.read_text().splitlines())
+    assert usual == ["image_path", "question", "answer"]
+    names = {"image": "picture", "question": "query", "answer": "label"}
+    with (table.parent / "renamed.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([[*names.values()], *rows])
+    wanted = load_table(DataConfig(train=str(table)), TaskConfig(), 0)["train"].records
+    renamed = DataConfig(train=str(table.parent / "renamed.csv"), columns=ColumnsConfig(**names))
+    found = load_table(renamed, TaskConfig(), 0)["train"].records
+    assert [(r.turns, r.images) for r in found] == [(r.turns, r.images) for r in wanted]
+    for role in names:
+        columns = dataclasses.replace(renamed.columns, **{role: "nothing"})
+        with pytest.raises(DataError, match=f"no column 'nothing'.*data.columns.{role}"):
+            load_table(dataclasses.replace(renamed, columns=columns), TaskConfig(), 0)
+
+
+@proves("data.max_bad_fraction", "data.max_image_pixels")
+def test_large_images_are_bad_rows_and_so_many_may_be_dropped(tmp_path: Path) -> None:
+    table = tiny.write_csv(tmp_path, [("what?", "red"), ("what?", "blue"), ("what?", "green")])
+    tiny.image(100, 101).save(tmp_path / "1.png")
+
+    def rows(**data: Any) -> int:
+        return len(load_table(DataConfig(train=str(table), on_bad_row="drop", **data), TaskConfig(), 0)["train"])
+
+    assert rows() == 3
+    assert rows(max_image_pixels=10_000, max_bad_fraction=0.4) == 2
+    with pytest.raises(DataError, match=r"too many pixels[\s\S]*above data\.max_bad_fraction=0\.3"):
+        rows(max_image_pixels=10_000, max_bad_fraction=0.3)
+
+
+@proves("task.metrics")
+def test_the_first_metric_is_the_objective(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = types.SimpleNamespace(quarter=lambda prediction, references: 0.25)
+    monkeypatch.setitem(sys.modules, "my_metrics", own)  # type: ignore[arg-type]
+    out = train({"task.metrics": ["my_metrics.quarter", "anls"], "trainer.eval_baseline": False}, evaluated=True)
+    assert out.result["metrics"].keys() == {"eval/loss", "eval/my_metrics.quarter", "eval/anls"}
+    assert out.result["objective"] == 0.25
+    assert {row["score"] for row in csv.DictReader(out.read("predictions.csv").splitlines())} == {"0.25"}
+
+
+# ---------------------------------------------------------------- optimizer
+
+
+@proves("optimizer.name")
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("adamw", "torch.optim.adamw.AdamW"),
+        ("adamw_8bit", "bitsandbytes.optim.adamw.AdamW8bit"),
+        ("paged_adamw", "bitsandbytes.optim.adamw.PagedAdamW"),
+        ("paged_adamw_8bit", "bitsandbytes.optim.adamw.PagedAdamW8bit"),
+    ],
+)
+def test_the_optimizer_is_of_the_asked_class(name: str, wanted: str) -> None:
+    """Paged state needs a GPU to step; test_checkpoint trains with `adamw_8bit`."""
+    trainer = tiny.config(None).trainer
+    built = build_optimizer(torch.nn.Linear(2, 2), Parts({"": "language"}), trainer, OptimizerConfig(name))
+    assert f"{type(built).__module__}.{type(built).__name__}" == wanted
+
+
+def adamw(rate: float, steps: list[float], o: OptimizerConfig) -> float:
+    """A weight of 1 after `steps` with these gradients. Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2."""
+    weight, mean, square = 1.0, 0.0, 0.0
+    for t, gradient in enumerate(steps, start=1):
+        mean = o.beta1 * mean + (1 - o.beta1) * gradient
+        square = o.beta2 * square + (1 - o.beta2) * gradient**2
+        root = math.sqrt(square / (1 - o.beta2**t))
+        weight -= rate * o.weight_decay * weight + rate * mean / (1 - o.beta1**t) / (root + o.eps)
+    return weight
+
+
+@proves("optimizer.weight_decay", "optimizer.beta1", "optimizer.beta2", "optimizer.eps")
+@pytest.mark.parametrize("changed", [{}, {"weight_decay": 0.5}, {"beta1": 0.5}, {"beta2": 0.5}, {"eps": 1.0}])
+def test_steps_follow_the_formula(changed: dict[str, float]) -> None:
+    config, gradients = OptimizerConfig(**changed), [1.0, -3.0, 0.5]  # type: ignore[arg-type]
+    model = torch.nn.Linear(2, 2, bias=False)
+    torch.nn.init.ones_(model.weight)
+    optimizer = build_optimizer(model, Parts({"": "language"}), tiny.config(None, learning_rate=0.1).trainer, config)
+    for gradient in gradients:
+        model.weight.grad = torch.full((2, 2), gradient)
+        optimizer.step()
+    assert model.weight.flatten().tolist() == pytest.approx([adamw(0.1, gradients, config)] * 4, rel=1e-5)
+    assert not changed or abs(adamw(0.1, gradients, config) - adamw(0.1, gradients, OptimizerConfig())) > 1e-3
+
+
+# ---------------------------------------------------------------- generation
+
+
+@pytest.fixture
+def answers(model_of: Any, encoder_of: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[list[int]]]:
+    """Generated ids of six rows, by a checkpoint that asks for top_k=1 itself, as Qwen2-VL's do."""
+    model, encoder, ids = model_of("qwen2_vl"), encoder_of("qwen2_vl"), []
+    model.generation_config.update(do_sample=True, top_k=1, top_p=0.001, temperature=0.01)
+    monkeypatch.setattr(encoder, "decode", lambda found: [str(ids.append(row) or "") for row in found])
+
+    def answer(**generation: Any) -> list[list[int]]:
+        ids.clear()
+        torch.manual_seed(0)
+        config = GenerationConfig(**{"max_new_tokens": 6, **generation})
+        generate.generate(model, encoder, tiny.records(6), config, batch_size=6, autocast=nullcontext)
+        return [*ids]
+
+    return answer
+
+
+@proves("generation.max_new_tokens")
+@pytest.mark.parametrize("most", [1, 5])
+def test_answers_are_at_most_so_long(answers: Any, most: int) -> None:
+    assert {len(ids) for ids in answers(max_new_tokens=most)} == {most}
+
+
+@proves("generation.temperature", "generation.top_p")
+def test_temperature_samples_and_a_small_top_p_takes_that_back(answers: Any) -> None:
+    greedy, sampled = answers(temperature=0.0), answers(temperature=100.0)
+    assert greedy == answers(temperature=0.0)
+    differing = sum(
+        a != b for left, right in zip(greedy, sampled, strict=True) for a, b in zip(left, right, strict=True)
+    )
+    assert differing > 30, "at such a temperature all tokens are alike, and 36 are drawn"
+    assert answers(temperature=1.0, top_p=1e-6) == greedy
+    assert answers(temperature=1e-3) == greedy
+
+
+# ---------------------------------------------------------------- tracker
+
+
+@proves("tracker.project")
+def test_curves_go_to_the_named_project(tmp_path: Path) -> None:
+    tracking.build(TrackerConfig(name="wandb", project="my_project"), {}, tmp_path).finish({})
+    assert wandb_offline.read(tmp_path)["exit_code"] == 0
+    (log,) = tmp_path.rglob("run-*.wandb")
+    assert {r.run.project for r in wandb_offline.records(log) if r.WhichOneof("record_type") == "run"} == {"my_project"}
+
+
+@proves("tracker.samples")
+@pytest.mark.parametrize(("count", "wanted"), [(0, []), (2, [2, 2]), (16, [3, 3])])
+def test_each_evaluation_shows_so_many_samples(
+    train: Train, monkeypatch: pytest.MonkeyPatch, count: int, wanted: list[int]
+) -> None:
+    shown: list[int] = []
+
+    class Noting(tracking.Nothing):
+        def samples(self, rows: list[tracking.Sample], step: int) -> None:
+            shown.append(len(rows))
+
+    monkeypatch.setattr(tracking, "build", lambda *_: Noting())
+    train({"tracker.samples": count}, evaluated=True)
+    assert shown == wanted
+
+
+# ---------------------------------------------------------------- none is left
+
+
+def leaves(schema: type = Config, prefix: str = "") -> Iterator[str]:
+    """All keys of the schema; `adapter.*` and `quantization.*` stand for the fields of PEFT's and transformers' own."""
+    for field in dataclasses.fields(schema):
+        nested = nested_schema(field)
+        if nested:
+            yield from leaves(nested, f"{prefix}{field.name}.")
+        elif field.name in OPEN_GROUPS:
+            yield from (f"{field.name}.{name}" for name in ("method", "parts", "*"))
+        else:
+            yield prefix + field.name
+
+
+def test_every_field_is_claimed_by_a_test() -> None:
+    keys = {*leaves()}
+    assert len(keys) > 70
+    assert keys - PROVEN.keys() - ELSEWHERE.keys() == set(), "no test shows what these do"
+    assert (PROVEN.keys() | ELSEWHERE.keys()) - keys == set(), "no such fields"
+    assert PROVEN.keys() & ELSEWHERE.keys() == set(), "claimed twice"
+
+
+@pytest.mark.parametrize("place", sorted({*ELSEWHERE.values()}))
+def test_tests_that_are_pointed_at_exist(place: str) -> None:
+    file, _, name = place.partition("::")
+    tree = ast.parse((Path(__file__).parent / file).read_text(encoding="utf-8"))
+    (found,) = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
+    marks = " ".join(ast.unparse(decorator) for decorator in found.decorator_list)
+    assert "slow" not in marks
+    assert "skip" not in marks
