@@ -49,7 +49,7 @@ from vlmtune.models.parts import Parts
 from vlmtune.optim import build_optimizer
 from vlmtune.tracking import read_metrics
 
-FP32 = {"dtype": torch.float32, "compute_dtype": torch.float32, "device": torch.device("cpu")}
+FP32: dict[str, Any] = {"dtype": torch.float32, "compute_dtype": torch.float32, "device": torch.device("cpu")}
 CONSTANT = {"trainer.scheduler.name": "constant", "trainer.scheduler.warmup_fraction": 0.0}
 
 T = TypeVar("T")
@@ -603,7 +603,12 @@ def answers(model_of: Any, encoder_of: Any, monkeypatch: pytest.MonkeyPatch) -> 
     """Generated ids of six rows, by a checkpoint that asks for top_k=1 itself, as Qwen2-VL's do."""
     model, encoder, ids = model_of("qwen2_vl"), encoder_of("qwen2_vl"), []
     model.generation_config.update(do_sample=True, top_k=1, top_p=0.001, temperature=0.01)
-    monkeypatch.setattr(encoder, "decode", lambda found: [str(ids.append(row) or "") for row in found])
+
+    def decode(found: list[list[int]]) -> list[str]:
+        ids.extend(found)
+        return [""] * len(found)
+
+    monkeypatch.setattr(encoder, "decode", decode)
 
     def answer(**generation: Any) -> list[list[int]]:
         ids.clear()
