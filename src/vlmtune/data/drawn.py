@@ -11,7 +11,7 @@ from PIL import Image
 
 from vlmtune.config import DataConfig
 from vlmtune.data.records import Record, Turn
-from vlmtune.data.scenes import Question, labelled_scene
+from vlmtune.data.scenes import Course, Question, labelled_scene
 
 SCENES, HELD_OUT = 300_000, 200
 FIRST_HELD_OUT = 10_000_000
@@ -21,12 +21,12 @@ FIRST_HELD_OUT = 10_000_000
 class Scenes(Sequence[Record]):
     """`scenes` scenes with `rows` rows each: a caption and questions about the same image, one after the other."""
 
-    def __init__(self, first: int, scenes: int, rows: int, *, single: bool):
-        self.first, self.scenes, self.rows, self.single = first, scenes, rows, single
+    def __init__(self, first: int, scenes: int, rows: int, course: Course):
+        self.first, self.scenes, self.rows, self.course = first, scenes, rows, course
 
     @property
     def fingerprint(self) -> str:
-        return f"scenes {self.first}+{self.scenes} of {self.rows} rows, single={self.single}"
+        return f"scenes {self.first}+{self.scenes} of {self.rows} rows, {self.course}"
 
     @property
     def groups(self) -> list[int]:
@@ -47,32 +47,38 @@ class Scenes(Sequence[Record]):
             raise IndexError(index)
         number, place = divmod(index, self.rows)
         seed = self.first + number
-        question = next(islice(cycle(_drawn(seed, self.single)[1]), place, None))
+        question = next(islice(cycle(_drawn(seed, self.course)[1]), place, None))
         turn = Turn(question.text or "describe the image.", (question.answer,))
-        image = partial(_picture, seed, self.single)
+        image = partial(_picture, seed, self.course)
         return Record((turn,), (image,), group=seed, file="drawn scenes", row=index)
 
 
 @lru_cache(maxsize=512)
-def _drawn(seed: int, single: bool) -> tuple[Image.Image, list[Question]]:
-    return labelled_scene(seed, questions=20, easy=single)
+def _drawn(seed: int, course: Course) -> tuple[Image.Image, list[Question]]:
+    return labelled_scene(seed, questions=20, course=course)
 
 
-def _picture(seed: int, single: bool) -> Image.Image:
-    return _drawn(seed, single)[0]
-
-
-def load(config: DataConfig) -> dict[str, Scenes]:
-    """One object, text or several objects a scene; five rows each."""
-    return {
-        "train": Scenes(SCENES, SCENES, 5, single=False),
-        "validation": Scenes(FIRST_HELD_OUT, HELD_OUT, 16, single=False),
-    }
+def _picture(seed: int, course: Course) -> Image.Image:
+    return _drawn(seed, course)[0]
 
 
 def load_single(config: DataConfig) -> dict[str, Scenes]:
-    """One object a scene and no yes-or-no questions: where seeing starts. Three rows each."""
+    """The first course: one object a scene, three rows each."""
+    return _course("single", 0, rows=3)
+
+
+def load(config: DataConfig) -> dict[str, Scenes]:
+    """The second course: one object, text or several objects a scene; five rows each."""
+    return _course("scenes", 1, rows=5)
+
+
+def load_yes_no(config: DataConfig) -> dict[str, Scenes]:
+    """The third course: one object a scene, and mostly whether something is there; twelve rows each."""
+    return _course("yes_no", 2, rows=12)
+
+
+def _course(course: Course, number: int, *, rows: int) -> dict[str, Scenes]:
     return {
-        "train": Scenes(0, SCENES, 3, single=True),
-        "validation": Scenes(FIRST_HELD_OUT, HELD_OUT, 8, single=True),
+        "train": Scenes(number * SCENES, SCENES, rows, course),
+        "validation": Scenes(FIRST_HELD_OUT, HELD_OUT, 12, course),
     }

@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import sqrt
 from random import Random
+from typing import Literal
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 RGB = tuple[int, int, int]
+Course = Literal["single", "scenes", "yes_no"]
+"""What pico is taught in turn."""
 
 COLOURS: dict[str, tuple[RGB, ...]] = {
     "black": ((0, 0, 0), (20, 20, 24)),
@@ -121,23 +124,27 @@ class Question:
     answer: str
 
 
-def scene(seed: int, easy: bool = False) -> tuple[Image.Image, list[tuple[str, str]]]:
-    """Draw the scene of a seed and return it with its (question, answer) pairs; an empty question is a caption.
-
-    `easy` scenes hold one object and ask no yes-or-no questions, which a model that sees nothing half answers.
-    """
-    image, questions = labelled_scene(seed, easy=easy)
+def scene(seed: int, course: Course = "scenes") -> tuple[Image.Image, list[tuple[str, str]]]:
+    """Draw the scene of a seed and return it with its (question, answer) pairs; an empty question is a caption."""
+    image, questions = labelled_scene(seed, course=course)
     return image, [(question.text, question.answer) for question in questions]
 
 
-def labelled_scene(seed: int, questions: int = 10, easy: bool = False) -> tuple[Image.Image, list[Question]]:
-    """Like `scene`, with the kind of each question. `questions`: the number besides the caption."""
+def labelled_scene(seed: int, questions: int = 10, course: Course = "scenes") -> tuple[Image.Image, list[Question]]:
+    """Like `scene`, with the kind of each question.
+
+    `single` scenes hold one object and ask no yes-or-no questions, which a model that sees nothing half answers.
+    `yes_no` scenes hold one object and ask of nearly nothing else. `questions`: the number besides the caption.
+    """
     rng = Random(seed)
-    things = [_shape(rng, rng.uniform(0.2, 0.7))] if easy else _things(rng)
-    image = _draw(rng, things, plain=easy)
-    pool = [question for question in _questions(rng, things) if not easy or question.kind not in HARD]
+    things = _things(rng) if course == "scenes" else [_shape(rng, rng.uniform(0.2, 0.7))]
+    image = _draw(rng, things, plain=course != "scenes")
+    if course == "yes_no":
+        pool = [_presence(rng, things, wanted=index % 2 == 0) for index in range(8)]
+        return image, [*_about(rng, things[0], things), *pool]
+    pool = [question for question in _questions(rng, things) if course == "scenes" or question.kind not in HARD]
     rng.shuffle(pool)
-    if easy:  # shape is what takes longest to see
+    if course == "single":  # shape is what takes longest to see
         pool.sort(key=lambda question: question.kind != "shape")
         pool = [*pool[:1], *pool[2:], pool[1]]
     return image, [_caption(things), *pool[:questions]]
