@@ -11,7 +11,8 @@ from PIL import Image
 
 from vlmtune.config import DataConfig
 from vlmtune.data.records import Record, Turn
-from vlmtune.data.scenes import Course, Question, labelled_scene
+from vlmtune.data.scene_questions import Question
+from vlmtune.data.scenes import Course, labelled_scene
 
 SCENES, HELD_OUT = 300_000, 200
 FIRST_HELD_OUT = 10_000_000
