@@ -112,9 +112,12 @@ def _at(rng: Random, things: list[Thing]) -> Iterator[Question]:
             yield Question("at", rng.choice(ASK_AT).format(place), here[0] if here else "nothing")
 
 
-def presence(rng: Random, things: list[Thing], wanted: bool) -> Question:
+ANY = ("colour", "shape", "both", "both")
+
+
+def presence(rng: Random, things: list[Thing], wanted: bool, kinds: tuple[str, ...] = ANY) -> Question:
     """Is a thing there, or is it missing? `wanted`: whether the thing asked for is in the scene."""
-    kind = rng.choice(("colour", "shape", "both", "both"))
+    kind = rng.choice(kinds)
     shapes = [thing for thing in things if not thing.is_text]
     if not shapes:
         kind = "colour"

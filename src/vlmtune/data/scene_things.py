@@ -73,6 +73,19 @@ def arrange(rng: Random) -> list[Thing]:
     return _spread(rng, count, largest=0.5 if count == 2 else 0.34)
 
 
+def alone(rng: Random) -> list[Thing]:
+    """One shape, neither tiny nor huge."""
+    return [one_shape(rng, rng.uniform(0.2, 0.7))]
+
+
+def pair(rng: Random) -> list[Thing]:
+    """Two shapes of different colour and name."""
+    while True:
+        one, two = (one_shape(rng, rng.uniform(0.25, 0.5)) for _ in range(2))
+        if apart(one, two) and one.name != two.name and one.colour != two.colour:
+            return [one, two]
+
+
 def one_shape(rng: Random, size: float) -> Thing:
     name = rng.choice(SHAPES)
     short = size * rng.uniform(0.4, 0.72) if name == "rectangle" else size
@@ -103,14 +116,14 @@ def _spread(rng: Random, count: int, largest: float) -> list[Thing]:
     things: list[Thing] = []
     for _ in range(count * 6):
         thing = _text(rng) if rng.random() < 0.06 else one_shape(rng, rng.uniform(0.13, largest))
-        if all(_apart(thing, other) for other in things):
+        if all(apart(thing, other) for other in things):
             things.append(thing)
         if len(things) == count:
             break
     return things
 
 
-def _apart(one: Thing, two: Thing) -> bool:
+def apart(one: Thing, two: Thing) -> bool:
     across = abs(one.x - two.x) > (one.width + two.width) / 2 + 0.03
     down = abs(one.y - two.y) > (one.height + two.height) / 2 + 0.03
     return (across or down) and one.label != two.label

@@ -12,9 +12,9 @@ from typing import Literal
 from PIL import Image
 
 from vlmtune.data.scene_questions import Question, about_one, caption, presence, questions_about
-from vlmtune.data.scene_things import arrange, draw, one_shape
+from vlmtune.data.scene_things import alone, arrange, draw, pair
 
-Course = Literal["single", "scenes", "yes_no"]
+Course = Literal["single", "scenes", "pairs"]
 """What pico is taught in turn."""
 HARD = frozenset({"present", "absent", "count", "relation"})
 
@@ -29,14 +29,16 @@ def labelled_scene(seed: int, questions: int = 10, course: Course = "scenes") ->
     """Like `scene`, with the kind of each question.
 
     `single` scenes hold one object and ask no yes-or-no questions, which a model that sees nothing half answers.
-    `yes_no` scenes hold one object and ask of nearly nothing else. `questions`: the number besides the caption.
+    `pairs` hold two objects and ask which is which, and what is there. `questions`: the number besides the caption.
     """
     rng = Random(seed)
-    things = arrange(rng) if course == "scenes" else [one_shape(rng, rng.uniform(0.2, 0.7))]
+    things = {"scenes": arrange, "single": lambda rng: [one_shape(rng, rng.uniform(0.2, 0.7))], "pairs": pair}[course](
+        rng
+    )
     image = draw(rng, things, plain=course != "scenes")
-    if course == "yes_no":
-        pool = [presence(rng, things, wanted=index % 2 == 0) for index in range(8)]
-        return image, [*about_one(rng, things[0], things), *pool]
+    if course == "pairs":
+        asked = [question for thing in things for question in about_one(rng, thing, things)]
+        return image, [*asked, *(presence(rng, things, index % 2 == 0, ("colour", "shape")) for index in range(4))]
     pool = [question for question in questions_about(rng, things) if course == "scenes" or question.kind not in HARD]
     rng.shuffle(pool)
     if course == "single":  # shape is what takes longest to see
