@@ -32,9 +32,7 @@ def labelled_scene(seed: int, questions: int = 10, course: Course = "scenes") ->
     `pairs` hold two objects and ask which is which, and what is there. `questions`: the number besides the caption.
     """
     rng = Random(seed)
-    things = {"scenes": arrange, "single": lambda rng: [one_shape(rng, rng.uniform(0.2, 0.7))], "pairs": pair}[course](
-        rng
-    )
+    things = {"single": alone, "scenes": arrange, "pairs": pair}[course](rng)
     image = draw(rng, things, plain=course != "scenes")
     if course == "pairs":
         asked = [question for thing in things for question in about_one(rng, thing, things)]
