@@ -73,11 +73,6 @@ def load(config: DataConfig) -> dict[str, Scenes]:
     return _course("scenes", 1, rows=5)
 
 
-def load_pairs(config: DataConfig) -> dict[str, Scenes]:
-    """The third course: two objects a scene, which is which and what is there; ten rows each."""
-    return _course("pairs", 2, rows=10)
-
-
 def _course(course: Course, number: int, *, rows: int) -> dict[str, Scenes]:
     return {
         "train": Scenes(number * SCENES, SCENES, rows, course),

@@ -77,10 +77,10 @@ def questions_about(rng: Random, things: list[Thing]) -> Iterator[Question]:
         if shapes:
             yield Question("shape", rng.choice(ASK_SHAPE), shapes[0].name)
     for thing in rng.sample(things, min(3, len(things))):
-        yield from about_one(rng, thing, things)
+        yield from _about(rng, thing, things)
     yield from _at(rng, things)
     for index in range(4):
-        yield presence(rng, things, wanted=index % 2 == 0)
+        yield _presence(rng, things, wanted=index % 2 == 0)
     yield from _counts(rng, shapes)
     if len(things) > 1:
         for _ in range(3):
@@ -88,7 +88,7 @@ def questions_about(rng: Random, things: list[Thing]) -> Iterator[Question]:
             yield from _relations(rng, one, two, things)
 
 
-def about_one(rng: Random, thing: Thing, things: list[Thing]) -> Iterator[Question]:
+def _about(rng: Random, thing: Thing, things: list[Thing]) -> Iterator[Question]:
     """Colour, shape, place, size or text of one thing, where a short description singles it out."""
     noun = "text" if thing.is_text else thing.name
     if sum(_noun(other) == noun for other in things) == 1:
@@ -112,12 +112,9 @@ def _at(rng: Random, things: list[Thing]) -> Iterator[Question]:
             yield Question("at", rng.choice(ASK_AT).format(place), here[0] if here else "nothing")
 
 
-ANY = ("colour", "shape", "both", "both")
-
-
-def presence(rng: Random, things: list[Thing], wanted: bool, kinds: tuple[str, ...] = ANY) -> Question:
+def _presence(rng: Random, things: list[Thing], wanted: bool) -> Question:
     """Is a thing there, or is it missing? `wanted`: whether the thing asked for is in the scene."""
-    kind = rng.choice(kinds)
+    kind = rng.choice(("colour", "shape", "both", "both"))
     shapes = [thing for thing in things if not thing.is_text]
     if not shapes:
         kind = "colour"

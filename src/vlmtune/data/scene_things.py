@@ -78,14 +78,6 @@ def alone(rng: Random) -> list[Thing]:
     return [one_shape(rng, rng.uniform(0.2, 0.7))]
 
 
-def pair(rng: Random) -> list[Thing]:
-    """Two shapes of different colour and name."""
-    while True:
-        one, two = (one_shape(rng, rng.uniform(0.25, 0.5)) for _ in range(2))
-        if apart(one, two) and one.name != two.name and one.colour != two.colour:
-            return [one, two]
-
-
 def one_shape(rng: Random, size: float) -> Thing:
     name = rng.choice(SHAPES)
     short = size * rng.uniform(0.4, 0.72) if name == "rectangle" else size

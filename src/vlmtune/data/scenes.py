@@ -11,10 +11,10 @@ from typing import Literal
 
 from PIL import Image
 
-from vlmtune.data.scene_questions import Question, about_one, caption, presence, questions_about
-from vlmtune.data.scene_things import alone, arrange, draw, pair
+from vlmtune.data.scene_questions import Question, caption, questions_about
+from vlmtune.data.scene_things import alone, arrange, draw
 
-Course = Literal["single", "scenes", "pairs"]
+Course = Literal["single", "scenes"]
 """What pico is taught in turn."""
 HARD = frozenset({"present", "absent", "count", "relation"})
 
@@ -29,14 +29,11 @@ def labelled_scene(seed: int, questions: int = 10, course: Course = "scenes") ->
     """Like `scene`, with the kind of each question.
 
     `single` scenes hold one object and ask no yes-or-no questions, which a model that sees nothing half answers.
-    `pairs` hold two objects and ask which is which, and what is there. `questions`: the number besides the caption.
+    `questions`: the number besides the caption.
     """
     rng = Random(seed)
-    things = {"single": alone, "scenes": arrange, "pairs": pair}[course](rng)
+    things = {"single": alone, "scenes": arrange}[course](rng)
     image = draw(rng, things, plain=course != "scenes")
-    if course == "pairs":
-        asked = [question for thing in things for question in about_one(rng, thing, things)]
-        return image, [*asked, *(presence(rng, things, index % 2 == 0, ("colour", "shape")) for index in range(4))]
     pool = [question for question in questions_about(rng, things) if course == "scenes" or question.kind not in HARD]
     rng.shuffle(pool)
     if course == "single":  # shape is what takes longest to see
