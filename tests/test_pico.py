@@ -1,0 +1,70 @@
+"""The drawn scenes, and the model that was pre-trained on them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from vlmtune.config import DataConfig, GenerationConfig, ModelConfig
+from vlmtune.data import drawn
+from vlmtune.data.records import Record, Turn
+from vlmtune.data.scenes import Course, labelled_scene
+
+WEIGHTS = Path(drawn.__file__).parents[1] / "models" / "pico_weights"
+
+
+@pytest.mark.parametrize("course", ["single", "scenes"])
+def test_a_scene_is_a_function_of_its_seed(course: Course) -> None:
+    (one, asked), (again, asked_again) = labelled_scene(7, course=course), labelled_scene(7, course=course)
+    assert one.tobytes() == again.tobytes()
+    assert asked == asked_again
+    assert labelled_scene(8, course=course)[0].tobytes() != one.tobytes()
+
+
+def test_scenes_ask_nothing_that_easy_vqa_asks() -> None:
+    """Or pico's scores on easy-VQA would be no test of seeing."""
+    import easy_vqa
+
+    theirs = set(easy_vqa.get_train_questions()[0]) | set(easy_vqa.get_test_questions()[0])
+    ours = {question.text for seed in range(300) for question in labelled_scene(seed, 20)[1]}
+    assert len(ours) > 500
+    assert not ours & theirs
+
+
+@pytest.mark.parametrize("load", [drawn.load, drawn.load_single])
+def test_rows_of_a_scene_share_its_image_and_held_out_ones_are_never_trained_on(load: object) -> None:
+    splits = load(DataConfig())  # type: ignore[operator]
+    train, held_out = splits["train"], splits["validation"]
+    rows = train[: train.rows]
+    assert {row.group for row in rows} == {rows[0].group}
+    assert train[train.rows].group != rows[0].group
+    assert train.groups[: train.rows + 1] == [0] * train.rows + [1]
+    assert train[len(train) - 1].group < held_out[0].group
+    with pytest.raises(IndexError):
+        train[len(train)]
+
+
+def test_the_weights_that_ship_are_small_safe_and_see_colours() -> None:
+    import torch
+    from accelerate import Accelerator
+
+    from vlmtune.data.encode import Encoder
+    from vlmtune.generate import generate
+    from vlmtune.models.load import load
+
+    assert sum(file.stat().st_size for file in WEIGHTS.iterdir()) < 16_000_000
+    assert not [file for file in WEIGHTS.iterdir() if file.suffix in (".bin", ".pt", ".pkl")]
+    fp32, cpu = torch.float32, torch.device("cpu")
+    model, processor = load(
+        ModelConfig(path=str(WEIGHTS)), {"method": None}, dtype=fp32, compute_dtype=fp32, device=cpu
+    )
+    rows, answers = [], []
+    for seed in range(drawn.FIRST_HELD_OUT, drawn.FIRST_HELD_OUT + 40):
+        picture, questions = labelled_scene(seed, 20, "single")
+        colour = next(question for question in questions if question.kind == "colour")
+        rows.append(Record((Turn(colour.text),), (picture,)))
+        answers.append(colour.answer)
+    limits = GenerationConfig(max_new_tokens=8)
+    found = generate(model, Encoder(processor), rows, limits, batch_size=40, autocast=Accelerator(cpu=True).autocast)
+    assert sum(a == b for a, b in zip(found, answers, strict=True)) >= 36
