@@ -60,9 +60,10 @@ def resume(config: Config, rows: Any, at: Path) -> tiny.Run:
         {"adapter": DROPOUT, "share_prefix": "off", "gradient_accumulation_steps": 2, "batch_size": 2},
         {"adapter": DROPOUT, "optimizer": {"name": "adamw_8bit"}},
         {"adapter": DROPOUT, "quantization": tiny.QUANTIZED["nf4"]},
+        {"optimizer": {"name": "muon"}},
         {},
     ],
-    ids=["lora", "accumulation", "8-bit optimizer", "nf4", "full"],
+    ids=["lora", "accumulation", "8-bit optimizer", "nf4", "muon", "full"],
 )
 def test_a_resumed_run_is_the_straight_one(folder: Path, tmp_path: Path, choice: dict[str, Any]) -> None:
     """Losses, weights and order, from the middle of the second epoch; dropout shows a lost random state."""

@@ -561,6 +561,7 @@ def test_the_first_metric_is_the_objective(train: Train, monkeypatch: pytest.Mon
         ("adamw_8bit", "bitsandbytes.optim.adamw.AdamW8bit"),
         ("paged_adamw", "bitsandbytes.optim.adamw.PagedAdamW"),
         ("paged_adamw_8bit", "bitsandbytes.optim.adamw.PagedAdamW8bit"),
+        ("muon", "vlmtune.optim.MuonAndAdamW"),
     ],
 )
 def test_the_optimizer_is_of_the_asked_class(name: str, wanted: str) -> None:
@@ -593,6 +594,39 @@ def test_steps_follow_the_formula(changed: dict[str, float]) -> None:
         optimizer.step()
     assert model.weight.flatten().tolist() == pytest.approx([adamw(0.1, gradients, config)] * 4, rel=1e-5)
     assert not changed or abs(adamw(0.1, gradients, config) - adamw(0.1, gradients, OptimizerConfig())) > 1e-3
+
+
+def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
+    """The nearest matrix with singular values of 1."""
+    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+    return u @ v
+
+
+@proves("optimizer.momentum")
+@pytest.mark.parametrize("momentum", [0.95, 0.5])
+def test_muon_takes_orthogonal_steps_of_adamws_size_on_hidden_matrices(momentum: float) -> None:
+    """Two steps of Nesterov momentum; the iteration that stands for the SVD leaves singular values of 0.7 to 1.2."""
+    model = torch.nn.Sequential(torch.nn.Embedding(5, 16), torch.nn.Linear(16, 8))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    config = OptimizerConfig("muon", momentum=momentum)
+    optimizer = build_optimizer(model, Parts({"": "language"}), tiny.config(None, learning_rate=0.1).trainer, config)
+    torch.manual_seed(0)
+    gradients = torch.randn(2, 8, 16)
+    mean, wanted = torch.zeros(8, 16), torch.zeros(8, 16)
+    for gradient in gradients:
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        model[1].weight.grad = gradient  # type: ignore[assignment]
+        optimizer.step()
+        mean = momentum * mean + (1 - momentum) * gradient
+        wanted -= 0.1 * 0.2 * 16**0.5 * orthogonal(momentum * mean + (1 - momentum) * gradient)
+    moved = {name: p.detach() - before[name] for name, p in model.named_parameters()}
+    assert torch.cosine_similarity(moved["1.weight"].flatten(), wanted.flatten(), dim=0) > 0.97
+    assert float(moved["1.weight"].norm() / wanted.norm()) == pytest.approx(1, abs=0.25)
+    other = orthogonal(gradients[1])
+    assert torch.cosine_similarity(wanted.flatten(), -other.flatten(), dim=0) < 0.97, "both gradients count"
+    for name in ("0.weight", "1.bias"):  # AdamW with a steady gradient of 1: its rate at each step
+        assert torch.allclose(moved[name], torch.tensor(-0.2), atol=1e-4)
 
 
 # ---------------------------------------------------------------- generation

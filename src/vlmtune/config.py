@@ -173,8 +173,9 @@ class DataConfig:
 
 @dataclass
 class OptimizerConfig:
-    name: str = one_of("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit")
-    """AdamW of torch (fused where the device has it), or bitsandbytes' 8-bit and paged forms."""
+    name: str = one_of("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "muon")
+    """AdamW of torch (fused where the device has it), bitsandbytes' 8-bit and paged forms, or torch's Muon on hidden
+    matrices with AdamW on embeddings, the head and all else."""
     weight_decay: float = number(0.0, least=0)
     """Decoupled weight decay of matrices; biases, norms and other vectors have none."""
     beta1: float = number(0.9, least=0, most=1)
@@ -183,6 +184,8 @@ class OptimizerConfig:
     """Decay per optimizer step of the mean squared gradient."""
     eps: float = number(1e-8, above=0)
     """Added to the root of the mean squared gradient before dividing by it."""
+    momentum: float = number(0.95, least=0, most=1)
+    """Decay per optimizer step of Muon's mean gradient; `adamw` and its forms have beta1 instead."""
 
 
 @dataclass
