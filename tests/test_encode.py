@@ -12,10 +12,14 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 import tiny
+import tiny_families
+from vlmtune.data.batch import padded
 from vlmtune.data.encode import IGNORE, Encoder, with_stand_ins
 from vlmtune.errors import DataError, ModelError
 
-FAMILIES = [*tiny.FAMILIES]
+FAMILIES = [*tiny.FAMILIES, *tiny_families.FAMILIES]
+ONE = (False, ("it",))
+"""The shape of one question about one image."""
 ANSWERS = [
     "Red",
     " leading space",
@@ -75,7 +79,9 @@ def plain(text: str) -> str:
 
 
 def specials(encoder: Encoder, ids: list[int]) -> list[int]:
-    return [i for i in ids if i in encoder.tokenizer.all_special_ids]
+    added = encoder.tokenizer.added_tokens_decoder.items()
+    special = {number for number, token in added if token.special and not token.content.startswith("<0x")}
+    return [i for i in ids if i in special]
 
 
 # ---------------------------------------------------------------- labels
@@ -85,7 +91,7 @@ def specials(encoder: Encoder, ids: list[int]) -> list[int]:
 def test_supervised_is_the_answer_and_its_end_once(encoder: Encoder, answer: str) -> None:
     ids, labels = one(encoder, tiny.record(answer=answer))
     prompt, none = one(encoder, tiny.record(answer=answer), answered=False)
-    pieces = encoder.pieces(1, 1)
+    pieces = encoder.pieces(ONE)
 
     assert ids[: len(prompt)] == prompt, "training and generation see the same prompt"
     assert set(none) == {IGNORE}
@@ -98,31 +104,39 @@ def test_supervised_is_the_answer_and_its_end_once(encoder: Encoder, answer: str
 
 def test_an_answer_ends_as_the_template_ends_it_or_with_the_tokenizers_end(encoder_of: Any) -> None:
     """LLaVA-1.5's template writes no end; without one the model never learns to stop."""
-    assert encoder_of("qwen2_vl").pieces(1, 1).tail == "<|im_end|>"
-    assert encoder_of("llava").pieces(1, 1).tail == "</s>"
+    assert encoder_of("qwen2_vl").pieces(ONE).tail == "<|im_end|>"
+    assert encoder_of("llava").pieces(ONE).tail == "</s>"
 
 
 @pytest.mark.parametrize("question", QUESTIONS)
 def test_a_question_injects_nothing(encoder: Encoder, question: str) -> None:
     ids, labels = one(encoder, tiny.record(question))
     usual, _ = one(encoder, tiny.record("Hello"))
-    pieces = encoder.pieces(1, 1)
+    pieces = encoder.pieces(ONE)
     assert specials(encoder, ids) == specials(encoder, usual)
-    assert f"{question}{pieces.parts[1]}" in encoder.tokenizer.decode(ids)
+    text, written = encoder.tokenizer.decode(ids), f"{question}{pieces.parts[1]}"
+    assert question in text
+    assert "".join(written.split()) in "".join(text.split()), "Llama's tokenizer puts a space after a special token"
     assert sum(i != IGNORE for i in labels) == sum(i != IGNORE for i in one(encoder, tiny.record("Hello"))[1])
 
 
 def test_only_the_last_answer_is_supervised(encoder: Encoder) -> None:
+    if encoder.family.needs_image:
+        with pytest.raises(DataError, match="one question, one answer"):
+            one(encoder, tiny.record(earlier=[("What shape?", "a square")]))
+        return
     earlier = [("What shape?", "a <|im_end|> </s> square"), ("Is it large?", "no")]
     ids, labels = one(encoder, tiny.record("What color?", "blue", earlier=earlier))
     answer = encoder.tokenizer.decode([i for i in labels if i != IGNORE])
-    assert answer.strip() == f"blue{encoder.pieces(1, 3).tail}"
+    assert answer.strip() == f"blue{encoder.pieces((False, ('it', 't', 't'))).tail}"
     text = encoder.tokenizer.decode(ids)
     assert [text.count(t) for t in ("What shape?", "a <|im_end|> </s> square", "Is it large?", "no")] == [1] * 4
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
-def test_each_image_gets_its_tokens_and_its_tensor(encoder: Encoder, count: int) -> None:
+@pytest.mark.parametrize("family", ["qwen2_vl", "llava"])
+def test_each_image_gets_its_tokens_and_its_tensor(encoder_of: Any, family: str, count: int) -> None:
+    encoder = encoder_of(family)
     pictures = [tiny.image(28 * (n + 1), 56, n) for n in range(count)]
     encoded = encoder.encode([tiny.record(images=pictures)], answered=True)
     image_token = encoder.tokenizer.convert_tokens_to_ids(encoder.processor.image_token)
@@ -143,33 +157,51 @@ def test_the_system_prompt_takes_the_place_of_the_templates_own(encoder_of: Any)
 # ---------------------------------------------------------------- the processor's own way
 
 
-def messages(question: str, answer: str | None, images: int) -> list[dict[str, Any]]:
-    user = [*[{"type": "image"}] * images, {"type": "text", "text": question}]
+def by_the_processor(encoder: Encoder, pictures: list[Any], answered: bool) -> Any:
+    """What the family's processor makes of one turn, called as its documentation does."""
+    processor, question, answer = encoder.processor, "What color is it?", "Red"
+    if type(processor).__name__ == "IdeficsProcessor":
+        end = "<end_of_utterance>"
+        items = ["User:", *pictures, f"{question}{end}", f"\nAssistant:{f' {answer}{end}' if answered else ''}"]
+        return processor(text=[items], return_tensors="pt", add_end_of_utterance_token=False)
+    if type(processor).__name__ == "PaliGemmaProcessor":
+        text, suffix = "<image>" * len(pictures) + question, [answer] if answered else None
+        made = processor(text=[text], images=[pictures], suffix=suffix, images_kwargs={"return_tensors": "pt"})
+        made.pop("labels")
+        return made.convert_to_tensors("pt")
+    user = [*[{"type": "image"}] * len(pictures), {"type": "text", "text": question}]
     turns: list[dict[str, Any]] = [{"role": "user", "content": user}]
-    return turns + ([{"role": "assistant", "content": [{"type": "text", "text": answer}]}] if answer else [])
+    turns += [{"role": "assistant", "content": [{"type": "text", "text": answer}]}] if answered else []
+    text = processor.apply_chat_template(turns, add_generation_prompt=not answered)
+    return processor(text=[text], images=[pictures] if pictures else None, return_tensors="pt")
 
 
 @pytest.mark.parametrize("images", [0, 1, 2])
 @pytest.mark.parametrize("answered", [False, True])
 def test_equal_to_the_processors_own_template_and_call(encoder: Encoder, images: int, answered: bool) -> None:
-    """Other ids than the processor's are a prompt that the checkpoint was never trained on."""
+    """Other ids than the processor's are a prompt that the checkpoint was never trained on; a tensor that the
+    processor returns and we drop is attention or positions that it never saw."""
     pictures = [tiny.image(56 * (n + 1), 56, n) for n in range(images)]
-    chat = messages("What color is it?", "Red" if answered else None, images)
-    text = encoder.processor.apply_chat_template(chat, add_generation_prompt=not answered)
-    wanted = encoder.processor(text=[text], images=pictures or None, return_tensors="pt")
-    encoded = encoder.encode([tiny.record("What color is it?", "Red", pictures)], answered=answered)
+    row = tiny.record("What color is it?", "Red", pictures)
+    if encoder.family.needs_image and not pictures:
+        with pytest.raises(DataError, match="row 1: has no image"):
+            padded(encoder, [row])
+        return
+    wanted = by_the_processor(encoder, pictures, answered)
+    batch = padded(encoder, [row], answered=answered)
 
-    ids = encoded.input_ids[0]
-    tail = 1 if answered else 0  # we end at the end token, which a template may follow with white space or leave out
-    assert ids[: len(ids) - tail] == wanted["input_ids"][0, : len(ids) - tail].tolist()
-    for key, value in encoded.image_inputs.items():
-        torch.testing.assert_close(value, wanted[key], rtol=0, atol=0)
-    made = {"input_ids", "attention_mask", *encoded.image_inputs} | (
-        {"mm_token_type_ids"} if encoded.token_types is not None else set()
-    )
-    assert made == set(wanted), "a tensor that the processor returns is dropped"
-    if encoded.token_types is not None:
-        assert encoded.token_types[0] == [int(i == encoder.processor.image_token_id) for i in ids]
+    ids = batch.input_ids[0].tolist()
+    end = len(ids) - answered  # we end at the end token, which a template may follow with white space or leave out
+    if answered and type(encoder.processor).__name__ == "LlavaOnevisionProcessor":
+        end = ids.index(next(i for i in batch.labels[0].tolist() if i != IGNORE)) - 1
+        assert ids[end] != wanted["input_ids"][0, end], "a given answer follows `assistant \\n`, a new one `assistant\\n`"
+    assert ids[:end] == wanted["input_ids"][0, :end].tolist()
+    made = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, **batch.inputs}
+    assert set(made) == set(wanted) - (set() if pictures else {"pixel_values", "image_attention_mask"} & set(wanted) - set(made))
+    for key, value in batch.inputs.items():
+        theirs = wanted[key][:, :end] if value.shape[:2] == batch.input_ids.shape else wanted[key]
+        ours = value[:, :end] if value.shape[:2] == batch.input_ids.shape else value
+        torch.testing.assert_close(ours.to(theirs.dtype), theirs, rtol=0, atol=0)
 
 
 def test_a_bos_that_the_template_writes_is_not_doubled(encoder_of: Any) -> None:
@@ -212,8 +244,9 @@ def test_a_processor_without_template_is_refused(encoder_of: Any) -> None:
 
 
 def test_a_template_that_leaves_the_question_out_is_refused(encoder_of: Any) -> None:
-    processor = type("Copy", (), {})()
-    processor.__dict__.update(encoder_of("qwen2_vl").processor.__dict__)
+    original = encoder_of("qwen2_vl").processor
+    processor = type("Copy", (type(original),), {}).__new__(type(original))
+    processor.__dict__.update(original.__dict__)
     processor.chat_template = "x"
     processor.apply_chat_template = lambda messages, **_: "a prompt without texts"
     with pytest.raises(ModelError, match="leaves out or repeats"):

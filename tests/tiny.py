@@ -93,19 +93,27 @@ def byte_bpe(specials: Sequence[str]) -> Tokenizer:
     return bpe
 
 
-def sentencepiece_bpe(specials: Sequence[str]) -> Tokenizer:
-    """A BPE as converted from Llama's SentencePiece: a word mark in place of spaces, bytes for unknown letters, <s>."""
-    base = ["<unk>", "<s>", "</s>"]
-    bpe = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    bpe.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    words = [word for line in CORPUS for word in line.split()]
+def sentencepiece_bpe(
+    specials: Sequence[str], *, base: Sequence[str] = ("<unk>", "<s>", "</s>"), prefix: bool = True
+) -> Tokenizer:
+    """A BPE as converted from Llama's SentencePiece: a word mark in place of spaces, bytes for unknown letters, <s>.
+
+    Without `prefix` as Gemma's: no mark in front of the text, and nothing added to it.
+    """
+    bpe = Tokenizer(models.BPE(unk_token=base[0], byte_fallback=True, fuse_unk=True))
+    marks = [normalizers.Replace(" ", "▁")]
+    bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), *marks] if prefix else marks)
+    spaces = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    bpe.decoder = decoders.Sequence([*spaces, decoders.Strip(" ", 1, 0)] if prefix else spaces)
+    words = [word if prefix else f" {word}" for line in CORPUS for word in line.split()]
     letters = [*base, *(f"<0x{byte:02X}>" for byte in range(256))]
     bpe.train_from_iterator(words, trainers.BpeTrainer(vocab_size=450, special_tokens=letters, show_progress=False))
     bpe.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in [*base, *specials]])
-    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    if prefix:
+        bos = base[1]
+        bpe.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, bpe.token_to_id(bos))]
+        )
     return bpe
 
 
@@ -145,7 +153,7 @@ def qwen2_vl(folder: Path, *, tied: bool = False) -> None:
         patch_size=14, merge_size=2, size={"shortest_edge": 28**2, "longest_edge": 16 * 28**2}
     )
     processor = image_only(hf.Qwen2VLProcessor)(images, tokenizer, None, chat_template=CHATML)
-    _write(folder, hf.Qwen2VLForConditionalGeneration(config), processor, end, pad)
+    write(folder, hf.Qwen2VLForConditionalGeneration(config), processor, end, pad)
 
 
 def llava(folder: Path) -> None:
@@ -183,7 +191,7 @@ def llava(folder: Path) -> None:
         num_additional_image_tokens=1,
         chat_template=VICUNA,
     )
-    _write(folder, hf.LlavaForConditionalGeneration(config), processor, end, pad)
+    write(folder, hf.LlavaForConditionalGeneration(config), processor, end, pad)
 
 
 def qwen2_vl_tied(folder: Path) -> None:
@@ -197,13 +205,15 @@ VARIANTS: dict[str, Callable[[Path], None]] = {"qwen2_vl_tied": qwen2_vl_tied}
 
 def build(name: str, folder: Path, seed: int = 0) -> Path:
     """Write the tiny checkpoint `name` into `folder`. The same seed gives the same weights."""
+    import tiny_families
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        (FAMILIES | VARIANTS)[name](folder)
+        (FAMILIES | VARIANTS | tiny_families.FAMILIES)[name](folder)
     return folder
 
 
-def _write(folder: Path, model: Any, processor: Any, end: int, pad: int) -> None:
+def write(folder: Path, model: Any, processor: Any, end: int, pad: int) -> None:
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d):
             nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)

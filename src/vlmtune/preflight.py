@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import unicodedata
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -24,14 +25,14 @@ def check_labels(encoder: Encoder, records: Sequence[Record]) -> str:
     example = ""
     encoded = encoder.encode(records, answered=True)
     for record, labels in zip(records, encoded.labels, strict=True):
-        pieces = encoder.pieces(len(record.images), len(record.turns))
-        text = encoder.tokenizer.decode([i for i in labels if i != IGNORE], skip_special_tokens=False)
-        wanted = pieces.separator + record.answers[0] + pieces.tail
-        if _composed(text) != _composed(wanted):
+        runs = [list(run) for supervised, run in groupby(labels, IGNORE.__ne__) if supervised]
+        texts = [encoder.tokenizer.decode(run, skip_special_tokens=False) for run in runs]
+        wanted = encoder.supervised_texts(record)
+        if list(map(_composed, texts)) != list(map(_composed, wanted)):
             raise DataError(
-                f"{record.place}: would train on {text!r} in place of {wanted!r}; this tokenizer can't write it"
+                f"{record.place}: would train on {texts!r} in place of {wanted!r}; this tokenizer can't write it"
             )
-        example = example or text
+        example = example or texts[-1]
     return f"labels     {len(records)} rows decode to their answers and an end token, the first to {example!r}"
 
 

@@ -76,13 +76,13 @@ class Batch:
 def padded(encoder: Encoder, records: Sequence[Record], *, answered: bool = True, side: str = "right") -> Batch:
     """One row per record. Training pads on the right, generation on the left."""
     encoded = encoder.encode(records, answered=answered)
-    inputs = dict(encoded.image_inputs)
+    ids = _stack(encoded.input_ids, encoder.tokenizer.pad_token_id or 0, side)
+    inputs = encoder.family.arrange(encoded.image_inputs, ids, encoded.images_of)
     if encoded.token_types is not None:
-        inputs["mm_token_type_ids"] = _stack(encoded.token_types, 0, side)
-    ids = encoded.input_ids
+        inputs = {**inputs, encoded.token_types_name: _stack(encoded.token_types, 0, side)}
     return Batch(
-        _stack(ids, encoder.tokenizer.pad_token_id or 0, side),
-        _stack([[1] * len(row) for row in ids], 0, side),
+        ids,
+        _stack([[1] * len(row) for row in encoded.input_ids], 0, side),
         _stack(encoded.labels, IGNORE, side),
         inputs,
         rows=len(records),
@@ -90,14 +90,16 @@ def padded(encoder: Encoder, records: Sequence[Record], *, answered: bool = True
 
 
 def shared(encoder: Encoder, records: Sequence[Record]) -> Batch:
-    """One row per run of records with the same group."""
+    """One row per run of records with the same group. Raises ValueError for families that can't be laid out so."""
+    if not encoder.family.shares_prefix:
+        raise ValueError(f"{type(encoder.processor).__name__}: an image's tokens are not the same for all its questions")
     encoded = encoder.encode(records, answered=True, images_once=True)
     runs = [[i for i, _ in run] for _, run in groupby(enumerate(records), key=_group_key)]
     rows = [_branched(encoded, run) for run in runs]
     inputs = dict(encoded.image_inputs)
     branches = _stack([row["branches"] for row in rows], PADDING, "right")
     if encoded.token_types is not None:
-        inputs["mm_token_type_ids"] = _stack([row["token_types"] for row in rows], 0, "right")
+        inputs[encoded.token_types_name] = _stack([row["token_types"] for row in rows], 0, "right")
     return Batch(
         _stack([row["input_ids"] for row in rows], encoder.tokenizer.pad_token_id or 0, "right"),
         (branches != PADDING).long(),

@@ -1,8 +1,8 @@
 """Records -> tokens, labels and image tensors.
 
 The chat template is rendered once per shape of conversation with stand-ins for the texts; a row's own texts are then
-put in between the template's pieces. Answers are found again in the token sequence by character offsets, which hold
-for every tokenizer, and across the growth of image placeholders.
+put in between the template's pieces, and the text of each image in place of its placeholder. Answers are found again
+in the token sequence by character offsets, which hold for every tokenizer.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from typing import Any
 from vlmtune.data.images import open_image
 from vlmtune.data.records import Record
 from vlmtune.errors import DataError, ModelError
+from vlmtune.models.families import family_of
 
 IGNORE = -100
-QUESTION, ANSWER = "\u2402question{}\u2402", "\u2402answer{}\u2402"
+TEXT = "\u2402text{}\u2402"
 
 
 @dataclass
@@ -30,22 +31,46 @@ class Encoded:
     labels: list[list[int]]
     """Token ids where supervised, IGNORE elsewhere."""
     token_types: list[list[int]] | None
-    """`mm_token_type_ids` (1: image token) for families that need them."""
+    """What families that need it are told of each token: image or text, prompt or answer."""
+    token_types_name: str
+    """The model's name for it."""
     images_of: list[list[int]]
     """Indices into the image tensors."""
     image_inputs: dict[str, Any] = field(default_factory=dict)
-    """What the image processor returned, one call for all images."""
+    """What the processor returned about the images, one call for all of them."""
+
+
+@dataclass(frozen=True)
+class Turnout:
+    """How the template surrounds one answer."""
+
+    separator: str
+    """What it puts between the generation prompt and the answer."""
+    tail: str
+    """What ends the answer, up to and with its end token; empty where nothing does."""
 
 
 @dataclass(frozen=True)
 class Pieces:
-    """A rendered conversation around its texts: `parts[0] + texts[0] + parts[1] + ... `."""
+    """A rendered conversation around its texts, `parts[0] + texts[0] + parts[1] + ...`, up to where the last answer
+    begins."""
 
     parts: tuple[str, ...]
-    separator: str
-    """What the template puts between the generation prompt and an answer."""
-    tail: str
-    """What ends an answer, up to and with its end token."""
+    answers: tuple[Turnout, ...]
+
+    @property
+    def separator(self) -> str:
+        """Of the last answer."""
+        return self.answers[-1].separator
+
+    @property
+    def tail(self) -> str:
+        """Of the last answer."""
+        return self.answers[-1].tail
+
+
+Shape = tuple[bool, tuple[str, ...]]
+"""Whether there is a system prompt; and per question the order of its images (`i`) and pieces of text (`t`)."""
 
 
 class Encoder:
@@ -53,16 +78,27 @@ class Encoder:
 
     A marker of the template (`<|im_end|>`, `<image>`) inside a user's text stays text: its first character is replaced
     by a stand-in that the tokenizer's normalizer turns back after special tokens were looked for.
+
+    `supervise`: the turns that are trained on, the `last` or `all`.
     """
 
-    def __init__(self, processor: Any, *, system_prompt: str | None = None, max_image_pixels: int = 100_000_000):
+    def __init__(
+        self,
+        processor: Any,
+        *,
+        system_prompt: str | None = None,
+        max_image_pixels: int = 100_000_000,
+        supervise: str = "last",
+    ):
         self.processor = processor
         self.system_prompt = system_prompt
         self.max_image_pixels = max_image_pixels
+        self.supervise = supervise
         if not getattr(processor, "chat_template", None):
             raise ModelError(
                 f"{type(processor).__name__} has no chat template, so prompts can't be written as it expects"
             )
+        self.family = family_of(processor)
         self.tokenizer, self.stand_ins = with_stand_ins(processor.tokenizer, self.markers())
         self._marker = re.compile("|".join(sorted(map(re.escape, self.markers()), key=len, reverse=True)))
         self.pieces = functools.cache(self._pieces)
@@ -70,8 +106,8 @@ class Encoder:
     def markers(self) -> list[str]:
         """Strings that mean something else than their letters to the tokenizer or the processor."""
         added = self.processor.tokenizer.added_tokens_decoder.values()
-        own = {t.content for t in added if t.special} | {getattr(self.processor, "image_token", None) or "<image>"}
-        return sorted(own)
+        own = {t.content for t in added if t.special} | {self.family.image_token or "<image>"}
+        return sorted(own | set(self.family.ends))
 
     def literal(self, text: str) -> str:
         """`text` with stand-ins, so that no marker in it takes effect."""
@@ -83,45 +119,119 @@ class Encoder:
     @functools.cached_property
     def end_ids(self) -> list[int]:
         """Ids of the tokens that end an answer: the template's own, and the tokenizer's."""
-        tail = self.tokenizer(self.pieces(0, 1).tail, add_special_tokens=False)["input_ids"]
+        tail = self.tokenizer(self.pieces((False, ("it",))).tail, add_special_tokens=False)["input_ids"]
         return sorted({tail[-1], self.tokenizer.eos_token_id} - {None})
 
     @functools.cached_property
-    def image_ids(self) -> set[int]:
-        """Ids that stand for image features, of type 1 in `mm_token_type_ids`."""
-        return {i for i in self.processor.image_token_ids if i is not None}
+    def image_ids(self) -> list[int]:
+        """Ids that stand for images: no answer holds one."""
+        token = self.tokenizer.convert_tokens_to_ids(self.family.image_token)
+        ids = {token, *getattr(self.processor, "image_token_ids", [])} - {None, self.tokenizer.unk_token_id}
+        return sorted(i for i in ids if isinstance(i, int))
 
-    def _pieces(self, images: int, turns: int) -> Pieces:
-        """Render a conversation of `turns` questions, the first with `images` images, the last to be answered."""
-        tokenizer = self.processor.tokenizer
-        messages = conversation(images, turns, self.system_prompt)
-        prompt = self.processor.apply_chat_template(messages[:-1], add_generation_prompt=True)
-        full = self.processor.apply_chat_template(messages)
-        texts = [m.format(i) for i in range(turns) for m in (QUESTION, ANSWER)][:-1]
-        head, found, tail = full.partition(ANSWER.format(turns - 1))
-        if not found or any(prompt.count(text) != 1 for text in texts):
+    # ---------------------------------------------------------------- text
+
+    def _pieces(self, shape: Shape) -> Pieces:
+        """Render a conversation of `shape` whose last question is to be answered."""
+        messages, kinds = conversation(shape)
+        texts = [TEXT.format(number) for number in range(len(kinds))]
+        prompt = self._rendered(messages[:-1], add_generation_prompt=True)
+        full = self._rendered(messages)
+        if any(prompt.count(text) != 1 for text in texts[:-1]) or full.count(texts[-1]) != 1:
             raise ModelError("this model's chat template leaves out or repeats a question or an answer")
+        if [prompt.index(text) for text in texts[:-1]] != sorted(prompt.index(text) for text in texts[:-1]):
+            raise ModelError("this model's chat template changes the order of texts")
+        parts = tuple(re.split("|".join(map(re.escape, texts[:-1])), prompt))
+        head, _, tail = full.partition(texts[-1])
         separator = head[len(prompt) :] if head.startswith(prompt) else ""  # the generation prompt wins
-        ends = [e for e in self.markers() if e in tail]
-        if ends:
-            tail = min((tail[: tail.index(e) + len(e)] for e in ends), key=len)
-        elif tokenizer.eos_token:
-            tail = tokenizer.eos_token  # or the model never learns to stop (llava-1.5's template writes none)
-        else:
-            raise ModelError("neither the chat template nor the tokenizer has a token that ends an answer")
-        return Pieces(tuple(re.split("|".join(map(re.escape, texts)), prompt)), separator, tail)
+        last = Turnout(separator, self._end(tail) or self._own_end())
+        earlier = [
+            Turnout(parts[n].removeprefix(parts[-1]) if parts[n].startswith(parts[-1]) else "", self._end(parts[n + 1]))
+            for n, kind in enumerate(kinds[:-1])
+            if kind == "answer"
+        ]
+        return Pieces(parts, (*earlier, last))
 
-    def render(self, record: Record, *, answered: bool) -> tuple[str, int]:
-        """The text of a row and the character at which its supervised part begins (separator, answer, end token)."""
-        pieces = self.pieces(len(record.images), len(record.turns))
-        texts = [text for turn in record.turns for text in (turn.question, turn.answers[0] if turn.answers else "")]
-        out = pieces.parts[0]
-        for text, part in zip(texts, pieces.parts[1:], strict=False):
-            out += self.literal(text) + part
-        start = len(out)
-        if answered:
-            out += pieces.separator + self.literal(texts[-1]) + pieces.tail
-        return out, start
+    def _rendered(self, messages: list[dict[str, Any]], **options: Any) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            return str(self.processor.apply_chat_template(messages, **options))
+        except TemplateError as error:
+            raise DataError(f"this model's chat template refuses the conversation: {error}") from error
+
+    def _end(self, tail: str) -> str:
+        """`tail` up to and with its first marker, or nothing."""
+        return min((tail[: tail.index(e) + len(e)] for e in self.markers() if e in tail), key=len, default="")
+
+    def _own_end(self) -> str:
+        """The tokenizer's end, or the model never learns to stop (llava-1.5's template writes none)."""
+        end = self.processor.tokenizer.eos_token
+        if not end:
+            raise ModelError("neither the chat template nor the tokenizer has a token that ends an answer")
+        return str(end)
+
+    def pieces_of(self, record: Record) -> Pieces:
+        """The template around a row's texts. Raises DataError where it refuses such a conversation."""
+        try:
+            return self.pieces(self._shape(record))
+        except DataError as error:
+            raise DataError(f"{record.place}: {error}") from error
+
+    def _shape(self, record: Record) -> Shape:
+        placed = sum(len(turn.image_at) for turn in record.turns)
+        if placed not in (0, len(record.images)):
+            raise DataError(f"{record.place}: {len(record.images)} images for {placed} places in the text")
+        leading = "i" * (len(record.images) - placed)
+        orders = ["".join(kind for kind, _ in _content(turn)) for turn in record.turns]
+        return self._system(record) is not None, (leading + orders[0], *orders[1:])
+
+    def _system(self, record: Record) -> str | None:
+        return record.system if record.system is not None else self.system_prompt
+
+    def render(
+        self, record: Record, *, answered: bool, expansions: Sequence[str] | None = None
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """The text of a row, and the characters of its supervised parts: separator, answer, end token of each.
+
+        `expansions`: the text that stands for each of the row's images; None leaves placeholders.
+        """
+        pieces = self.pieces_of(record)
+        system, images = self._system(record), iter(expansions or ())
+        parts = [self._expanded(part, images) if expansions is not None else part for part in pieces.parts]
+        if expansions is not None and next(images, None) is not None:
+            raise DataError(f"{record.place}: this model's chat template has no place for one of its images")
+        out, spans = parts[0], []
+        rest = iter(parts[1:])
+        if system is not None:
+            out += self.literal(system) + next(rest)
+        for number, (turn, around) in enumerate(zip(record.turns, pieces.answers, strict=True)):
+            for kind, text in _content(turn):
+                if kind == "t":
+                    out += self.literal(text) + next(rest)
+            answer = self.literal(turn.answers[0] if turn.answers else "")
+            if number < len(record.turns) - 1:
+                spans.append((len(out) - len(around.separator), len(out) + len(answer) + len(around.tail)))
+                out += answer + next(rest)
+            elif answered:
+                spans.append((len(out), len(out) + len(around.separator) + len(answer) + len(around.tail)))
+                out += around.separator + answer + around.tail
+        return out, (spans if self.supervise == "all" else spans[-1:]) if answered else []
+
+    def supervised_texts(self, record: Record) -> list[str]:
+        """What a row trains on, as its author wrote it with what the template puts around."""
+        text, spans = self.render(record, answered=True)
+        letters = str.maketrans({stand_in: first for first, stand_in in self.stand_ins.items()})
+        return [text[begin:end].translate(letters) for begin, end in spans]
+
+    def _expanded(self, part: str, images: Any) -> str:
+        token = self.family.image_token
+        if not token:
+            return part
+        head, *tail = part.split(token)
+        return head + "".join(next(images, token) + text for text in tail)
+
+    # ---------------------------------------------------------------- tokens
 
     def encode(self, records: Sequence[Record], *, answered: bool, images_once: bool = False) -> Encoded:
         """Tokens of `records`, with labels if `answered`; else they end where the answer begins.
@@ -130,43 +240,54 @@ class Encoder:
         """
         sources, images_of = _distinct_images(records, images_once)
         image_inputs, expansions = self._process_images(records, sources, images_of)
-        texts, starts = [], []
+        texts, spans = [], []
         for record, own in zip(records, images_of, strict=True):
-            text, start = self.render(record, answered=answered)
-            text, offset = self._expand(text, [expansions[i] for i in own], record)
+            text, supervised = self.render(record, answered=answered, expansions=[expansions[i] for i in own])
             texts.append(text)
-            starts.append(start + offset)
-        ids, labels = self._tokens(texts, starts if answered else [len(text) for text in texts])
-        types = [[int(i in self.image_ids) for i in row] for row in ids] if self._needs_token_types else None
-        return Encoded(ids, labels, types, images_of, image_inputs)
+            spans.append(supervised)
+        ids, labels = self._tokens(texts, spans)
+        name, types = self.family.token_types(ids, labels) or ("", None)
+        return Encoded(ids, labels, types, name, images_of, image_inputs)
 
-    def _tokens(self, texts: list[str], starts: list[int]) -> tuple[list[list[int]], list[list[int]]]:
-        """Token ids of `texts`, and labels from the character in `starts` on.
+    def _tokens(
+        self, texts: list[str], spans: list[list[tuple[int, int]]]
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """Token ids of `texts`, and labels in the characters of `spans`.
 
-        Where a token would hold characters of both sides (the prompt's last newline and an answer's first), the sides
-        are tokenized apart: generation starts from the prompt's own tokens.
+        Where a token would hold characters of both sides of a span's beginning (the prompt's last newline and an
+        answer's first), the sides are tokenized apart: generation starts from the prompt's own tokens.
         """
         bos = self.tokenizer.bos_token
-        special = not (bos and texts[0].startswith(bos))
+        special = not (bos and bos in texts[0])
         found = self.tokenizer(texts, return_offsets_mapping=True, add_special_tokens=special)
         ids, labels = found["input_ids"], []
-        for n, (text, start, offsets) in enumerate(zip(texts, starts, found["offset_mapping"], strict=True)):
-            if any(begin < start < end for begin, end in offsets):
-                prompt = self.tokenizer(text[:start], add_special_tokens=special)["input_ids"]
-                ids[n] = prompt + self.tokenizer(text[start:], add_special_tokens=False)["input_ids"]
-                labels.append([IGNORE] * len(prompt) + ids[n][len(prompt) :])
+        for n, (text, own, offsets) in enumerate(zip(texts, spans, found["offset_mapping"], strict=True)):
+            if any(begin < start < end for start, _ in own for begin, end in offsets):
+                ids[n], row = self._apart(text, own, special)
             else:
-                labels.append(_labels(ids[n], offsets, start))
+                row = [i if _within(place, own) else IGNORE for i, place in zip(ids[n], offsets, strict=True)]
+            labels.append(row)
         return ids, labels
 
-    @property
-    def _needs_token_types(self) -> bool:
-        return bool(getattr(self.processor, "return_mm_token_type_ids", False))
+    def _apart(self, text: str, spans: list[tuple[int, int]], special: bool) -> tuple[list[int], list[int]]:
+        """Tokens and labels of one text, tokenized in pieces that begin and end where spans do."""
+        ids: list[int] = []
+        labels: list[int] = []
+        cuts = sorted({0, len(text), *(at for span in spans for at in span)})
+        for begin, end in zip(cuts, cuts[1:], strict=False):
+            own = self.tokenizer(text[begin:end], add_special_tokens=special and begin == 0)["input_ids"]
+            ids += own
+            labels += own if any(start <= begin < stop for start, stop in spans) else [IGNORE] * len(own)
+        return ids, labels
+
+    # ---------------------------------------------------------------- images
 
     def _process_images(
         self, records: Sequence[Record], sources: list[Any], images_of: list[list[int]]
     ) -> tuple[dict[str, Any], list[str]]:
         """Image tensors of all distinct images, and the text that stands for each of them in a prompt."""
+        if self.family.needs_image and (bare := next((r for r in records if not r.images), None)):
+            raise DataError(f"{bare.place}: has no image, and {type(self.processor).__name__} takes no text alone")
         if not sources:
             return {}, []
         owner = {index: record for record, own in zip(records, images_of, strict=True) for index in own}
@@ -176,27 +297,13 @@ class Encoder:
                 pictures.append(open_image(source, self.max_image_pixels))
             except DataError as error:
                 raise DataError(f"{owner[index].place}: {error}") from error
+        shown_together = {tuple(own): None for own in images_of if own}
         try:
-            inputs = self.processor.image_processor(images=pictures, return_tensors="pt")
+            return self.family.images([[pictures[i] for i in own] for own in shown_together])
         except ValueError as error:  # a shape that the family can't take, such as a strip
             sizes = [f"{owner[i].place} ({p.width}x{p.height})" for i, p in enumerate(pictures)]
             which = sizes[0] if len(sizes) == 1 else f"one of {', '.join(sizes[:8])}"
             raise DataError(f"{which}: the model's processor refuses the image: {error}") from error
-        expansions = [self.processor.replace_image_token(inputs, image_idx=i) for i in range(len(pictures))]
-        unused = self.processor.unused_input_names
-        return {key: value for key, value in inputs.items() if key not in unused}, expansions
-
-    def _expand(self, text: str, expansions: list[str], record: Record) -> tuple[str, int]:
-        """Put each image's text in place of its placeholder; also returns how many characters that added.
-
-        All placeholders lie before the answer, since texts of the user can't hold one.
-        """
-        token = self.processor.image_token
-        pieces = text.split(token)
-        if len(pieces) != len(expansions) + 1:
-            raise DataError(f"{record.place}: {len(expansions)} images for {len(pieces) - 1} places in the prompt")
-        out = pieces[0] + "".join(e + p for e, p in zip(expansions, pieces[1:], strict=True))
-        return out, len(out) - len(text)
 
     def decode(self, ids: Sequence[Sequence[int]]) -> list[str]:
         """Generated ids -> answers: without special tokens, and without the template's separator around them."""
@@ -204,16 +311,34 @@ class Encoder:
         return [text.strip() for text in texts]
 
 
-def conversation(images: int, turns: int, system_prompt: str | None) -> list[dict[str, Any]]:
-    """Messages in transformers' form with stand-ins for the texts."""
+def conversation(shape: Shape) -> tuple[list[dict[str, Any]], list[str]]:
+    """Messages in transformers' form with stand-ins for the texts, and what each text is, in order."""
+    with_system, turns = shape
+    kinds: list[str] = []
+
+    def text(kind: str) -> dict[str, str]:
+        kinds.append(kind)
+        return {"type": "text", "text": TEXT.format(len(kinds) - 1)}
+
     messages: list[dict[str, Any]] = []
-    if system_prompt is not None:
-        messages.append({"role": "system", "content": [{"type": "text", "text": system_prompt}]})
-    for i in range(turns):
-        pictures = [{"type": "image"}] * (images if i == 0 else 0)
-        messages.append({"role": "user", "content": [*pictures, {"type": "text", "text": QUESTION.format(i)}]})
-        messages.append({"role": "assistant", "content": [{"type": "text", "text": ANSWER.format(i)}]})
-    return messages
+    if with_system:
+        messages.append({"role": "system", "content": [text("system")]})
+    for order in turns:
+        content = [{"type": "image"} if kind == "i" else text("question") for kind in order]
+        messages.append({"role": "user", "content": content})
+        messages.append({"role": "assistant", "content": [text("answer")]})
+    return messages, kinds
+
+
+def _content(turn: Any) -> list[tuple[str, str]]:
+    """A question's images and pieces of text in order: ("i", "") and ("t", text). Empty pieces beside an image go."""
+    if not turn.image_at:
+        return [("t", turn.question)]
+    cuts = [0, *turn.image_at, len(turn.question)]
+    out: list[tuple[str, str]] = []
+    for number, (begin, end) in enumerate(zip(cuts, cuts[1:], strict=False)):
+        out += [("i", "")] * (number > 0) + [("t", turn.question[begin:end])] * (end > begin)
+    return out
 
 
 def with_stand_ins(tokenizer: Any, markers: list[str]) -> tuple[Any, dict[str, str]]:
@@ -257,6 +382,7 @@ def _distinct_images(records: Sequence[Record], once: bool) -> tuple[list[Any], 
     return sources, images_of
 
 
-def _labels(ids: list[int], offsets: list[tuple[int, int]], start: int) -> list[int]:
-    """`ids` from the first token that overlaps the characters from `start` on, IGNORE before."""
-    return [i if end > start and end > begin else IGNORE for i, (begin, end) in zip(ids, offsets, strict=True)]
+def _within(place: tuple[int, int], spans: list[tuple[int, int]]) -> bool:
+    """Whether a token's characters overlap one of `spans`."""
+    begin, end = place
+    return end > begin and any(begin < stop and end > start for start, stop in spans)

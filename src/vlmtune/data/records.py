@@ -18,11 +18,13 @@ class Turn:
 
     question: str
     answers: tuple[str, ...] = ()
+    image_at: tuple[int, ...] = ()
+    """Characters of the question in front of which the record's next images stand, in order."""
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One row: images, then turns about them."""
+    """One row: images and turns about them. Images that no turn places stand in front of the first question."""
 
     turns: tuple[Turn, ...]
     images: tuple[Path | bytes | Image.Image | Callable[[], Image.Image], ...] = ()
@@ -31,6 +33,8 @@ class Record:
     file: str = ""
     row: int = 0
     """Position in its file or frame, from 0."""
+    system: str | None = None
+    """The conversation's own system prompt, in place of `model.system_prompt`."""
 
     @property
     def question(self) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from vlmtune.config import ImageConfig, ModelConfig
 from vlmtune.errors import ConfigError, ModelError
+from vlmtune.models.families import FAMILIES
 
 
 @functools.cache
@@ -67,6 +68,8 @@ def load_processor(config: ModelConfig) -> Any:
         processor = AutoProcessor.from_pretrained(config.path, **options)
     if getattr(processor, "tokenizer", None) is None or getattr(processor, "image_processor", None) is None:
         raise ModelError(f"{config.path}: has no image processor, so it is no vision-language model")
+    if not getattr(processor, "chat_template", None) and type(processor).__name__ in FAMILIES:
+        processor.chat_template = FAMILIES[type(processor).__name__].chat_template
     set_image_budget(processor, config.image)
     return processor
 

@@ -1,0 +1,134 @@
+"""What single model families need beyond what their processors say and do themselves.
+
+`Family` is the generic way, which serves every family whose processor expands image placeholders. The others:
+Idefics looks at images through cross-attention and ships no chat template; PaliGemma ships none either and tells the
+prompt, which it reads in both directions, from the answer by token types.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmtune.errors import ModelError
+
+TEXT_SIDE = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels"}
+"""What a processor returns about text; everything else belongs to the images."""
+
+
+class Family:
+    """The generic way."""
+
+    chat_template: str | None = None
+    """Used where the checkpoint has none."""
+    needs_image = False
+    """Whether a row without an image is refused."""
+    shares_prefix = True
+    """Whether several rows may share their image's tokens; the start-up check decides for the rest."""
+    ends: tuple[str, ...] = ()
+    """Markers that end an answer, where the tokenizer doesn't call them special."""
+
+    def __init__(self, processor: Any):
+        self.processor = processor
+        self.image_token: str | None = getattr(processor, "image_token", None)
+
+    def images(self, pictures: list[list[Any]]) -> tuple[dict[str, Any], list[str]]:
+        """The tensors of all images, nested by what shows them, and the text that stands for each in a prompt.
+
+        Made by the processor's own call on prompts of nothing but placeholders: families differ in what they return,
+        rename and drop.
+        """
+        prompts = [str(self.image_token) * len(group) for group in pictures]
+        made = self.processor(
+            text=prompts,
+            images=pictures,
+            images_kwargs={"return_tensors": "pt"},
+            return_text_replacement_offsets=True,
+        )
+        expansions = [found["replacement"] for row in made.pop("text_replacement_offsets") for found in row]
+        return {key: value for key, value in made.items() if key not in TEXT_SIDE}, expansions
+
+    def token_types(self, ids: list[list[int]], labels: list[list[int]]) -> tuple[str, list[list[int]]] | None:
+        """The name and values of the token types that the model wants to be told, if any."""
+        if not getattr(self.processor, "return_mm_token_type_ids", False):
+            return None
+        name = "token_type_ids" if "token_type_ids" in self.processor.model_input_names else "mm_token_type_ids"
+        return name, self.processor.create_mm_token_type_ids(ids)
+
+    def arrange(self, inputs: dict[str, Any], ids: Tensor, images_of: Sequence[Sequence[int]]) -> dict[str, Any]:
+        """`inputs` of the images, and what else the model needs for the padded rows `ids` [B, T]."""
+        return inputs
+
+
+class Idefics(Family):
+    """One image token per image; language layers look at the image that came last through cross-attention."""
+
+    chat_template = (
+        "{{ bos_token }}{% for message in messages %}"
+        "{% if message.role != 'system' %}{{ '' if loop.first else '\n' }}"
+        "{{ 'User:' if message.role == 'user' else 'Assistant: ' }}{% endif %}"
+        "{% for part in message.content %}{% if part.type == 'image' %}"
+        "{{ '' if loop.previtem is defined and loop.previtem.type == 'image' else '<fake_token_around_image>' }}"
+        "<image><fake_token_around_image>{% else %}{{ part.text }}{% endif %}{% endfor %}<end_of_utterance>{% endfor %}"
+        "{% if add_generation_prompt %}{{ '\n' }}Assistant:{% endif %}"
+    )
+    shares_prefix = False
+    ends = ("<end_of_utterance>",)
+
+    def __init__(self, processor: Any):
+        super().__init__(processor)
+        self.image_token = "<image>"
+
+    def images(self, pictures: list[list[Any]]) -> tuple[dict[str, Any], list[str]]:
+        flat = [picture for group in pictures for picture in group]
+        return {"pixel_values": self.processor.image_processor(flat, return_tensors="pt")}, ["<image>"] * len(flat)
+
+    def arrange(self, inputs: dict[str, Any], ids: Tensor, images_of: Sequence[Sequence[int]]) -> dict[str, Any]:
+        """`pixel_values` [B, I, 3, H, W], padded with zero images, and `image_attention_mask` [B, T, I]."""
+        count = max(1, *(len(own) for own in images_of))
+        size = self.processor.image_processor.image_size
+        pixels = torch.zeros(len(ids), count, 3, size, size)
+        for row, own in enumerate(images_of):
+            for place, image in enumerate(own):
+                pixels[row, place] = inputs["pixel_values"][image]
+        latest = (ids == self.processor.image_token_id).cumsum(1)  # 0: none yet
+        return {"pixel_values": pixels, "image_attention_mask": (latest[..., None] == torch.arange(1, count + 1)).long()}
+
+
+class PaliGemma(Family):
+    """Images, a prompt and one answer. The prompt is read in both directions, so an image depends on its question."""
+
+    chat_template = (
+        "{% if messages | length > 2 or messages[0].role == 'system' %}"
+        "{{ raise_exception('PaliGemma takes one question, one answer and no system prompt') }}{% endif %}"
+        "{% for part in messages[0].content if part.type == 'image' %}<image>{% endfor %}{{ bos_token }}"
+        "{% for part in messages[0].content if part.type == 'text' %}{{ part.text }}{% endfor %}{{ '\n' }}"
+        "{% if messages | length > 1 %}{{ messages[1].content[0].text }}{{ eos_token }}{% endif %}"
+    )
+    needs_image = True
+    shares_prefix = False
+
+    def token_types(self, ids: list[list[int]], labels: list[list[int]]) -> tuple[str, list[list[int]]] | None:
+        return "token_type_ids", [[int(label >= 0) for label in row] for row in labels]
+
+
+FAMILIES = {"IdeficsProcessor": Idefics, "PaliGemmaProcessor": PaliGemma}
+
+
+def family_of(processor: Any) -> Family:
+    """What `processor`'s family needs. Raises ModelError where no way is known to expand its placeholders."""
+    from transformers.processing_utils import ProcessorMixin
+
+    cls = FAMILIES.get(type(processor).__name__)
+    if cls is not None:
+        return cls(processor)
+    expands = type(processor).replace_image_token is not ProcessorMixin.replace_image_token
+    if not expands or getattr(processor, "image_token", None) is None:
+        raise ModelError(
+            f"{type(processor).__name__}: has no image placeholder that transformers expands, so it needs a family of "
+            "its own (docs/add_a_model.md)"
+        )
+    return Family(processor)
