@@ -19,7 +19,7 @@ from vlmtune.errors import ConfigError
 from vlmtune.models.parts import find_parts
 from vlmtune.optim import build_optimizer, build_scheduler
 
-CONSTANT = SchedulerConfig("constant", 0.0)
+CONSTANT = tiny.CONSTANT
 
 
 @pytest.fixture

@@ -27,6 +27,7 @@ from vlmtune.config import (
     GenerationConfig,
     ModelConfig,
     OptimizerConfig,
+    SchedulerConfig,
     TaskConfig,
     TrackerConfig,
     TrainerConfig,
@@ -281,6 +282,7 @@ def write_csv(folder: Path, rows: Iterable[tuple[str, str]], *, per_image: int =
 
 # ---------------------------------------------------------------- runs
 
+CONSTANT = SchedulerConfig("constant", 0.0)
 LORA = {"method": "lora", "parts": ["language"], "r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
 NONE: dict[str, Any] = {"method": None, "parts": ["language"]}
 QUANTIZED: dict[str, dict[str, Any]] = {

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers as hf
+from torch import nn
 
 import tiny
 from vlmtune.models.processors import image_only, torchvision_works
@@ -348,6 +349,7 @@ def gemma3(folder: Path) -> None:
     images = hf.Gemma3ImageProcessorPil(size=SQUARE)
     processor = hf.Gemma3Processor(images, tokenizer, image_seq_length=4, chat_template=GEMMA)
     model = hf.Gemma3ForConditionalGeneration(config)
+    nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.125)  # fresh ones are zero
     write(folder, model, processor, "<end_of_turn>")
 
 

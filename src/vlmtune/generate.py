@@ -24,6 +24,7 @@ def generation_arguments(generation: GenerationConfig, encoder: Encoder, model: 
         "eos_token_id": sorted(ends),
         "pad_token_id": pad if pad is not None else min(ends),
         "do_sample": generation.temperature > 0,
+        "suppress_tokens": encoder.image_ids,  # an image in an answer would want features that no one gave
     }
     if generation.temperature > 0:
         arguments |= {"temperature": generation.temperature, "top_p": generation.top_p, "top_k": 0}

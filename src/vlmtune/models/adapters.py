@@ -36,6 +36,12 @@ def adapt(model: Any, config: Config, parts: Parts, *, total_steps: int) -> Any:
             fields[key] = expand_targets(model, parts, fields[key], config.adapter["parts"], key)
     if config.adapter["method"] == "adalora":
         fields.setdefault("total_step", total_steps)
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    if fields.get("use_dora") and config.quantization["method"] == "bitsandbytes_8bit" and on_cpu:
+        raise ConfigError(
+            "adapter.use_dora: PEFT and bitsandbytes lose the scales of int8 weights after the first pass on a CPU; "
+            "use quantization=nf4 or none, or adapter=lora"
+        )
     model.requires_grad_(False)
     try:
         peft_config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(config.adapter["method"].upper())](**fields)
@@ -103,8 +109,10 @@ def adapter_state(model: Any) -> dict[str, torch.Tensor]:
 
 
 def saved_name(name: str) -> str:
-    """The key under which PEFT saves the parameter `name` of a live model: without the adapter's name."""
-    return name.replace(".modules_to_save", "").replace(".default", "")
+    """The key under which PEFT saves the parameter `name` of a live model: without the adapter's name, and DoRA's
+    magnitudes as in the days when they were no modules."""
+    plain = name.replace(".modules_to_save", "").replace(".default", "")
+    return plain.removesuffix(".weight") if plain.endswith(".lora_magnitude_vector.weight") else plain
 
 
 def after_step(model: Any, step: int) -> None:

@@ -111,6 +111,10 @@ class PaliGemma(Family):
     needs_image = True
     shares_prefix = False
 
+    def images(self, pictures: list[list[Any]]) -> tuple[dict[str, Any], list[str]]:
+        """One prompt per image: the processor takes only prompts of one length at a time."""
+        return super().images([[picture] for group in pictures for picture in group])
+
     def token_types(self, ids: list[list[int]], labels: list[list[int]]) -> tuple[str, list[list[int]]] | None:
         return "token_type_ids", [[int(label >= 0) for label in row] for row in labels]
 
