@@ -57,6 +57,7 @@ PROVEN: dict[str, str] = {}
 """Key -> test of this file."""
 ELSEWHERE = {
     "model.freeze": "test_loop.py::test_full_fine_tuning_moves_all_but_the_frozen_part",
+    "model.save_layout": "test_internvl2.py::test_a_run_saves_the_layout_that_is_asked_for",
     "model.image.min_tokens": "test_load.py::test_the_image_budget_bounds_the_tokens",
     "model.image.max_tokens": "test_load.py::test_the_image_budget_bounds_the_tokens",
     "adapter.parts": "test_adapters.py::test_the_scope_may_be_other_parts",

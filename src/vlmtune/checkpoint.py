@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from vlmtune.config import ModelConfig
 from vlmtune.errors import CheckpointError
 from vlmtune.loop import Progress
 
@@ -199,14 +200,20 @@ def load_checkpoint(
     return Progress(**state["progress"])
 
 
-def save_model(model: Any, processor: Any, folder: Path) -> None:
-    """Write the adapter (or the whole model), processor and generation config, as PEFT and transformers read them.
+def save_model(model: Any, processor: Any, folder: Path, config: ModelConfig | None = None) -> None:
+    """Write the adapter (or the whole model), processor and generation config, as PEFT and transformers read them, or in
+    the layout that `config.save_layout` asks for.
 
     The written weights are opened again and compared before the folder takes its name.
     """
     from vlmtune.models.parts import base_of
 
     with whole(folder) as partial:
+        if config is not None and config.save_layout == "original":
+            from vlmtune.models.internvl2 import save_original
+
+            save_original(model, config, partial)
+            return
         model.save_pretrained(partial)
         processor.save_pretrained(partial)
         base_of(model).generation_config.save_pretrained(partial)

@@ -66,6 +66,8 @@ class ModelConfig:
     """Type of the weights in memory; `auto`: the compute type where they are frozen, fp32 where they are trained."""
     attention: str = one_of("auto", "sdpa", "eager", "flash_attention_2", "flex_attention")
     """Attention implementation of transformers."""
+    save_layout: str = one_of("native", "original")
+    """Layout of the whole model that a run saves; `original`: as InternVL2's own code reads it."""
     freeze: list[str] = field(default_factory=list)
     """Parts that don't train in full fine-tuning (adapter=none); under an adapter the whole base is frozen."""
     system_prompt: str | None = None
@@ -386,6 +388,8 @@ def combinations(config: Config) -> list[str]:
         "quantization.parts": config.quantization["parts"],
     }.items():
         found += [f"{key}: {name} is no part; {nearest(str(name), PARTS)}" for name in names if name not in PARTS]
+    if config.uses_adapter and model.save_layout == "original":
+        found.append("model.save_layout=original: is for whole models (adapter=none); an adapter has no such layout")
     if config.uses_adapter and model.freeze:
         found.append(
             f"model.freeze={model.freeze}: under an adapter the whole base model is frozen already; "

@@ -259,7 +259,7 @@ class Recorder:
         if done and self._restore_best():
             final = None
         if self.main:  # before anything else can fail
-            checkpoint.save_model(self.model, self.processor, self.folder / "model")
+            checkpoint.save_model(self.model, self.processor, self.folder / "model", self.config.model)
         metrics = dict(self.progress.baseline)
         if done and "validation" in self.splits:
             final = final or self.evaluate("after training")

@@ -14,7 +14,7 @@ import torch
 from vlmtune.config import Config, ModelConfig
 from vlmtune.errors import CheckpointError, ConfigError, ModelError
 from vlmtune.models.parts import find_parts
-from vlmtune.models.processors import hub_options, load_processor
+from vlmtune.models.processors import hub_options, is_original_internvl2, load_processor, remote
 from vlmtune.models.quantization import keep_trainable_on_cpu, quantization_config
 
 
@@ -33,7 +33,7 @@ def load(
     with explained(config):
         ask_hub(config)
         processor = load_processor(config)
-        model = _load_model(config, quantization, dtype, compute_dtype, device)
+        model = _load_model(config, quantization, dtype, compute_dtype, device, processor)
     if quantization["method"] is not None and device.type == "cpu":
         keep_trainable_on_cpu(model)
     return model, processor
@@ -62,19 +62,19 @@ def _load_model(
     dtype: torch.dtype,
     compute_dtype: torch.dtype,
     device: torch.device,
+    processor: Any,
 ) -> Any:
-    from transformers import AutoConfig, AutoModelForImageTextToText
-
     options = hub_options(config)
-    architecture = AutoConfig.from_pretrained(config.path, **options)
+    cls, architecture = _architecture(config, processor)
     if config.attention != "auto":
         options["attn_implementation"] = config.attention
     if quantization["method"] is not None:
         with torch.device("meta"):
-            skeleton = AutoModelForImageTextToText.from_config(architecture)
+            skeleton = cls._from_config(architecture) if hasattr(cls, "_from_config") else cls.from_config(architecture)
         options["quantization_config"] = quantization_config(quantization, find_parts(skeleton), compute_dtype)
-    model, report = AutoModelForImageTextToText.from_pretrained(
+    model, report = cls.from_pretrained(
         config.path,
+        config=architecture,
         dtype=dtype,
         device_map={"": device},
         use_safetensors=True,
@@ -88,6 +88,23 @@ def _load_model(
             what = "missing from its files" if problem == "missing" else "of another shape in its files"
             raise ModelError(f"{config.path}: {len(names)} weights are {what}, among them {', '.join(names[:3])}")
     return model
+
+
+def _architecture(config: ModelConfig, processor: Any) -> tuple[Any, Any]:
+    """The class that opens a checkpoint, and its config."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers.configuration_utils import PreTrainedConfig
+
+    if is_original_internvl2(config):
+        from vlmtune.models import internvl2
+
+        internvl2.register()
+        original, _ = PreTrainedConfig.get_config_dict(config.path, **remote(config))
+        native = internvl2.native_config(original, processor.image_token_id)
+        return internvl2.InternVL2ForConditionalGeneration, native
+    if config.save_layout == "original":
+        raise ConfigError("model.save_layout=original: this checkpoint is no InternVL2 in its own layout; use native")
+    return AutoModelForImageTextToText, AutoConfig.from_pretrained(config.path, **hub_options(config))
 
 
 def make_fresh(config: ModelConfig, folder: Path, seed: int, engine: Any) -> None:

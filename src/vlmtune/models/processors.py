@@ -56,16 +56,20 @@ def load_processor(config: ModelConfig) -> Any:
 
     Raises ModelError where the checkpoint has none, ConfigError where its family can't follow the budget.
     """
-    from transformers import AutoConfig, AutoProcessor
-    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
-
     options = hub_options(config)
-    architecture = AutoConfig.from_pretrained(config.path, **options)
-    cls = PROCESSOR_MAPPING.get(type(architecture), None)
-    if cls is not None and "video_processor" in cls.get_attributes() and not torchvision_works():
-        processor = image_only(cls).from_pretrained(config.path, **options)
+    if is_original_internvl2(config):
+        from vlmtune.models import internvl2
+
+        processor = internvl2.load_processor(str(config.path), **remote(config))
     else:
-        processor = AutoProcessor.from_pretrained(config.path, **options)
+        from transformers import AutoConfig, AutoProcessor
+        from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
+        cls = PROCESSOR_MAPPING.get(type(AutoConfig.from_pretrained(config.path, **options)), None)
+        if cls is not None and "video_processor" in cls.get_attributes() and not torchvision_works():
+            processor = image_only(cls).from_pretrained(config.path, **options)
+        else:
+            processor = AutoProcessor.from_pretrained(config.path, **options)
     if getattr(processor, "tokenizer", None) is None or getattr(processor, "image_processor", None) is None:
         raise ModelError(f"{config.path}: has no image processor, so it is no vision-language model")
     if not getattr(processor, "chat_template", None) and type(processor).__name__ in FAMILIES:
@@ -76,8 +80,20 @@ def load_processor(config: ModelConfig) -> Any:
 
 def hub_options(config: ModelConfig) -> dict[str, Any]:
     """Arguments of `from_pretrained` that a hub id takes and a local folder doesn't."""
-    remote = {} if Path(str(config.path)).is_dir() else {"revision": config.revision or "main"}
-    return {"trust_remote_code": config.trust_remote_code, **remote}
+    return {"trust_remote_code": config.trust_remote_code, **remote(config)}
+
+
+def remote(config: ModelConfig) -> dict[str, Any]:
+    """The revision, for a hub id."""
+    return {} if Path(str(config.path)).is_dir() else {"revision": config.revision or "main"}
+
+
+def is_original_internvl2(config: ModelConfig) -> bool:
+    """True for a checkpoint in InternVL2's own layout, which is opened without running its code."""
+    from transformers.configuration_utils import PreTrainedConfig
+
+    found, _ = PreTrainedConfig.get_config_dict(config.path, **remote(config))
+    return bool(found.get("model_type") == "internvl_chat")
 
 
 def set_image_budget(processor: Any, image: ImageConfig) -> None:
