@@ -58,8 +58,8 @@ PROVEN: dict[str, str] = {}
 ELSEWHERE = {
     "model.freeze": "test_loop.py::test_full_fine_tuning_moves_all_but_the_frozen_part",
     "model.save_layout": "test_internvl2.py::test_a_run_saves_the_layout_that_is_asked_for",
-    "model.image.min_tokens": "test_load.py::test_the_image_budget_bounds_the_tokens",
-    "model.image.max_tokens": "test_load.py::test_the_image_budget_bounds_the_tokens",
+    "model.image.min_tokens": "test_image_budget.py::test_no_image_has_more_or_fewer_tokens_than_allowed",
+    "model.image.max_tokens": "test_image_budget.py::test_no_image_has_more_or_fewer_tokens_than_allowed",
     "adapter.parts": "test_adapters.py::test_the_scope_may_be_other_parts",
     "quantization.method": "test_quantization.py::test_only_the_language_models_layers_are_quantized",
     "quantization.parts": "test_quantization.py::test_other_parts_where_asked",

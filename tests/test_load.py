@@ -23,7 +23,7 @@ import tiny
 from vlmtune.config import Config, ImageConfig, ModelConfig
 from vlmtune.errors import CheckpointError, ConfigError, ModelError
 from vlmtune.models.load import load, load_trained, make_fresh
-from vlmtune.models.processors import hub_options, load_processor, set_image_budget
+from vlmtune.models.processors import hub_options, load_processor
 
 FP32 = {"dtype": torch.float32, "compute_dtype": torch.float32, "device": torch.device("cpu")}
 REPO = "somebody/some-model"
@@ -187,29 +187,6 @@ def test_remote_code_in_a_folder_does_not_run(copied: Path) -> None:
     (copied / "config.json").write_text(json.dumps({**settings, "model_type": "mine", "auto_map": auto}))
     (copied / "mine.py").write_text("raise SystemExit('ran')")
     assert "trust_remote_code" in refusal(copied)
-
-
-# ---------------------------------------------------------------- image budget
-
-
-def test_the_image_budget_bounds_the_tokens(checkpoint_of: Callable[[str], Path]) -> None:
-    path = str(checkpoint_of("qwen2_vl"))
-    processor = load_processor(ModelConfig(path=path, image=ImageConfig(min_tokens=2, max_tokens=4)))
-
-    def tokens(side: int) -> int:
-        grid = processor.image_processor(images=[tiny.image(side, side)], return_tensors="pt")["image_grid_thw"]
-        return int(grid.prod()) // 4
-
-    assert 2 <= tokens(28) <= 4
-    assert 2 <= tokens(500) <= 4
-
-
-def test_a_budget_that_the_family_can_not_follow(checkpoint_of: Callable[[str], Path]) -> None:
-    with pytest.raises(ConfigError, match="no adjustable image size"):
-        load_processor(ModelConfig(path=str(checkpoint_of("llava")), image=ImageConfig(max_tokens=4)))
-    processor = load_processor(ModelConfig(path=str(checkpoint_of("qwen2_vl"))))
-    with pytest.raises(ConfigError, match="at least 99 but at most 16 tokens"):
-        set_image_budget(processor, ImageConfig(min_tokens=99))
 
 
 # ---------------------------------------------------------------- fresh and trained models

@@ -14,7 +14,7 @@ from vlmtune.data.scenes import Course, labelled_scene
 WEIGHTS = Path(drawn.__file__).parents[1] / "models" / "pico_weights"
 
 
-@pytest.mark.parametrize("course", ["single", "scenes"])
+@pytest.mark.parametrize("course", ["see", "compare", "scenes"])
 def test_a_scene_is_a_function_of_its_seed(course: Course) -> None:
     (one, asked), (again, asked_again) = labelled_scene(7, course=course), labelled_scene(7, course=course)
     assert one.tobytes() == again.tobytes()
@@ -27,12 +27,13 @@ def test_scenes_ask_nothing_that_easy_vqa_asks() -> None:
     import easy_vqa
 
     theirs = set(easy_vqa.get_train_questions()[0]) | set(easy_vqa.get_test_questions()[0])
-    ours = {question.text for seed in range(300) for question in labelled_scene(seed, 20)[1]}
+    courses: tuple[Course, ...] = ("see", "compare", "scenes")
+    ours = {q.text for course in courses for seed in range(300) for q in labelled_scene(seed, 20, course)[1]}
     assert len(ours) > 500
     assert not ours & theirs
 
 
-@pytest.mark.parametrize("load", [drawn.load, drawn.load_single])
+@pytest.mark.parametrize("load", [drawn.load, drawn.load_see, drawn.load_compare])
 def test_rows_of_a_scene_share_its_image_and_held_out_ones_are_never_trained_on(load: object) -> None:
     splits = load(DataConfig())  # type: ignore[operator]
     train, held_out = splits["train"], splits["validation"]
@@ -61,7 +62,7 @@ def test_the_weights_that_ship_are_small_safe_and_see_colours() -> None:
     )
     rows, answers = [], []
     for seed in range(drawn.FIRST_HELD_OUT, drawn.FIRST_HELD_OUT + 40):
-        picture, questions = labelled_scene(seed, 20, "single")
+        picture, questions = labelled_scene(seed, 20, "compare")
         colour = next(question for question in questions if question.kind == "colour")
         rows.append(Record((Turn(colour.text),), (picture,)))
         answers.append(colour.answer)

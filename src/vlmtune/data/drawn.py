@@ -63,14 +63,19 @@ def _picture(seed: int, course: Course) -> Image.Image:
     return _drawn(seed, course)[0]
 
 
-def load_single(config: DataConfig) -> dict[str, Scenes]:
+def load_see(config: DataConfig) -> dict[str, Scenes]:
     """The first course: one object a scene, three rows each."""
-    return _course("single", 0, rows=3)
+    return _course("see", 0, rows=3)
+
+
+def load_compare(config: DataConfig) -> dict[str, Scenes]:
+    """The second course: one object a scene, twenty rows each, most of them yes or no."""
+    return _course("compare", 1, rows=20)
 
 
 def load(config: DataConfig) -> dict[str, Scenes]:
-    """The second course: one object, text or several objects a scene; five rows each."""
-    return _course("scenes", 1, rows=5)
+    """The third course: one object, text or several objects a scene; ten rows each."""
+    return _course("scenes", 2, rows=10)
 
 
 def _course(course: Course, number: int, *, rows: int) -> dict[str, Scenes]:

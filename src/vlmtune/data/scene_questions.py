@@ -70,6 +70,29 @@ def caption(things: list[Thing]) -> Question:
     return Question("caption", "", ", ".join(parts) + ".")
 
 
+def looks(rng: Random, thing: Thing) -> Iterator[Question]:
+    """What only a model that sees can answer of one shape: its shape, then colour, place or again shape."""
+    yield Question("shape", rng.choice(ASK_SHAPE), thing.name)
+    rest = [
+        Question("colour", rng.choice(ASK_COLOUR), thing.colour),
+        Question("place", rng.choice(ASK_PLACE).format(thing.name), thing.place),
+        Question("shape", rng.choice(ASK_SHAPE_OF).format(thing.colour), thing.name),
+    ]
+    rng.shuffle(rest)
+    yield from rest
+
+
+def comparisons(rng: Random, thing: Thing, count: int) -> Iterator[Question]:
+    """Colour, shape and place of one shape, then yes or no: is it so, or is it not? Half of the things asked for are
+    there."""
+    yield Question("colour", rng.choice(ASK_COLOUR), thing.colour)
+    yield Question("shape", rng.choice(ASK_SHAPE), thing.name)
+    yield Question("place", rng.choice(ASK_PLACE).format(thing.name), thing.place)
+    for index in range(count - 3):
+        kind = ("colour", "shape", "both")[index % 3]
+        yield _presence(rng, [thing], wanted=index // 3 % 2 == 0, kind=kind)
+
+
 def questions_about(rng: Random, things: list[Thing]) -> Iterator[Question]:
     shapes = [thing for thing in things if not thing.is_text]
     if len(things) == 1:
@@ -112,9 +135,9 @@ def _at(rng: Random, things: list[Thing]) -> Iterator[Question]:
             yield Question("at", rng.choice(ASK_AT).format(place), here[0] if here else "nothing")
 
 
-def _presence(rng: Random, things: list[Thing], wanted: bool) -> Question:
+def _presence(rng: Random, things: list[Thing], wanted: bool, kind: str | None = None) -> Question:
     """Is a thing there, or is it missing? `wanted`: whether the thing asked for is in the scene."""
-    kind = rng.choice(("colour", "shape", "both", "both"))
+    kind = kind or rng.choice(("colour", "shape", "both", "both"))
     shapes = [thing for thing in things if not thing.is_text]
     if not shapes:
         kind = "colour"

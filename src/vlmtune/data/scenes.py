@@ -11,12 +11,11 @@ from typing import Literal
 
 from PIL import Image
 
-from vlmtune.data.scene_questions import Question, caption, questions_about
+from vlmtune.data.scene_questions import Question, caption, comparisons, looks, questions_about
 from vlmtune.data.scene_things import alone, arrange, draw
 
-Course = Literal["single", "scenes"]
-"""What pico is taught in turn."""
-HARD = frozenset({"present", "absent", "count", "relation"})
+Course = Literal["see", "compare", "scenes"]
+"""What pico is taught in turn: to see one object, to compare it with words, and scenes of several."""
 
 
 def scene(seed: int, course: Course = "scenes") -> tuple[Image.Image, list[tuple[str, str]]]:
@@ -28,15 +27,17 @@ def scene(seed: int, course: Course = "scenes") -> tuple[Image.Image, list[tuple
 def labelled_scene(seed: int, questions: int = 10, course: Course = "scenes") -> tuple[Image.Image, list[Question]]:
     """Like `scene`, with the kind of each question.
 
-    `single` scenes hold one object and ask no yes-or-no questions, which a model that sees nothing half answers.
-    `questions`: the number besides the caption.
+    `see` asks nothing that a model which sees nothing half answers, and often for the shape, which takes longest;
+    `compare` asks little else than yes or no. `questions`: the number besides the caption.
     """
     rng = Random(seed)
-    things = {"single": alone, "scenes": arrange}[course](rng)
+    things = arrange(rng) if course == "scenes" else alone(rng)
     image = draw(rng, things, plain=course != "scenes")
-    pool = [question for question in questions_about(rng, things) if course == "scenes" or question.kind not in HARD]
-    rng.shuffle(pool)
-    if course == "single":  # shape is what takes longest to see
-        pool.sort(key=lambda question: question.kind != "shape")
-        pool = [*pool[:1], *pool[2:], pool[1]]
-    return image, [caption(things), *pool[:questions]]
+    if course == "see":
+        asked = list(looks(rng, things[0]))
+    elif course == "compare":
+        asked = list(comparisons(rng, things[0], questions))
+    else:
+        asked = list(questions_about(rng, things))
+        rng.shuffle(asked)
+    return image, [caption(things), *asked[:questions]]

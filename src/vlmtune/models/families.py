@@ -34,6 +34,12 @@ class Family:
     def __init__(self, processor: Any):
         self.processor = processor
         self.image_token: str | None = getattr(processor, "image_token", None)
+        """The placeholder in the chat template."""
+
+    @property
+    def feature_token(self) -> str:
+        """The token that stands for one image feature in the language model's sequence."""
+        return str(getattr(self.processor.tokenizer, "image_token", None) or self.image_token)
 
     def images(self, pictures: list[list[Any]]) -> tuple[dict[str, Any], list[str]]:
         """The tensors of all images, nested by what shows them, and the text that stands for each in a prompt.

@@ -13,6 +13,7 @@ import torch
 
 from vlmtune.config import Config, ModelConfig
 from vlmtune.errors import CheckpointError, ConfigError, ModelError
+from vlmtune.models.image_budget import fit_model
 from vlmtune.models.parts import find_parts
 from vlmtune.models.processors import hub_options, is_original_internvl2, load_processor, remote
 from vlmtune.models.quantization import keep_trainable_on_cpu, quantization_config
@@ -66,6 +67,7 @@ def _load_model(
 ) -> Any:
     options = hub_options(config)
     cls, architecture = _architecture(config, processor)
+    fit_model(architecture, processor)
     if config.attention != "auto":
         options["attn_implementation"] = config.attention
     if quantization["method"] is not None:

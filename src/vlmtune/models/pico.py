@@ -1,4 +1,4 @@
-"""pico: a Qwen2-VL of two million parameters, small enough to be pre-trained on a laptop's CPU.
+"""pico: a Qwen2-VL of five million parameters, small enough to be pre-trained on a laptop's CPU.
 
 `build` writes a complete Hugging Face folder (tokenizer, processor, random weights); training it is an ordinary run.
 Every image becomes 64x64 pixels, so 64 patches of 8x8 and 16 language-model tokens.
@@ -104,11 +104,11 @@ def _config(tokenizer: PreTrainedTokenizerFast) -> Qwen2VLConfig:
     number = tokenizer.convert_tokens_to_ids
     text = {
         "vocab_size": -(-len(tokenizer) // 64) * 64,
-        "hidden_size": 128,
-        "intermediate_size": 384,
+        "hidden_size": 192,
+        "intermediate_size": 576,
         "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 6,
         "max_position_embeddings": 2048,
         "rms_norm_eps": 1e-6,
         "rope_parameters": {"rope_type": "default", "rope_theta": 30.0, "mrope_section": [1, 1, 1, 1, 2, 2, 2, 3, 3]},
@@ -119,9 +119,9 @@ def _config(tokenizer: PreTrainedTokenizerFast) -> Qwen2VLConfig:
     }
     vision = {
         "depth": 4,
-        "embed_dim": 128,
-        "hidden_size": 128,
-        "num_heads": 4,
+        "embed_dim": 192,
+        "hidden_size": 192,
+        "num_heads": 6,
         "mlp_ratio": 4,
         "patch_size": PATCH,
         "spatial_merge_size": MERGE,
@@ -139,7 +139,7 @@ def _config(tokenizer: PreTrainedTokenizerFast) -> Qwen2VLConfig:
 
 
 def _initialise(model: Qwen2VLForConditionalGeneration) -> None:
-    """Scale each matrix by its fan-in: the library's fixed 0.02 suits wide models and starves one of width 128."""
+    """Scale each matrix by its fan-in: the library's fixed 0.02 suits wide models and starves one of width 192."""
     from torch import nn
 
     for name, module in model.named_modules():

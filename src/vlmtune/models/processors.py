@@ -6,9 +6,10 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from vlmtune.config import ImageConfig, ModelConfig
-from vlmtune.errors import ConfigError, ModelError
+from vlmtune.config import ModelConfig
+from vlmtune.errors import ModelError
 from vlmtune.models.families import FAMILIES
+from vlmtune.models.image_budget import set_image_budget
 
 
 @functools.cache
@@ -94,27 +95,3 @@ def is_original_internvl2(config: ModelConfig) -> bool:
 
     found, _ = PreTrainedConfig.get_config_dict(config.path, **remote(config))
     return bool(found.get("model_type") == "internvl_chat")
-
-
-def set_image_budget(processor: Any, image: ImageConfig) -> None:
-    """Translate `model.image.*_tokens` into the pixel limits of the family's image processor.
-
-    Qwen2-VL and its successors: one token covers (patch * merge)^2 pixels.
-    """
-    if image.min_tokens is None and image.max_tokens is None:
-        return
-    images = processor.image_processor
-    if not hasattr(images, "merge_size"):
-        raise ConfigError(f"model.image: {type(processor).__name__} has no adjustable image size; leave both keys null")
-    pixels = (images.patch_size * images.merge_size) ** 2
-    size = {"shortest_edge": images.size["shortest_edge"], "longest_edge": images.size["longest_edge"]}
-    if image.min_tokens is not None:
-        size["shortest_edge"] = image.min_tokens * pixels
-    if image.max_tokens is not None:
-        size["longest_edge"] = image.max_tokens * pixels
-    if size["shortest_edge"] > size["longest_edge"]:
-        raise ConfigError(
-            f"model.image: at least {size['shortest_edge'] // pixels} but at most {size['longest_edge'] // pixels} "
-            "tokens an image is impossible; set both min_tokens and max_tokens"
-        )
-    images.size = type(images.size)(**size) if not isinstance(images.size, dict) else size
