@@ -177,6 +177,7 @@ def predict_file(folder: str, config: Config, output: str) -> int:
     """
     from vlmtune import display
     from vlmtune.data.table import read_files
+    from vlmtune.runfolder import write_table
 
     if config.data.test is None:
         raise ConfigError("data.test: missing; give the CSV file to answer, for instance data.test=test.csv")
@@ -186,9 +187,7 @@ def predict_file(folder: str, config: Config, output: str) -> int:
         answered, bad = Predictor(Path(folder), config)._predict(frame)
     if bad and len(bad) == len(frame):
         raise DataError(f"{config.data.test}: no row can be used; the first: {bad[0].reason}")
-    partial = target.with_name(f".{target.name}.partial")
-    answered.to_csv(partial, index=False)
-    partial.replace(target)
+    write_table(target, answered)
     return len(bad)
 
 

@@ -136,11 +136,14 @@ class TrainerConfig:
 @dataclass
 class ColumnsConfig:
     image: str = "image_path"
-    """Column with the path of each row's image."""
+    """Column with the path of each row's image, or a list of paths."""
     question: str = "question"
     """Column with the question; rows without one are captions."""
     answer: str = "answer"
     """Column with the answer to learn, or to compare with."""
+    conversation: str | None = None
+    """Column with whole conversations, in LLaVA's or OpenAI's form; the columns of question and answer are then not
+    read."""
 
 
 @dataclass
@@ -148,17 +151,23 @@ class DataConfig:
     _target_: str = "vlmtune.data.table.read_files"
     """Function of this config that returns the splits {train, validation, test}; your own goes here."""
     train: str | None = None
-    """CSV file to train on."""
+    """File to train on: CSV, JSON, JSON lines or Parquet, by its ending. With data=hub a folder or an id of a hub."""
     validation: str | None = None
-    """CSV file that evaluation uses."""
+    """File that evaluation uses."""
     validation_fraction: float = number(0.0, least=0, most=0.9)
     """Share of the training images held out for evaluation where no validation file is given."""
     test: str | None = None
-    """CSV file that is evaluated once, at the end, and that predict.py and evaluate.py read."""
+    """File that is evaluated once, at the end, and that predict.py and evaluate.py read."""
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
-    """Names of the columns in the CSV files."""
+    """Names of the columns in the files."""
     image_root: str | None = None
-    """Folder that relative image paths start from; null: the folder of the CSV file."""
+    """Folder that relative image paths start from; null: the folder of the file."""
+    subset: str | None = None
+    """Configuration of a data set on the hub that has several, with data=hub."""
+    image_separator: str | None = None
+    """What stands between the paths of several images in one cell, for instance `;`. A JSON list needs none."""
+    supervise: str = one_of("last", "all")
+    """Answers of a conversation that are trained on."""
     on_bad_row: str = one_of("fail", "drop")
     """What to do with rows that can't be used: stop and list them, or leave them out and list them."""
     max_bad_fraction: float = number(0.1, least=0, most=1)

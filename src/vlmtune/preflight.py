@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from vlmtune import display, session
+from vlmtune.config import ImageConfig
 from vlmtune.data.batch import Batch, padded, shared
 from vlmtune.data.batches import Batches
 from vlmtune.data.encode import IGNORE, Encoder
@@ -39,6 +40,21 @@ def check_labels(encoder: Encoder, records: Sequence[Record]) -> str:
 def _composed(text: str) -> str:
     """The form of a text that tokenizers compare in: they may compose accents and drop outer space."""
     return unicodedata.normalize("NFC", text).strip()
+
+
+def check_images(encoder: Encoder, records: Sequence[Record], budget: ImageConfig) -> str:
+    """What the images of `records` really cost in language-model tokens. Raises DataError above `budget.max_tokens`."""
+    token = encoder.tokenizer.convert_tokens_to_ids(encoder.family.feature_token)
+    shown = [record for record in records if record.images]
+    if not shown:
+        return "images     none in these rows"
+    ids = encoder.encode(shown, answered=False).input_ids
+    counts = [row.count(token) / len(record.images) for row, record in zip(ids, shown, strict=True)]
+    if budget.max_tokens is not None and max(counts) > budget.max_tokens:
+        place = shown[counts.index(max(counts))].place
+        raise DataError(f"{place}: {max(counts):g} tokens an image, above model.image.max_tokens={budget.max_tokens}")
+    tokens = f"{min(counts):g}" if min(counts) == max(counts) else f"{min(counts):g} to {max(counts):g}"
+    return f"images     {tokens} tokens each, in rows of {min(map(len, ids))} to {max(map(len, ids))} tokens"
 
 
 def check_gradients(model: Any, encoder: Encoder, records: Sequence[Record], engine: Any) -> str:

@@ -47,7 +47,10 @@ def train(config: Config, folder: Path | None) -> dict[str, Any]:
     model, processor = load.load(config.model, config.quantization, device=engine.device, **dtypes)
     parts = find_parts(model)
     encoder = Encoder(
-        processor, system_prompt=config.model.system_prompt, max_image_pixels=config.data.max_image_pixels
+        processor,
+        system_prompt=config.model.system_prompt,
+        max_image_pixels=config.data.max_image_pixels,
+        supervise=config.data.supervise,
     )
     batches = Batches(encoder, splits["train"].records, config.trainer, engine)
     model = adapters.adapt(model, config, parts, total_steps=batches.total_steps)
@@ -59,6 +62,7 @@ def train(config: Config, folder: Path | None) -> dict[str, Any]:
     sample = batches.sample(8)
     log.info(preflight.parts_table(model, parts))
     log.info(preflight.check_labels(encoder, sample))
+    log.info(preflight.check_images(encoder, sample, config.model.image))
     log.info(preflight.check_gradients(model, encoder, sample, engine))
     log.info(preflight.choose_layout(model, batches, engine))
     if config.preflight == "only":

@@ -80,26 +80,50 @@ def write_config(path: Path, config: Config) -> None:
 def absolute(config: Config) -> Config:
     """The config with absolute paths, which mean the same from every working directory."""
     data = {name: getattr(config.data, name) for name in ("train", "validation", "test", "image_root")}
-    known: dict[str, Any] = {
-        name: str(Path(path).expanduser().absolute()) for name, path in data.items() if path is not None
-    }
+    known: dict[str, Any] = {name: _absolute(path) for name, path in data.items() if path is not None}
     path = config.model.path
     local = str(Path(path).absolute()) if path is not None and Path(path).is_dir() else path
     return replace(config, data=replace(config.data, **known), model=replace(config.model, path=local))
+
+
+def _absolute(path: str) -> str:
+    """An absolute path; `FOLDER:SPLIT` keeps its split, and the id of a hub stays as it is."""
+    place, colon, split = path.partition(":")
+    if not Path(path).expanduser().exists() and Path(place).expanduser().is_dir():
+        return f"{Path(place).expanduser().absolute()}{colon}{split}"
+    is_id = path.count("/") == 1 and not Path(path).suffix and not Path(path).expanduser().exists()
+    return path if is_id else str(Path(path).expanduser().absolute())
 
 
 def write_predictions(path: Path, split: Split, found: Evaluation, metric: str) -> None:
     """Write the split's own columns, answer_predictions and the score, in row order."""
     import pandas as pd
 
-    if split.frame is not None:
+    if hasattr(split.records, "frame"):
+        frame = split.records.frame()
+    elif split.frame is not None:
         frame = split.frame.iloc[[record.row for record in split.records]].copy()
     else:
         rows = [(record.group, record.question, record.answers[0]) for record in split.records]
         frame = pd.DataFrame(rows, columns=["image_path", "question", "answer"])
     frame["answer_predictions"] = found.predictions
     frame["score"] = [scores[metric] for scores in found.scores]
-    write_whole(path, frame.to_csv(index=False))
+    write_table(path, frame)
+
+
+def write_table(path: Path, frame: Any) -> None:
+    """Write a frame as CSV, lists and objects in its cells as JSON."""
+
+    def flat(cell: Any) -> Any:
+        return json.dumps(cell, ensure_ascii=False, default=_shown) if isinstance(cell, list | dict) else cell
+
+    objects = [name for name in frame.columns if frame[name].dtype == object]
+    write_whole(path, frame.assign(**{name: frame[name].map(flat) for name in objects}).to_csv(index=False))
+
+
+def _shown(value: Any) -> Any:
+    """What stands in a table for a value that has no text: arrays as lists, pixels and bytes by their type."""
+    return value.tolist() if hasattr(value, "tolist") else f"<{type(value).__name__}>"
 
 
 def write_failure(folder: Path, error: BaseException) -> None:

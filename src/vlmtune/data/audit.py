@@ -5,12 +5,13 @@ The part of a reason up to its first colon or number names its kind.
 
 from __future__ import annotations
 
+import base64
 import difflib
 import hashlib
 import json
 import os
 import re
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from vlmtune.config import ColumnsConfig, DataConfig, TaskConfig
+from vlmtune.data.conversations import PLACE, parse, placed
 from vlmtune.data.images import Source, image_size, open_image
 from vlmtune.data.records import BadRow, Record, Split, Turn
 from vlmtune.errors import DataError
@@ -34,16 +36,16 @@ def audit_frame(
 ) -> Split:
     """Turn a frame's rows into records, and keep apart those that can't be used, with their reasons.
 
-    An image cell holds a path, a PIL image, bytes, a function that returns a PIL image, or nothing (a text-only row).
-    Relative paths start from `data.image_root`, else from the folder of `file`. `Record.row` is the position in
+    An image cell holds a path, a PIL image, bytes, a function that returns a PIL image, a list of these, or nothing (a
+    text-only row). In a row with a list, `<image>` in the question says where each stands. Relative paths start from `data.image_root`, else from the folder of `file`. `Record.row` is the position in
     `frame`. Without `answers_required`, as in prediction, answers may be missing and rows may repeat.
 
     Raises DataError when a column is missing; bad rows raise nothing.
     """
     if problems := column_problems(frame.columns, config.columns, file, answers_required):
         raise DataError(problems)
-    reader = _Reader(config, task, file, answers_required)
-    columns = (_cells(frame, name) for name in vars(config.columns).values())
+    reader = Reader(config, task, file, answers_required)
+    columns = [_cells(frame, reader.names[role]) for role in reader.roles]
     read = [reader.read(row, *cells) for row, cells in enumerate(zip(*columns, strict=True))]
     records, faults = [record for record, _ in read], [found for _, found in read]
     _add_image_faults(records, faults, config)
@@ -61,6 +63,11 @@ BLANK = {"image": "rows of text alone", "question": "captions"}
 """Columns that may be empty, and what such rows are."""
 
 
+def roles_of(columns: ColumnsConfig) -> tuple[str, ...]:
+    """What is read of a row."""
+    return ("image", "conversation") if columns.conversation else ("image", "question", "answer")
+
+
 def column_problems(present: Iterable[Any], columns: ColumnsConfig, file: str, answers_required: bool) -> list[str]:
     """Say which columns are missing, and the override that would name them.
 
@@ -68,9 +75,14 @@ def column_problems(present: Iterable[Any], columns: ColumnsConfig, file: str, a
     """
     names = [str(name) for name in present]
     found = []
-    for role, name in vars(columns).items():
+    for role, name in ((role, str(getattr(columns, role))) for role in roles_of(columns)):
         close = _closest(name, names)
-        optional = {"image": False, "question": name == "question" and not close, "answer": not answers_required}[role]
+        optional = {
+            "image": columns.conversation is not None,  # messages may carry images, or be of text alone
+            "question": name == "question" and not close,
+            "answer": not answers_required,
+            "conversation": False,
+        }[role]
         if name not in names and not optional:
             key = f"data.columns.{role}"
             hint = f"try {_override(key, close)}" if close else f"set {key} to one of: {', '.join(names)}"
@@ -96,23 +108,37 @@ def _cells(frame: pd.DataFrame, name: str) -> list[Any]:
 # ---------------------------------------------------------------- cells
 
 
-class _Reader:
+class Reader:
     """Rows to records, noting the faults in their cells; images are located, not opened."""
 
     def __init__(self, config: DataConfig, task: TaskConfig, file: str, answers_required: bool):
         self.root = Path(os.path.expanduser(config.image_root)) if config.image_root else Path(file).parent
         self.task, self.file, self.answers_required = task, file, answers_required
+        self.separator = config.image_separator
+        self.names = vars(config.columns)
+        self.roles = roles_of(config.columns)
         self.paths: dict[str, Path] = {}
 
-    def read(self, row: int, image: Any, question: Any, answer: Any) -> tuple[Record, list[str]]:
-        source: Source | None = None
-        group: Hashable = None
+    def read_cells(self, row: int, cells: Mapping[str, Any]) -> tuple[Record, list[str]]:
+        """A row as columns and cells."""
+        return self.read(row, *(cells.get(self.names[role]) for role in self.roles))
+
+    def read(self, row: int, *cells: Any) -> tuple[Record, list[str]]:
+        """A row as the cells of `roles`, in order."""
+        return (self.read_conversation if "conversation" in self.roles else self.read_question)(row, *cells)
+
+    def read_question(self, row: int, image: Any, question: Any, answer: Any) -> tuple[Record, list[str]]:
+        images: list[tuple[Source, Hashable]] = []
         answers: tuple[str, ...] = ()
         faults: list[str] = []
-        text = _text(question)
+        text, places = _text(question), ()
         try:
-            source, group = self.locate(image)
-            if source is None and not text.strip():
+            images, listed = self.locate_all(image)
+            if listed:
+                text, places = placed(text)
+            if len(places) not in (0, len(images)):
+                faults.append(f"{len(places)} places ({PLACE}) for {len(images)} images")
+            if not images and not text.strip():
                 faults.append("nothing to answer: the row has neither an image nor a question")
         except DataError as error:
             faults += error.problems
@@ -122,27 +148,84 @@ class _Reader:
                 faults.append("empty answer")
         except DataError as error:
             faults += error.problems
-        turn = Turn(text if text.strip() else self.task.caption_prompt, answers)
-        return Record((turn,), () if source is None else (source,), group, self.file, row), faults
+        turn = Turn(text if text.strip() else self.task.caption_prompt, answers, places if text.strip() else ())
+        return self._record((turn,), images, row), faults
 
-    def locate(self, cell: Any) -> tuple[Source | None, Hashable]:
-        """The image in a cell and its group: equal for equal images, None where there is none."""
+    def read_conversation(self, row: int, image: Any, conversation: Any) -> tuple[Record, list[str]]:
+        empty = self._record((Turn(""),), [], row)
+        try:
+            found = parse(conversation, answers_required=self.answers_required)
+            images, _ = self.locate_all(image)
+            images += [self.locate(source) for source in found.images]
+        except DataError as error:
+            return empty, error.problems
+        places = sum(len(turn.image_at) for turn in found.turns)
+        faults = []
+        if places not in (0, len(images)):
+            faults.append(f"{places} places ({PLACE}) for {len(images)} images")
+        return self._record(found.turns, images, row, found.system), faults
+
+    def _record(
+        self, turns: tuple[Turn, ...], images: list[Any], row: int, system: str | None = None
+    ) -> Record:
+        keys = tuple(key for _, key in images)
+        group = None if not keys else keys[0] if len(keys) == 1 else keys
+        return Record(turns, tuple(source for source, _ in images), group, self.file, row, system)
+
+    def locate_all(self, cell: Any) -> tuple[list[tuple[Source, Hashable]], bool]:
+        """The images of a cell, each with its key; and whether the cell is a list."""
+        listed = _list(cell, self.separator)
+        if listed is not None:
+            return [self.locate(item) for item in listed], True
+        return ([] if _is_blank(cell) else [self.locate(cell)]), False
+
+    def locate(self, cell: Any) -> tuple[Source, Hashable]:
+        """One image and its key: equal for equal images."""
+        if isinstance(cell, dict) and {"bytes", "path"} & cell.keys():  # an image as Hugging Face's data sets store it
+            cell = cell.get("bytes") or cell.get("path")
+        if isinstance(cell, str) and cell.startswith("data:image/") and ";base64," in cell[:64]:
+            cell = _decoded(cell)
         if isinstance(cell, bytes):
             return cell, hashlib.sha256(cell).hexdigest()
         if isinstance(cell, Image.Image) or callable(cell):
             return cell, id(cell)
-        if _is_missing(cell):
-            return None, None
+        if _is_blank(cell):
+            raise DataError("not an image: an image in the list is missing")
         if not isinstance(cell, str | Path):
             raise DataError(f"not an image: the cell is {type(cell).__name__}; give a path, bytes or a PIL image")
         text = str(cell)
-        if not text.strip():
-            return None, None
         if text not in self.paths:
             if re.match(r"\w[\w+.-]+://|data:", text):
                 raise DataError(f"image is a URL: {text:.80}; download it first and give its path")
             self.paths[text] = Path(os.path.realpath(self.root / os.path.expanduser(text)))
         return self.paths[text], str(self.paths[text])
+
+
+def _list(cell: Any, separator: str | None) -> list[Any] | None:
+    """The items of a cell that holds several images: a list, a JSON list of texts, or texts between separators."""
+    if hasattr(cell, "tolist") and not isinstance(cell, str):  # Parquet gives arrays
+        cell = cell.tolist()
+    if isinstance(cell, list | tuple):
+        return list(cell)
+    if not isinstance(cell, str):
+        return None
+    found = _json(cell)
+    if isinstance(found, list) and all(isinstance(item, str) for item in found):
+        return found
+    if separator is not None and separator in cell:
+        return [part.strip() for part in cell.split(separator)]
+    return None
+
+
+def _decoded(url: str) -> bytes:
+    try:
+        return base64.b64decode(url.partition(";base64,")[2], validate=True)
+    except ValueError as error:
+        raise DataError(f"not an image: the data URL is not base64 ({error})") from None
+
+
+def _is_blank(cell: Any) -> bool:
+    return _is_missing(cell) or (isinstance(cell, str) and not cell.strip())
 
 
 def _text(cell: Any) -> str:
@@ -182,7 +265,7 @@ def _json(text: str) -> Any:
 
 def _add_image_faults(records: list[Record], faults: list[list[str]], config: DataConfig) -> None:
     """Open each distinct image once, in threads, and note its fault at every row that shows it."""
-    distinct = {record.group: record.images[0] for record in records if record.images}
+    distinct = {key: source for record in records for key, source in zip(keys_of(record), record.images, strict=True)}
     check = open_image if config.check_images == "decode" else image_size
 
     def fault(source: Source) -> str | None:
@@ -196,8 +279,12 @@ def _add_image_faults(records: list[Record], faults: list[list[str]], config: Da
         results = _with_progress(pool.map(fault, distinct.values()), len(distinct))
         fault_of = dict(zip(distinct, results, strict=True))
     for record, found in zip(records, faults, strict=True):
-        if reason := fault_of.get(record.group):
-            found.append(reason)
+        found += [reason for key in keys_of(record) if (reason := fault_of[key])]
+
+
+def keys_of(record: Record) -> tuple[Hashable, ...]:
+    """The keys of a record's images, of which its group is made."""
+    return record.group if isinstance(record.group, tuple) else (record.group,) * len(record.images)
 
 
 def _with_progress(results: Iterable[str | None], total: int) -> Iterable[str | None]:

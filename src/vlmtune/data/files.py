@@ -1,6 +1,6 @@
-"""CSV files as frames of text, exactly as written, each row knowing its line.
+"""Files as frames, each row knowing its line: CSV, JSON, JSON lines and Parquet, by their ending.
 
-No value is guessed at: "NA", "None", "007" and "1.0" are answers like others. What can't be a UTF-8 CSV with one
+The cells of a CSV are texts, exactly as written; those of the others what they are. No value is guessed at: "NA", "None", "007" and "1.0" are answers like others. What can't be a UTF-8 CSV with one
 header and equally long rows is refused with its line.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,83 @@ if TYPE_CHECKING:
 
 SHOWN = 20
 """Faults of one file that a message lists before it counts the rest."""
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """Read a file into a frame. Its index, `line`, is each row's first line, its `attrs["file"]` the path.
+
+    Raises DataError that names the file and the lines at fault.
+    """
+    readers = {".csv": read_csv, ".json": read_json, ".jsonl": read_json_lines, ".parquet": read_parquet}
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(f"{path}: ends in none of {', '.join(readers)}, so its form isn't known")
+    return reader(path)
+
+
+def _frame(rows: list[Any], lines: list[int], path: Path) -> pd.DataFrame:
+    import pandas as pd
+
+    wrong = [line for line, row in zip(lines, rows, strict=True) if not isinstance(row, dict)]
+    if wrong:
+        raise DataError([f"{path}, row {line}: is no object ({{...}})" for line in wrong[:SHOWN]])
+    if not rows:
+        raise DataError(f"{path}: has no rows")
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    cells = {name: pd.Series([row.get(name) for row in rows], dtype=object) for name in columns}
+    frame = pd.DataFrame(cells).set_index(pd.Index(lines, name="line", dtype=int))
+    frame.attrs["file"] = str(path)
+    return frame
+
+
+def read_json(path: Path) -> pd.DataFrame:
+    """Read a JSON list of objects; `line` is the number of the object, from 1."""
+    text = _text(path)
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        lines = text.lstrip().startswith("{")
+        hint = "; a file with one object per line ends in .jsonl" if lines and "Extra data" in error.msg else ""
+        raise DataError(f"{path}, line {error.lineno}: is not JSON: {error.msg}{hint}") from None
+    if not isinstance(rows, list):
+        raise DataError(f"{path}: holds {type(rows).__name__}; a list of objects is needed")
+    return _frame(rows, list(range(1, len(rows) + 1)), path)
+
+
+def read_json_lines(path: Path) -> pd.DataFrame:
+    """Read a file with one JSON object per line; blank lines are skipped."""
+    rows, lines, problems = [], [], []
+    for number, line in enumerate(_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+            lines.append(number)
+        except json.JSONDecodeError as error:
+            problems.append(f"{path}, line {number}: is not JSON: {error.msg}")
+    if problems:
+        more = [f"{path}: and {len(problems) - SHOWN} more such lines"] if len(problems) > SHOWN else []
+        raise DataError(problems[:SHOWN] + more)
+    return _frame(rows, lines, path)
+
+
+def read_parquet(path: Path) -> pd.DataFrame:
+    """Read a Parquet file; `line` is the number of the row, from 1. Needs pyarrow."""
+    import pandas as pd
+
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; {whats_there(path)}")
+    try:
+        frame = pd.read_parquet(path)
+    except ImportError:
+        raise DataError(f"{path}: reading Parquet needs pyarrow: pip install 'vlmtune[datasets]'") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: is no Parquet file: {str(error).splitlines()[0]}") from None
+    if frame.empty:
+        raise DataError(f"{path}: has no rows")
+    frame.index = pd.RangeIndex(1, len(frame) + 1, name="line")
+    frame.attrs["file"] = str(path)
+    return frame
 
 
 def read_csv(path: Path) -> pd.DataFrame:
@@ -40,9 +118,9 @@ def _text(path: Path) -> str:
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; {whats_there(path)}") from None
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; a CSV file is needed here") from None
+        raise DataError(f"{path}: {error.strerror}; a file is needed here") from None
     if not content.strip():
-        raise DataError(f"{path}: is empty; a header and rows are needed")
+        raise DataError(f"{path}: is empty; rows are needed")
     if b"\0" in content:
         line = content.count(b"\n", 0, content.index(b"\0")) + 1
         raise DataError(f"{path}, line {line}: holds NUL bytes (UTF-16, or a spreadsheet); save it as CSV in UTF-8")

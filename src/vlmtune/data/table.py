@@ -1,7 +1,7 @@
 """From `data.*` to splits of records: read, audit, hold out, limit.
 
 load
-├── data._target_(config)    read_files by default: CSV files to frames; yours may return frames or records
+├── data._target_(config)    read_files by default: files to frames; yours may return frames or records
 ├── audit_frame              frames to records and bad rows
 ├── data.on_bad_row          stop on bad rows, or go on without them
 ├── data.validation_fraction
@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 from vlmtune.config import DataConfig, TaskConfig
 from vlmtune.data.audit import audit_frame, column_problems
-from vlmtune.data.files import SHOWN, read_csv
-from vlmtune.data.records import BadRow, Split
+from vlmtune.data.files import SHOWN, read_table
+from vlmtune.data.records import BadRow, Record, Split
 from vlmtune.errors import ConfigError, DataError, nearest
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class BadRowsError(DataError):
 
 
 def read_files(config: DataConfig) -> dict[str, pd.DataFrame]:
-    """Read the CSV files that `data.train`, `data.validation` and `data.test` name, as frames of text.
+    """Read the files that `data.train`, `data.validation` and `data.test` name, as frames.
 
     Raises DataError with all that is wrong with any of them: encoding, form, missing columns.
     """
@@ -53,7 +53,7 @@ def read_files(config: DataConfig) -> dict[str, pd.DataFrame]:
         if (path := getattr(config, split)) is None:
             continue
         try:
-            frames[split] = read_csv(Path(expanduser(path)))
+            frames[split] = read_table(Path(expanduser(path)))
         except DataError as error:
             problems += error.problems
         else:  # whether a test file needs answers depends on what it is read for
@@ -86,7 +86,7 @@ def load(
     hold_out = hold_out and "train" in tables and "validation" not in tables
     if splits[0] not in tables and not hold_out:
         target = f"let data._target_={config._target_} return the split {splits[0]!r}"
-        raise ConfigError(f"data.{splits[0]}: nothing to read; set data.{splits[0]}=FILE.csv, or {target}")
+        raise ConfigError(f"data.{splits[0]}: nothing to read; set data.{splits[0]}=FILE, or {target}")
     found = _audited(tables, config, task, answers_required)
     if hold_out:  # also where validation is not asked for: the rows that train are the same in every call
         found["train"], found["validation"] = _hold_out(found["train"], config.validation_fraction, seed)
@@ -114,7 +114,7 @@ def _tables(config: DataConfig, wanted: set[str]) -> dict[str, Any]:
     for name, rows in tables.items():
         if name not in SPLITS:
             raise ConfigError(f"data._target_={config._target_}: returned a split {name!r}; {nearest(name, SPLITS)}")
-        if not isinstance(rows, pd.DataFrame | Sequence):
+        if not isinstance(rows, pd.DataFrame | Sequence) and not hasattr(rows, "audit"):
             kind = type(rows).__name__
             raise ConfigError(f"data._target_={config._target_}: {name} is {kind}; make it a DataFrame or Records")
     return {name: rows for name, rows in tables.items() if name in wanted}
@@ -147,10 +147,13 @@ def _audited(tables: dict[str, Any], config: DataConfig, task: TaskConfig, answe
     found: dict[str, Split] = {}
     problems: list[str] = []
     for name, rows in tables.items():
-        if not hasattr(rows, "columns"):
+        if isinstance(rows, Sequence):
             found[name] = Split(rows)
             continue
         try:
+            if hasattr(rows, "audit"):  # larger than memory: reads its rows by itself
+                found[name] = rows.audit(config, task, answers_required)
+                continue
             found[name] = audit_frame(rows, config, task, rows.attrs.get("file", name), answers_required)
         except DataError as error:
             problems += error.problems
@@ -197,16 +200,22 @@ def _first(bad: Sequence[BadRow]) -> list[str]:
 
 def _hold_out(train: Split, fraction: float, seed: int) -> tuple[Split, Split]:
     """Split off `fraction` of the images (at least one, never all). A row of no group counts as an image of its own."""
-    keys = [("row", i) if record.group is None else record.group for i, record in enumerate(train.records)]
+    groups_of = getattr(train.records, "groups", None) or [record.group for record in train.records]
+    keys = [("row", i) if group is None else group for i, group in enumerate(groups_of)]
     groups = list(dict.fromkeys(keys))
     if len(groups) < 2:
         raise DataError(f"data.validation_fraction={fraction:g}: all rows show one image; set data.validation instead")
     count = min(max(1, round(fraction * len(groups))), len(groups) - 1)
     chosen = set(random.Random(seed).sample(groups, count))
-    held = [key in chosen for key in keys]
-    kept = [record for record, out in zip(train.records, held, strict=True) if not out]
-    taken = [record for record, out in zip(train.records, held, strict=True) if out]
+    kept = _chosen(train.records, [i for i, key in enumerate(keys) if key not in chosen])
+    taken = _chosen(train.records, [i for i, key in enumerate(keys) if key in chosen])
     return Split(kept, train.frame, train.bad), Split(taken, train.frame)
+
+
+def _chosen(records: Sequence[Record], rows: Sequence[int]) -> Sequence[Record]:
+    """These of the records; what reads them from disk goes on doing so."""
+    select = getattr(records, "select", None)
+    return select(rows) if select else [records[row] for row in rows]
 
 
 def _limited(split: Split, name: str, config: DataConfig, seed: int) -> Split:
@@ -214,4 +223,4 @@ def _limited(split: Split, name: str, config: DataConfig, seed: int) -> Split:
     if most is None or len(split) <= most:
         return split
     rows = sorted(random.Random(seed).sample(range(len(split)), most)) if name == "train" else range(most)
-    return dataclasses.replace(split, records=[split.records[row] for row in rows])
+    return dataclasses.replace(split, records=_chosen(split.records, rows))

@@ -1,0 +1,103 @@
+"""Data sets of Hugging Face's `datasets`: the same rows and the same audit as files, read from disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+import tiny
+from vlmtune import api
+from vlmtune.config import ColumnsConfig, DataConfig, TaskConfig
+from vlmtune.data import hub
+from vlmtune.data.images import open_image
+from vlmtune.data.table import BadRowsError, load
+from vlmtune.errors import DataError
+
+datasets = pytest.importorskip("datasets")
+HUB = {"_target_": "vlmtune.data.hub.load", "columns": ColumnsConfig(image="image")}
+
+
+def rows(count: int = 6, **changed: Any) -> Any:
+    pictures = [tiny.image(seed=n // 2) for n in range(count)]
+    columns = {"image": pictures, "question": [f"Is it {n}?" for n in range(count)], "answer": ["yes", "no"] * (count // 2)}
+    features = {"image": datasets.Image(), "question": datasets.Value("string"), "answer": datasets.Value("string")}
+    return datasets.Dataset.from_dict({**columns, **changed}, features=datasets.Features(features))
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    datasets.DatasetDict({"train": rows(), "validation": rows(4)}).save_to_disk(str(tmp_path / "set"))
+    return tmp_path / "set"
+
+
+def opened(path: Path | str, **config: Any) -> Any:
+    return load(DataConfig(train=str(path), **{**HUB, **config}), TaskConfig(), 0)
+
+
+def test_rows_are_read_as_files_are(saved: Path) -> None:
+    split = opened(saved, validation=f"{saved}:validation")
+    found, held_out = split["train"].records, split["validation"].records
+    assert [r.question for r in found] == [f"Is it {n}?" for n in range(6)]
+    assert [r.answers for r in found] == [("yes",), ("no",)] * 3
+    assert len(held_out) == 4
+    assert open_image(found[4].images[0], 10**6).tobytes() == tiny.image(seed=2).tobytes()
+    assert found[0].group == found[1].group != found[2].group, "by content"
+    assert found.groups == [record.group for record in found]
+
+
+def test_rows_stay_on_disk(saved: Path) -> None:
+    records = opened(saved)["train"].records
+    assert isinstance(records, hub.HubRows)
+    assert isinstance(records[1:3], hub.HubRows)
+    assert [r.question for r in records.select([3, 0])] == ["Is it 3?", "Is it 0?"]
+    limited = opened(saved, max_train_rows=2)["train"].records
+    assert isinstance(limited, hub.HubRows)
+    held = opened(saved, validation_fraction=0.34)
+    assert {r.group for r in held["train"].records}.isdisjoint({r.group for r in held["validation"].records})
+
+
+def test_a_folder_of_parquet_opens_by_itself(tmp_path: Path) -> None:
+    rows().to_parquet(str(tmp_path / "train.parquet"))
+    assert len(opened(tmp_path)["train"].records) == 6
+
+
+def test_bad_rows_are_listed_and_dropped(tmp_path: Path) -> None:
+    rows(answer=["yes", "", "yes", "no", "yes", "no"]).save_to_disk(str(tmp_path / "set"))
+    with pytest.raises(BadRowsError, match="1 of 6 rows can't be used"):
+        opened(tmp_path / "set")
+    split = opened(tmp_path / "set", on_bad_row="drop", max_bad_fraction=0.5)["train"]
+    assert [(bad.row, bad.reason) for bad in split.bad] == [(2, "empty answer")]
+    assert [r.row for r in split.records] == [0, 2, 3, 4, 5]
+
+
+def test_images_are_bounded_before_they_are_decoded(saved: Path) -> None:
+    with pytest.raises(BadRowsError, match="pixels"):
+        opened(saved, max_image_pixels=100)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [("set:trian", "has no split 'trian'; did you mean train"), ("somebody/nothing", r"data\.train=.*can't be opened")],
+)
+def test_what_is_not_there_says_so(saved: Path, path: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(saved.parent)
+    with pytest.raises(DataError, match=message):
+        opened(path)
+
+
+def test_a_missing_column_names_the_nearest(saved: Path) -> None:
+    with pytest.raises(DataError, match=r"no column 'images'; try data\.columns\.image=image"):
+        opened(saved, columns=ColumnsConfig(image="images"))
+
+
+def test_a_run(saved: Path, tmp_path: Path, checkpoint_of: Callable[[str], Path]) -> None:
+    config = tiny.config(checkpoint_of("qwen2_vl"), adapter=tiny.LORA)
+    config.data = DataConfig(train=str(saved), validation=f"{saved}:validation", **HUB)
+    assert api.run_in(tmp_path / "run", config)["status"] == "completed"
+    table = pd.read_csv(tmp_path / "run" / "predictions.csv")
+    assert [*table.columns] == ["question", "answer", "answer_predictions", "score"]
+    assert "shared, each image once" in (tmp_path / "run" / "train.log").read_text()
