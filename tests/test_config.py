@@ -127,7 +127,7 @@ def test_all_problems_come_in_one_error_with_what_would_work() -> None:
         "data.columns=3",
     )
     assert found == [
-        "model=qwen2vl_7: did you mean qwen2vl_7b or qwen2vl_72b or qwen2vl_2b?",
+        "model=qwen2vl_7: did you mean qwen2vl_7b or qwen2vl_72b or qwen2_5vl_7b?",
         "optimiser: no such key; did you mean optimizer?",
         "quantization.bits: there is nothing to set with quantization=none",
         "trainer.epoch: no such key; did you mean epochs?",

@@ -48,7 +48,9 @@ def records(folder: Path, rows: list[dict[str, Any]], columns: ColumnsConfig, na
 
 
 def test_llavas_form(folder: Path) -> None:
-    rows = [{"id": 7, "image": "0.png", "conversations": chat("<image>\nWhat is it?", "a cat", "And its color?", "red")}]
+    rows = [
+        {"id": 7, "image": "0.png", "conversations": chat("<image>\nWhat is it?", "a cat", "And its color?", "red")}
+    ]
     [record] = records(folder, rows, LLAVA)
     assert record.turns == (Turn("What is it?", ("a cat",), (0,)), Turn("And its color?", ("red",)))
     assert record.images == (folder / "0.png",)
@@ -67,8 +69,20 @@ def test_openais_form_with_images_of_its_own_and_of_the_row(folder: Path) -> Non
         {"type": "text", "text": "?"},
     ]
     rows = [
-        {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": parts}, {"role": "assistant", "content": "no"}]},
-        {"images": ["1.png"], "messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}, {"role": "assistant", "content": [{"type": "text", "text": "a dog"}]}]},
+        {
+            "messages": [
+                {"role": "system", "content": "Be brief."},
+                {"role": "user", "content": parts},
+                {"role": "assistant", "content": "no"},
+            ]
+        },
+        {
+            "images": ["1.png"],
+            "messages": [
+                {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]},
+                {"role": "assistant", "content": [{"type": "text", "text": "a dog"}]},
+            ],
+        },
     ]
     own, of_row = records(folder, rows, OPENAI, "rows.jsonl")
     assert own.turns == (Turn("Is  like ?", ("no",), (3, 9)),)
@@ -80,7 +94,10 @@ def test_openais_form_with_images_of_its_own_and_of_the_row(folder: Path) -> Non
 
 def test_parquet_gives_the_same(folder: Path) -> None:
     pytest.importorskip("pyarrow")
-    rows = [{"image": "0.png", "conversations": chat("<image>\nWhat?", "a cat")}, {"image": None, "conversations": chat("Say a", "a")}]
+    rows = [
+        {"image": "0.png", "conversations": chat("<image>\nWhat?", "a cat")},
+        {"image": None, "conversations": chat("Say a", "a")},
+    ]
     wanted = records(folder, rows, LLAVA)
     pd.DataFrame(rows).to_parquet(folder / "rows.parquet")
     found = load(DataConfig(train=str(folder / "rows.parquet"), columns=LLAVA), TaskConfig(), 0)["train"].records
@@ -200,7 +217,10 @@ def test_the_last_answer_or_all_of_them(encoder_of: Callable[[str], Encoder], fa
 
 
 def test_a_run_from_conversations_to_predictions(folder: Path, checkpoint_of: Callable[[str], Path]) -> None:
-    rows = [{"image": f"{n % 3}.png", "conversations": chat("<image>\nWhat color?", "Red", "Sure?", "yes")} for n in range(2)]
+    rows = [
+        {"image": f"{n % 3}.png", "conversations": chat("<image>\nWhat color?", "Red", "Sure?", "yes")}
+        for n in range(2)
+    ]
     rows += [{"image": ["0.png", "1.png"], "conversations": chat("<image><image>\nEqual?", "no")}]
     (folder / "rows.json").write_text(json.dumps(rows))
     config = tiny.config(checkpoint_of("qwen2_vl"), adapter=tiny.LORA)
@@ -211,5 +231,11 @@ def test_a_run_from_conversations_to_predictions(folder: Path, checkpoint_of: Ca
     predictions = pd.read_csv(folder / "run" / "predictions.csv")
     assert [json.loads(cell) for cell in predictions["conversations"]] == [row["conversations"] for row in rows]
     config.data.test = file
-    answered = api.load(folder / "run").predict(pd.DataFrame(rows).assign(image=[[str(folder / i) for i in (r["image"] if isinstance(r["image"], list) else [r["image"]])] for r in rows]))
+    answered = api.load(folder / "run").predict(
+        pd.DataFrame(rows).assign(
+            image=[
+                [str(folder / i) for i in (r["image"] if isinstance(r["image"], list) else [r["image"]])] for r in rows
+            ]
+        )
+    )
     assert answered["answer_predictions"].notna().all()

@@ -194,10 +194,14 @@ def test_equal_to_the_processors_own_template_and_call(encoder: Encoder, images:
     end = len(ids) - answered  # we end at the end token, which a template may follow with white space or leave out
     if answered and type(encoder.processor).__name__ == "LlavaOnevisionProcessor":
         end = ids.index(next(i for i in batch.labels[0].tolist() if i != IGNORE)) - 1
-        assert ids[end] != wanted["input_ids"][0, end], "a given answer follows `assistant \\n`, a new one `assistant\\n`"
+        assert ids[end] != wanted["input_ids"][0, end], (
+            "a given answer follows `assistant \\n`, a new one `assistant\\n`"
+        )
     assert ids[:end] == wanted["input_ids"][0, :end].tolist()
     made = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, **batch.inputs}
-    assert set(made) == set(wanted) - (set() if pictures else {"pixel_values", "image_attention_mask"} & set(wanted) - set(made))
+    assert set(made) == set(wanted) - (
+        set() if pictures else {"pixel_values", "image_attention_mask"} & set(wanted) - set(made)
+    )
     for key, value in batch.inputs.items():
         theirs = wanted[key][:, :end] if value.shape[:2] == batch.input_ids.shape else wanted[key]
         ours = value[:, :end] if value.shape[:2] == batch.input_ids.shape else value

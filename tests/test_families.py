@@ -100,9 +100,9 @@ def test_right_padding_is_left_padding_is_alone(model: Any, encoder: Encoder) ->
     right = logits_of_answers(model, padded(encoder, records))
     left = logits_of_answers(model, padded(encoder, records, side="left"))
     alone = [logits_of_answers(model, padded(encoder, [record]))[0] for record in records]
-    for r, l, a in zip(right, left, alone, strict=True):
-        torch.testing.assert_close(l, r, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(a, r, rtol=1e-4, atol=1e-4)
+    for wanted, other, single in zip(right, left, alone, strict=True):
+        torch.testing.assert_close(other, wanted, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(single, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_the_image_reaches_the_answer(model: Any, encoder: Encoder) -> None:
@@ -150,8 +150,6 @@ def test_no_answer_holds_an_image_token(model: Any, encoder: Encoder, monkeypatc
     monkeypatch.setattr(encoder, "decode", lambda ids: seen.extend(ids) or [""] * len(ids))
     head, wanted = model.get_output_embeddings(), encoder.image_ids
     head.register_forward_hook(lambda module, args, out: out.index_fill(-1, torch.tensor(wanted), 1e4))
-    generate(
-        model, encoder, rows(encoder), GenerationConfig(max_new_tokens=4), batch_size=4, autocast=torch.no_grad
-    )
+    generate(model, encoder, rows(encoder), GenerationConfig(max_new_tokens=4), batch_size=4, autocast=torch.no_grad)
     assert seen
     assert not {i for row in seen for i in row} & set(wanted)

@@ -44,8 +44,9 @@ from vlmtune.config import (
 from vlmtune.data.batches import Batches
 from vlmtune.data.table import load as load_table
 from vlmtune.errors import ConfigError, DataError, ModelError, TrainingError
+from vlmtune.models import adapters
 from vlmtune.models.load import load
-from vlmtune.models.parts import Parts
+from vlmtune.models.parts import Parts, find_parts
 from vlmtune.optim import build_optimizer
 from vlmtune.tracking import read_metrics
 
@@ -72,6 +73,10 @@ ELSEWHERE = {
     "data.train": "test_table.py::test_a_record_is_its_row",
     "data.validation": "test_table.py::test_a_given_validation_file_holds_nothing_out",
     "data.validation_fraction": "test_table.py::test_held_out_images_are_whole_disjoint_and_the_same_for_a_seed",
+    "data.subset": "test_hub.py::test_a_subset_is_handed_on",
+    "data.image_separator": "test_conversations.py::test_a_json_list_or_a_separator_gives_several_images",
+    "data.supervise": "test_conversations.py::test_a_run_from_conversations_to_predictions",
+    "data.columns.conversation": "test_conversations.py::test_llavas_form",
     "data.image_root": "test_table.py::test_relative_paths_start_at_the_table_or_at_image_root",
     "data.on_bad_row": "test_run.py::test_dropped_rows_are_listed",
     "data.check_images": "test_table.py::test_check_images_header_lets_damage_pass_and_decode_does_not",
@@ -595,6 +600,19 @@ def test_steps_follow_the_formula(changed: dict[str, float]) -> None:
         optimizer.step()
     assert model.weight.flatten().tolist() == pytest.approx([adamw(0.1, gradients, config)] * 4, rel=1e-5)
     assert not changed or abs(adamw(0.1, gradients, config) - adamw(0.1, gradients, OptimizerConfig())) > 1e-3
+
+
+@proves("optimizer.loraplus_lr_ratio")
+def test_loraplus_lets_b_learn_faster(model_of: Any) -> None:
+    config = tiny.config(None, adapter=tiny.LORA, optimizer={"loraplus_lr_ratio": 16.0}, learning_rate=1e-3)
+    model = model_of("llava")
+    parts = find_parts(model)
+    model = adapters.adapt(model, config, parts, total_steps=1)
+    built = build_optimizer(model, parts, config.trainer, config.optimizer)
+    rates = {id(p): group["lr"] for group in built.param_groups for p in group["params"]}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            assert rates[id(p)] == pytest.approx(1.6e-2 if "lora_B" in name else 1e-3), name
 
 
 def orthogonal(matrix: torch.Tensor) -> torch.Tensor:

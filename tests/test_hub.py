@@ -23,7 +23,11 @@ HUB = {"_target_": "vlmtune.data.hub.load", "columns": ColumnsConfig(image="imag
 
 def rows(count: int = 6, **changed: Any) -> Any:
     pictures = [tiny.image(seed=n // 2) for n in range(count)]
-    columns = {"image": pictures, "question": [f"Is it {n}?" for n in range(count)], "answer": ["yes", "no"] * (count // 2)}
+    columns = {
+        "image": pictures,
+        "question": [f"Is it {n}?" for n in range(count)],
+        "answer": ["yes", "no"] * (count // 2),
+    }
     features = {"image": datasets.Image(), "question": datasets.Value("string"), "answer": datasets.Value("string")}
     return datasets.Dataset.from_dict({**columns, **changed}, features=datasets.Features(features))
 
@@ -63,6 +67,14 @@ def test_rows_stay_on_disk(saved: Path) -> None:
 def test_a_folder_of_parquet_opens_by_itself(tmp_path: Path) -> None:
     rows().to_parquet(str(tmp_path / "train.parquet"))
     assert len(opened(tmp_path)["train"].records) == 6
+
+
+def test_a_subset_is_handed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No hub can be had here, so the call to `datasets` is looked at."""
+    asked: list[Any] = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, **options: asked.append((path, options)) or rows())
+    opened("somebody/set:test", subset="spanish")
+    assert asked == [("somebody/set", {"name": "spanish", "split": "test"})]
 
 
 def test_bad_rows_are_listed_and_dropped(tmp_path: Path) -> None:

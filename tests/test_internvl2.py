@@ -107,7 +107,14 @@ def sentencepiece_model(folder: Path, *, dummy_prefix: bool) -> Any:
     basic = {0: "<unk>", 1: "<s>", 2: "</s>"}
     added = basic | {420 + n: token for n, token in enumerate(ADDED)}
     decoder = {
-        str(n): {"content": t, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+        str(n): {
+            "content": t,
+            "lstrip": False,
+            "normalized": False,
+            "rstrip": False,
+            "single_word": False,
+            "special": True,
+        }
         for n, t in added.items()
     }
     settings = {"added_tokens_decoder": decoder, "tokenizer_class": "InternLM2Tokenizer", "model_max_length": 8192}
@@ -329,8 +336,8 @@ def test_logits_are_those_of_the_fused_layout(folder: Path) -> None:
 
 
 def tiles_by_definition(width: int, height: int, most: int) -> tuple[int, int]:
-    """Columns and rows: the nearest aspect ratio of all grids of 1 to `most` tiles, in the order of their area; of equal
-    ones the later, where the image has more than half the pixels of its tiles."""
+    """Columns and rows: the nearest aspect ratio of all grids of 1 to `most` tiles, in the order of their area; of
+    equal ones the later, where the image has more than half the pixels of its tiles."""
     grids = sorted(
         {(c, r) for c, r in itertools.product(range(1, most + 1), repeat=2) if c * r <= most}, key=lambda g: g[0] * g[1]
     )

@@ -20,10 +20,10 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file, save_file
 
 import tiny
-from vlmtune.config import Config, ImageConfig, ModelConfig
+from vlmtune.config import Config, ModelConfig
 from vlmtune.errors import CheckpointError, ConfigError, ModelError
 from vlmtune.models.load import load, load_trained, make_fresh
-from vlmtune.models.processors import hub_options, load_processor
+from vlmtune.models.processors import hub_options
 
 FP32 = {"dtype": torch.float32, "compute_dtype": torch.float32, "device": torch.device("cpu")}
 REPO = "somebody/some-model"

@@ -188,9 +188,7 @@ def llava_next(folder: Path) -> None:
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
     )
-    images = hf.LlavaNextImageProcessorPil(
-        size={"shortest_edge": 56}, crop_size=SQUARE, image_grid_pinpoints=TILES
-    )
+    images = hf.LlavaNextImageProcessorPil(size={"shortest_edge": 56}, crop_size=SQUARE, image_grid_pinpoints=TILES)
     processor = hf.LlavaNextProcessor(
         images,
         tokenizer,
@@ -293,7 +291,11 @@ def split_images(kind: str, folder: Path) -> None:
     options = {"image_seq_len": 4, "chat_template": SMOL}
     cls = getattr(hf, f"{name}Processor")
     video = "SmolVLMVideoProcessor"
-    processor = cls(images, tokenizer, **options) if kind == "idefics3" else processor_of(cls, images, tokenizer, video, **options)
+    processor = (
+        cls(images, tokenizer, **options)
+        if kind == "idefics3"
+        else processor_of(cls, images, tokenizer, video, **options)
+    )
     write(folder, getattr(hf, f"{name}ForConditionalGeneration")(config), processor)
 
 

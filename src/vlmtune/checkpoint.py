@@ -201,8 +201,8 @@ def load_checkpoint(
 
 
 def save_model(model: Any, processor: Any, folder: Path, config: ModelConfig | None = None) -> None:
-    """Write the adapter (or the whole model), processor and generation config, as PEFT and transformers read them, or in
-    the layout that `config.save_layout` asks for.
+    """Write the adapter (or the whole model), processor and generation config, as PEFT and transformers read them, or
+    in the layout that `config.save_layout` asks for.
 
     The written weights are opened again and compared before the folder takes its name.
     """

@@ -197,6 +197,8 @@ class OptimizerConfig:
     """Added to the root of the mean squared gradient before dividing by it."""
     momentum: float = number(0.95, least=0, most=1)
     """Decay per optimizer step of Muon's mean gradient; `adamw` and its forms have beta1 instead."""
+    loraplus_lr_ratio: float = number(1.0, least=1)
+    """Learning rate of LoRA's B over that of its A: LoRA+ has 16 (Hayou et al. 2024, arXiv:2402.12354)."""
 
 
 @dataclass
@@ -397,6 +399,8 @@ def combinations(config: Config) -> list[str]:
         "quantization.parts": config.quantization["parts"],
     }.items():
         found += [f"{key}: {name} is no part; {nearest(str(name), PARTS)}" for name in names if name not in PARTS]
+    if config.optimizer.loraplus_lr_ratio != 1 and config.adapter["method"] not in ("lora", "adalora"):
+        found.append("optimizer.loraplus_lr_ratio: is for LoRA's B matrices; use adapter=lora or one of its variants")
     if config.uses_adapter and model.save_layout == "original":
         found.append("model.save_layout=original: is for whole models (adapter=none); an adapter has no such layout")
     if config.uses_adapter and model.freeze:

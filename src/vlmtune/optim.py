@@ -20,10 +20,11 @@ def build_optimizer(
     Raises ConfigError where nothing trains, or where a learning rate is given for a part that has no trainable weight.
     """
     hidden = hidden_matrices(model) if optimizer.name == "muon" else set()
-    groups: dict[tuple[str, bool, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[str, bool, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            kind = (parts.of(name), parameter.dim() > 1, name in hidden)
+            faster = optimizer.loraplus_lr_ratio != 1 and ("lora_B" in name or "lora_embedding_B" in name)
+            kind = (parts.of(name), parameter.dim() > 1, name in hidden, faster)
             groups.setdefault(kind, []).append(parameter)
     if not groups:
         raise ConfigError("nothing is trainable: model.freeze covers the whole model")
@@ -35,12 +36,13 @@ def build_optimizer(
     specs = [
         {
             "params": parameters,
-            "lr": trainer.learning_rate_of.get(part, trainer.learning_rate),
+            "lr": trainer.learning_rate_of.get(part, trainer.learning_rate)
+            * (optimizer.loraplus_lr_ratio if faster else 1),
             "weight_decay": optimizer.weight_decay if decays else 0.0,
             "part": part,
             "hidden": matrices,
         }
-        for (part, decays, matrices), parameters in groups.items()
+        for (part, decays, matrices, faster), parameters in groups.items()
     ]
     options: dict[str, Any] = {"betas": (optimizer.beta1, optimizer.beta2), "eps": optimizer.eps}
     fused = all(p.device.type in ("cuda", "cpu") and p.is_floating_point() for g in groups.values() for p in g)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from vlmtune.config import ColumnsConfig, DataConfig, TaskConfig
-from vlmtune.data.conversations import PLACE, parse, placed
+from vlmtune.data.conversations import PLACE, as_list, parse, placed
 from vlmtune.data.images import Source, image_size, open_image
 from vlmtune.data.records import BadRow, Record, Split, Turn
 from vlmtune.errors import DataError
@@ -37,8 +37,9 @@ def audit_frame(
     """Turn a frame's rows into records, and keep apart those that can't be used, with their reasons.
 
     An image cell holds a path, a PIL image, bytes, a function that returns a PIL image, a list of these, or nothing (a
-    text-only row). In a row with a list, `<image>` in the question says where each stands. Relative paths start from `data.image_root`, else from the folder of `file`. `Record.row` is the position in
-    `frame`. Without `answers_required`, as in prediction, answers may be missing and rows may repeat.
+    text-only row). In a row with a list, `<image>` in the question says where each stands. Relative paths start from
+    `data.image_root`, else from the folder of `file`. `Record.row` is the position in `frame`. Without
+    `answers_required`, as in prediction, answers may be missing and rows may repeat.
 
     Raises DataError when a column is missing; bad rows raise nothing.
     """
@@ -131,7 +132,8 @@ class Reader:
         images: list[tuple[Source, Hashable]] = []
         answers: tuple[str, ...] = ()
         faults: list[str] = []
-        text, places = _text(question), ()
+        places: tuple[int, ...] = ()
+        text = _text(question)
         try:
             images, listed = self.locate_all(image)
             if listed:
@@ -165,9 +167,7 @@ class Reader:
             faults.append(f"{places} places ({PLACE}) for {len(images)} images")
         return self._record(found.turns, images, row, found.system), faults
 
-    def _record(
-        self, turns: tuple[Turn, ...], images: list[Any], row: int, system: str | None = None
-    ) -> Record:
+    def _record(self, turns: tuple[Turn, ...], images: list[Any], row: int, system: str | None = None) -> Record:
         keys = tuple(key for _, key in images)
         group = None if not keys else keys[0] if len(keys) == 1 else keys
         return Record(turns, tuple(source for source, _ in images), group, self.file, row, system)
@@ -203,8 +203,7 @@ class Reader:
 
 def _list(cell: Any, separator: str | None) -> list[Any] | None:
     """The items of a cell that holds several images: a list, a JSON list of texts, or texts between separators."""
-    if hasattr(cell, "tolist") and not isinstance(cell, str):  # Parquet gives arrays
-        cell = cell.tolist()
+    cell = as_list(cell)
     if isinstance(cell, list | tuple):
         return list(cell)
     if not isinstance(cell, str):

@@ -89,11 +89,15 @@ def _messages(cell: Any) -> list[Any]:
             cell = json.loads(cell)
         except json.JSONDecodeError as error:
             raise DataError(f"conversation is not JSON: {error}") from None
-    if hasattr(cell, "tolist"):  # Parquet gives arrays
-        cell = cell.tolist()
+    cell = as_list(cell)
     if not isinstance(cell, Sequence) or not cell:
         raise DataError(f"conversation is {type(cell).__name__}; a list of messages is needed")
     return list(cell)
+
+
+def as_list(cell: Any) -> Any:
+    """Parquet gives arrays for lists; anything else is left as it is."""
+    return cell.tolist() if hasattr(cell, "tolist") else cell
 
 
 def _read(message: Any, number: int, images: list[Any]) -> tuple[str, str, tuple[int, ...]]:
@@ -107,8 +111,7 @@ def _read(message: Any, number: int, images: list[Any]) -> tuple[str, str, tuple
     if isinstance(content, str):
         text, places = placed(content)
         return ROLES[said], text, places
-    if hasattr(content, "tolist"):
-        content = content.tolist()
+    content = as_list(content)
     if not isinstance(content, Sequence):
         raise DataError(f"message {number}: content is {type(content).__name__}; a text or a list of parts is needed")
     text, at = "", []

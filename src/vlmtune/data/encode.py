@@ -12,6 +12,7 @@ import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from vlmtune.data.images import open_image
@@ -249,9 +250,7 @@ class Encoder:
         name, types = self.family.token_types(ids, labels) or ("", None)
         return Encoded(ids, labels, types, name, images_of, image_inputs)
 
-    def _tokens(
-        self, texts: list[str], spans: list[list[tuple[int, int]]]
-    ) -> tuple[list[list[int]], list[list[int]]]:
+    def _tokens(self, texts: list[str], spans: list[list[tuple[int, int]]]) -> tuple[list[list[int]], list[list[int]]]:
         """Token ids of `texts`, and labels in the characters of `spans`.
 
         Where a token would hold characters of both sides of a span's beginning (the prompt's last newline and an
@@ -274,7 +273,7 @@ class Encoder:
         ids: list[int] = []
         labels: list[int] = []
         cuts = sorted({0, len(text), *(at for span in spans for at in span)})
-        for begin, end in zip(cuts, cuts[1:], strict=False):
+        for begin, end in pairwise(cuts):
             own = self.tokenizer(text[begin:end], add_special_tokens=special and begin == 0)["input_ids"]
             ids += own
             labels += own if any(start <= begin < stop for start, stop in spans) else [IGNORE] * len(own)
@@ -336,7 +335,7 @@ def _content(turn: Any) -> list[tuple[str, str]]:
         return [("t", turn.question)]
     cuts = [0, *turn.image_at, len(turn.question)]
     out: list[tuple[str, str]] = []
-    for number, (begin, end) in enumerate(zip(cuts, cuts[1:], strict=False)):
+    for number, (begin, end) in enumerate(pairwise(cuts)):
         out += [("i", "")] * (number > 0) + [("t", turn.question[begin:end])] * (end > begin)
     return out
 

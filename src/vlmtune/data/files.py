@@ -1,7 +1,8 @@
 """Files as frames, each row knowing its line: CSV, JSON, JSON lines and Parquet, by their ending.
 
-The cells of a CSV are texts, exactly as written; those of the others what they are. No value is guessed at: "NA", "None", "007" and "1.0" are answers like others. What can't be a UTF-8 CSV with one
-header and equally long rows is refused with its line.
+The cells of a CSV are texts, exactly as written; those of the others are what they are. No value is guessed at: "NA",
+"None", "007" and "1.0" are answers like others. What can't be a UTF-8 CSV with one header and equally long rows is
+refused with its line.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import csv
 import io
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vlmtune.data.images import whats_there
 from vlmtune.errors import DataError

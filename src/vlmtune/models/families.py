@@ -101,7 +101,10 @@ class Idefics(Family):
             for place, image in enumerate(own):
                 pixels[row, place] = inputs["pixel_values"][image]
         latest = (ids == self.processor.image_token_id).cumsum(1)  # 0: none yet
-        return {"pixel_values": pixels, "image_attention_mask": (latest[..., None] == torch.arange(1, count + 1)).long()}
+        return {
+            "pixel_values": pixels,
+            "image_attention_mask": (latest[..., None] == torch.arange(1, count + 1)).long(),
+        }
 
 
 class PaliGemma(Family):

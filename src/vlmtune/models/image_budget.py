@@ -1,10 +1,10 @@
 """`model.image.min_tokens` and `max_tokens` in the terms of each family's image processor.
 
-    pixels      Qwen2-VL and its successors, GLM-4V     an image is scaled; one token covers (patch * merge)^2 pixels
-    tiles       InternVL                                the number of tiles, each of the same tokens, and an overview
-    grids       LLaVA-NeXT, LLaVA-OneVision             the grids of tiles that an image may be fitted to
-    edge        Idefics3, SmolVLM                       the longest edge, in tiles
-    fixed       the others                              every image has the same tokens, which must be within the bounds
+pixels      Qwen2-VL and its successors, GLM-4V     an image is scaled; one token covers (patch * merge)^2 pixels
+tiles       InternVL                                the number of tiles, each of the same tokens, and an overview
+grids       LLaVA-NeXT, LLaVA-OneVision             the grids of tiles that an image may be fitted to
+edge        Idefics3, SmolVLM                       the longest edge, in tiles
+fixed       the others                              every image has the same tokens, which must be within the bounds
 """
 
 from __future__ import annotations
@@ -90,7 +90,8 @@ def _set_grids(processor: Any, image: ImageConfig) -> None:
     kept = [list(grid) for grid, tokens in most_of.items() if tokens <= (image.max_tokens or tokens)]
     if not kept:
         raise ConfigError(
-            f"model.image.max_tokens={image.max_tokens}: this family's images may have {_listed(most_of.values())} tokens"
+            f"model.image.max_tokens={image.max_tokens}: this family's images may have {_listed(most_of.values())} "
+            "tokens"
         )
     images.image_grid_pinpoints = kept
 

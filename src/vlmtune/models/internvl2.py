@@ -1,7 +1,7 @@
 """The original InternVL2 checkpoints (`OpenGVLab/InternVL2-*`), opened as transformers' native InternVL.
 
-Their repositories carry model code of their own, which transformers 5 runs into NaN, fused attention weights, and for the
-InternLM2 sizes a sentencepiece tokenizer without a fast form. Nothing of that code runs here: `config.json`, the
+Their repositories carry model code of their own, which transformers 5 runs into NaN, fused attention weights, and for
+the InternLM2 sizes a sentencepiece tokenizer without a fast form. Nothing of that code runs here: `config.json`, the
 tokenizer's files and the weights are read, and the weights are converted while they load.
 
 Source of the layout: Chen et al. 2024, arXiv:2404.16821; Cai et al. 2024, arXiv:2403.17297 (fused `wqkv`).
@@ -41,11 +41,11 @@ IMAGE_TOKENS = {
 MEAN, DEVIATION = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
-class InternVL2ForConditionalGeneration(InternVLForConditionalGeneration):
+class InternVL2ForConditionalGeneration(InternVLForConditionalGeneration):  # type: ignore[misc]
     """The native model under a name of its own: the original layout is converted for it alone."""
 
     def save_pretrained(self, folder: Any, *, save_original_format: bool = False, **options: Any) -> None:
-        """Natively unless asked otherwise: transformers' default would write original weights beside a native config."""
+        """Natively unless asked otherwise: by default original weights would be written beside a native config."""
         super().save_pretrained(folder, save_original_format=save_original_format, **options)
 
 
@@ -151,10 +151,10 @@ def join_wqkv(query: Tensor, key: Tensor, value: Tensor, heads: int, groups: int
     return grouped.reshape(-1, *rest).contiguous()
 
 
-class SplitWqkv(ConversionOps):
+class SplitWqkv(ConversionOps):  # type: ignore[misc]
     """`split_wqkv` as transformers calls it while loading."""
 
-    @torch.no_grad
+    @torch.no_grad()
     def convert(
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **context: Any
     ) -> dict[str, Any]:
@@ -168,16 +168,17 @@ class SplitWqkv(ConversionOps):
         return JoinWqkv()
 
 
-class JoinWqkv(ConversionOps):
+class JoinWqkv(ConversionOps):  # type: ignore[misc]
     """`join_wqkv` as transformers calls it while saving in the original layout."""
 
-    @torch.no_grad
+    @torch.no_grad()
     def convert(
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **context: Any
     ) -> dict[str, Any]:
         text = context["config"].get_text_config()
-        parts = [_single(input_dict[pattern]) for pattern in source_patterns]
-        return {target_patterns[0]: join_wqkv(*parts, text.num_attention_heads, text.num_key_value_heads)}
+        query, key, value = (_single(input_dict[pattern]) for pattern in source_patterns)
+        joined = join_wqkv(query, key, value, text.num_attention_heads, text.num_key_value_heads)
+        return {target_patterns[0]: joined}
 
     @property
     def reverse_op(self) -> ConversionOps:
