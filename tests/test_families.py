@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 import tiny
 import tiny_families
@@ -20,6 +21,7 @@ from vlmtune.generate import generate
 from vlmtune.loss import model_inputs
 from vlmtune.models.adapters import expand_targets
 from vlmtune.models.parts import find_parts
+from vlmtune.preflight import layouts_agree
 
 FAMILIES = [*tiny.FAMILIES, *tiny_families.FAMILIES]
 LANGUAGE = ("model.language_model.layers.", "model.text_model.layers.", "model.layers.")
@@ -78,7 +80,8 @@ def test_every_weight_is_in_one_part_and_each_part_has_weights(model: Any, famil
 def test_a_bare_list_means_the_language_model(model: Any) -> None:
     """By themselves these names also hit vision towers, and Idefics' perceiver and cross-attention."""
     found = expand_targets(model, find_parts(model), ["q_proj", "v_proj"], ["language"], "target_modules")
-    assert len(found) == 2 * 2
+    layers = sum(name.endswith("self_attn.q_proj") and name.startswith(LANGUAGE) for name, _ in model.named_modules())
+    assert len(found) == 2 * layers
     assert all(name.startswith(LANGUAGE) and name.endswith(("self_attn.q_proj", "self_attn.v_proj")) for name in found)
 
 
@@ -124,6 +127,26 @@ def test_each_image_token_gets_a_feature(model: Any, encoder: Encoder, family: s
     features = [features] if torch.is_tensor(features) else list(features)
     count = sum(feature.shape[:-1].numel() for feature in features)
     assert int((batch.input_ids == model.config.image_token_id).sum()) == count
+
+
+SHARED = {
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "llava",
+    "llava_next",
+    "llava_onevision",
+    "idefics3",
+    "smolvlm",
+    "internvl",
+}
+"""Families whose attention is causal over a mask of one's own. The start-up check has to find that out by itself."""
+
+
+def test_the_start_up_check_finds_who_can_share_prefixes(model: Any, encoder: Encoder, family: str) -> None:
+    records = tiny.records(6, per_image=3, sizes=((56, 56), (100, 60)))
+    fits, evidence = layouts_agree(model, encoder, records, Accelerator(cpu=True))
+    assert fits == (family in SHARED), evidence
 
 
 # ---------------------------------------------------------------- answers

@@ -391,6 +391,66 @@ def internvl(folder: Path) -> None:
     write(folder, hf.InternVLForConditionalGeneration(config), processor)
 
 
+# ---------------------------------------------------------------- families that need nothing of their own
+
+
+def qwen3_5(folder: Path) -> None:
+    """A linear-attention layer for each one of full attention."""
+    tokenizer = byte_tokenizer(tiny.QWEN_SPECIALS, "<|im_end|>")
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2], "mrope_interleaved": True}
+    config = hf.Qwen3_5Config(
+        text_config={
+            **tiny.TEXT,
+            **ids_of(tokenizer),
+            "head_dim": 32,
+            "rope_parameters": {**rope, "partial_rotary_factor": 0.25},
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+        },
+        vision_config={
+            "depth": 2,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_heads": 2,
+            "patch_size": 16,
+            "spatial_merge_size": 2,
+            "out_hidden_size": 64,
+            "num_position_embeddings": 256,
+        },
+        tie_word_embeddings=False,
+        **qwen_vision(tokenizer),
+    )
+    processor = qwen_processor(hf.Qwen3VLProcessor, tokenizer, 16, "Qwen3VLVideoProcessor")
+    write(folder, hf.Qwen3_5ForConditionalGeneration(config), processor)
+
+
+def aya_vision(folder: Path) -> None:
+    """Tiles with their numbers in the text, patches shuffled 2x2, a Cohere language model."""
+    marks = ["<image>", "<|START_OF_IMG|>", "<|END_OF_IMG|>", "<|IMG_PATCH|>", "<|IMG_LINE_BREAK|>"]
+    tiles = ["TILE_GLOBAL", *(f"TILE_{n}" for n in range(1, 13))]
+    tokenizer = byte_tokenizer(["<|endoftext|>", "<|im_start|>", "<|im_end|>", *marks, *tiles], "<|im_end|>")
+    config = hf.AyaVisionConfig(
+        vision_config=SIGLIP,
+        text_config={
+            **tiny.TEXT,
+            **ids_of(tokenizer),
+            "model_type": "cohere2",
+            "sliding_window": 16,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+        image_token_index=tokenizer.convert_tokens_to_ids("<|IMG_PATCH|>"),
+        downsample_factor=2,
+    )
+    images = hf.GotOcr2ImageProcessorPil(size=SQUARE, crop_to_patches=True, min_patches=1, max_patches=4)
+    processor = hf.AyaVisionProcessor(
+        images, tokenizer, patch_size=14, img_size=56, downsample_factor=2, chat_template=chatml("<image>")
+    )
+    write(folder, hf.AyaVisionForConditionalGeneration(config), processor)
+
+
 FAMILIES: dict[str, Callable[[Path], None]] = {
     "qwen2_5_vl": qwen2_5_vl,
     "qwen3_vl": qwen3_vl,
@@ -402,4 +462,6 @@ FAMILIES: dict[str, Callable[[Path], None]] = {
     "paligemma2": paligemma2,
     "gemma3": gemma3,
     "internvl": internvl,
+    "qwen3_5": qwen3_5,
+    "aya_vision": aya_vision,
 }

@@ -39,7 +39,10 @@ class Family:
     @property
     def feature_token(self) -> str:
         """The token that stands for one image feature in the language model's sequence."""
-        return str(getattr(self.processor.tokenizer, "image_token", None) or self.image_token)
+        tokenizer = self.processor.tokenizer
+        return str(
+            getattr(tokenizer, "image_token", None) or tokenizer.convert_ids_to_tokens(self.processor.image_token_id)
+        )
 
     def images(self, pictures: list[list[Any]]) -> tuple[dict[str, Any], list[str]]:
         """The tensors of all images, nested by what shows them, and the text that stands for each in a prompt.
