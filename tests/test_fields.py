@@ -73,6 +73,8 @@ ELSEWHERE = {
     "data.train": "test_table.py::test_a_record_is_its_row",
     "data.validation": "test_table.py::test_a_given_validation_file_holds_nothing_out",
     "data.validation_fraction": "test_table.py::test_held_out_images_are_whole_disjoint_and_the_same_for_a_seed",
+    "data.streaming": "test_hub.py::test_a_streamed_run_and_its_resumption",
+    "data.shuffle_buffer": "test_hub.py::test_a_stream_comes_in_order_goes_round_and_can_be_read_again",
     "data.subset": "test_hub.py::test_a_subset_is_handed_on",
     "data.image_separator": "test_conversations.py::test_a_json_list_or_a_separator_gives_several_images",
     "data.supervise": "test_conversations.py::test_a_run_from_conversations_to_predictions",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from vlmtune.data import hub
 from vlmtune.data.images import open_image
 from vlmtune.data.table import BadRowsError, load
 from vlmtune.errors import DataError
+from vlmtune.tracking import read_metrics
 
 datasets = pytest.importorskip("datasets")
 HUB = {"_target_": "vlmtune.data.hub.load", "columns": ColumnsConfig(image="image")}
@@ -113,3 +115,59 @@ def test_a_run(saved: Path, tmp_path: Path, checkpoint_of: Callable[[str], Path]
     table = pd.read_csv(tmp_path / "run" / "predictions.csv")
     assert [*table.columns] == ["question", "answer", "answer_predictions", "score"]
     assert "shared, each image once" in (tmp_path / "run" / "train.log").read_text()
+
+
+# ---------------------------------------------------------------- streams
+
+
+def streamed(saved: Path, **config: Any) -> Any:
+    return opened(saved, streaming=True, **config)["train"].records
+
+
+def test_a_stream_comes_in_order_goes_round_and_can_be_read_again(saved: Path) -> None:
+    records = streamed(saved, shuffle_buffer=1)
+    assert [records[n].question for n in (0, 1, 4, 7, 2)] == [f"Is it {n}?" for n in (0, 1, 4, 1, 2)]
+    shuffled = streamed(saved, shuffle_buffer=6)
+    first, second = ([shuffled[n].question for n in range(start, start + 6)] for start in (0, 6))
+    assert sorted(first) == sorted(second) == [f"Is it {n}?" for n in range(6)]
+    assert first != second
+    assert [streamed(saved, shuffle_buffer=6)[n].question for n in range(6)] == first
+
+
+def test_a_bad_row_of_a_stream_stops_or_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows(answer=["yes", "", "yes", "no", "yes", "no"]).save_to_disk(str(tmp_path / "set"))
+    assert streamed(tmp_path / "set", shuffle_buffer=1)[0].question == "Is it 0?"
+    with pytest.raises(DataError, match=r"row 2: empty answer; data\.on_bad_row=drop"):
+        streamed(tmp_path / "set", shuffle_buffer=1)[1]
+    records = streamed(tmp_path / "set", shuffle_buffer=1, on_bad_row="drop")
+    assert records[1].question == "Is it 2?"
+    assert "row 2: empty answer" in caplog.text
+
+
+def test_a_streamed_run_and_its_resumption(
+    saved: Path, tmp_path: Path, checkpoint_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny.config(checkpoint_of("qwen2_vl"), adapter=tiny.LORA, max_steps=4, save_every=2, eval_baseline=False)
+    config.data = DataConfig(
+        train=str(saved), validation=f"{saved}:validation", streaming=True, shuffle_buffer=3, max_eval_rows=2, **HUB
+    )
+    straight = api.run_in(tmp_path / "straight", config)
+    assert straight["status"] == "completed"
+    losses = [row["train/loss"] for row in read_metrics(tmp_path / "straight" / "metrics.jsonl") if "train/loss" in row]
+    shutil.rmtree(tmp_path / "straight" / "checkpoints" / "step_000004")
+    config.resume = str(tmp_path / "straight")
+    api.run_in(tmp_path / "straight", config)
+    again = [row["train/loss"] for row in read_metrics(tmp_path / "straight" / "metrics.jsonl") if "train/loss" in row]
+    assert again == losses
+
+
+def test_a_stream_needs_a_length() -> None:
+    from vlmtune.config import combinations
+
+    config = tiny.config("somewhere", max_steps=None)
+    config.data = DataConfig(train="a/b", validation="a/b", streaming=True, validation_fraction=0.1, **HUB)
+    assert [problem.partition(":")[0] for problem in combinations(config)] == [
+        "data.streaming",
+        "data.validation_fraction",
+        "data.max_eval_rows",
+    ]

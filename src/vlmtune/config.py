@@ -164,6 +164,11 @@ class DataConfig:
     """Folder that relative image paths start from; null: the folder of the file."""
     subset: str | None = None
     """Configuration of a data set on the hub that has several, with data=hub."""
+    streaming: bool = False
+    """With data=hub: read the training rows in the order of the source while training, for sets that fit on no disk.
+    Needs trainer.max_steps, and max_eval_rows where rows are evaluated."""
+    shuffle_buffer: int = number(1000, least=1)
+    """Rows from which each streamed row is drawn at random; 1 keeps the order of the source."""
     image_separator: str | None = None
     """What stands between the paths of several images in one cell, for instance `;`. A JSON list needs none."""
     supervise: str = one_of("last", "all")
@@ -403,6 +408,13 @@ def combinations(config: Config) -> list[str]:
         found.append("optimizer.loraplus_lr_ratio: is for LoRA's B matrices; use adapter=lora or one of its variants")
     if config.uses_adapter and model.save_layout == "original":
         found.append("model.save_layout=original: is for whole models (adapter=none); an adapter has no such layout")
+    data = config.data
+    if data.streaming and trainer.max_steps is None:
+        found.append("data.streaming: a stream has no length; set trainer.max_steps")
+    if data.streaming and data.validation_fraction:
+        found.append("data.validation_fraction: nothing can be held out of a stream; set data.validation")
+    if data.streaming and (data.validation or data.test) and data.max_eval_rows is None:
+        found.append("data.max_eval_rows: missing; with data.streaming only so many rows are read for evaluation")
     if config.uses_adapter and model.freeze:
         found.append(
             f"model.freeze={model.freeze}: under an adapter the whole base model is frozen already; "

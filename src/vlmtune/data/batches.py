@@ -16,7 +16,7 @@ from vlmtune.config import TrainerConfig
 from vlmtune.data.batch import Batch, padded, shared
 from vlmtune.data.encode import Encoder
 from vlmtune.data.records import Record
-from vlmtune.data.sampler import Order, micro_batches
+from vlmtune.data.sampler import InOrder, Order, micro_batches
 
 
 class Batches(Dataset[list[Batch]]):
@@ -26,7 +26,8 @@ class Batches(Dataset[list[Batch]]):
         self.encoder, self.records, self.trainer = encoder, records, trainer
         self.rank, self.ranks, self.on_cpu = engine.process_index, engine.num_processes, engine.device.type == "cpu"
         self.rows_per_step = trainer.batch_size * trainer.gradient_accumulation_steps * self.ranks
-        self.groups = getattr(records, "groups", None) or [record.group for record in records]
+        self.streamed = getattr(records, "in_order", False)
+        self.groups = [] if self.streamed else getattr(records, "groups", None) or [r.group for r in records]
         self.share = False
         self.order = self._order()
         self.total_steps = trainer.max_steps or math.ceil(trainer.epochs * self.order.steps_per_epoch)
@@ -49,7 +50,9 @@ class Batches(Dataset[list[Batch]]):
             self._fingerprint = environment.fingerprint(self.records)
         return self._fingerprint
 
-    def _order(self) -> Order:
+    def _order(self) -> Order | InOrder:
+        if self.streamed:
+            return InOrder(self.rows_per_step)
         seed = self.trainer.seed
         return Order(self.groups, rows_per_step=self.rows_per_step, seed=seed, by_group=self.share)
 

@@ -6,6 +6,9 @@ Rows stay on disk, memory-mapped, and are read when a step takes them, so a set 
 from __future__ import annotations
 
 import hashlib
+import itertools
+import logging
+import sys
 from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -20,18 +23,22 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SPLITS = ("train", "validation", "test")
+log = logging.getLogger("vlmtune")
 
 
-def load(config: DataConfig) -> dict[str, HubTable]:
+def load(config: DataConfig) -> dict[str, HubTable | HubStream]:
     """Open what `data.train`, `data.validation` and `data.test` name: PATH_OR_ID, or PATH_OR_ID:SPLIT.
 
     The split's name is otherwise the key's own. Raises DataError: no such set, split or network.
     """
     named = {split: getattr(config, split) for split in SPLITS if getattr(config, split) is not None}
+    if config.streaming:
+        opened = {split: _open(path, split, config.subset, streaming=True) for split, path in named.items()}
+        return {split: HubStream(opened[split], path, split) for split, path in named.items()}
     return {split: HubTable(_open(path, split, config.subset), path) for split, path in named.items()}
 
 
-def _open(path: str, split: str, subset: str | None) -> Any:
+def _open(path: str, split: str, subset: str | None, *, streaming: bool = False) -> Any:
     try:
         import datasets
     except ImportError:
@@ -42,28 +49,35 @@ def _open(path: str, split: str, subset: str | None) -> Any:
     folder = Path(place).expanduser()
     try:
         if (folder / "state.json").exists():
-            return datasets.load_from_disk(str(folder))
+            found = datasets.load_from_disk(str(folder))
+            return found.to_iterable_dataset() if streaming else found
         if (folder / "dataset_dict.json").exists():
             found = datasets.load_from_disk(str(folder))
             if wanted not in found:
                 raise DataError(f"data.{split}={path}: has no split {wanted!r}; {nearest(wanted, found)}")
-            return found[wanted]
-        return datasets.load_dataset(str(folder) if folder.is_dir() else place, name=subset, split=wanted)
+            return found[wanted].to_iterable_dataset() if streaming else found[wanted]
+        source = str(folder) if folder.is_dir() else place
+        return datasets.load_dataset(source, name=subset, split=wanted, streaming=streaming)
     except (OSError, ValueError, ConnectionError, datasets.exceptions.DatasetsError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise DataError(f"data.{split}={path}: can't be opened: {reason}") from error
+
+
+def _undecoded(dataset: Any) -> Any:
+    """The set with its images as they are stored: they are decoded, and bounded, by us."""
+    import datasets
+
+    for column, feature in (dataset.features or {}).items():
+        if isinstance(feature, datasets.Image):
+            dataset = dataset.cast_column(column, datasets.Image(decode=False))
+    return dataset
 
 
 class HubTable:
     """One split, before it is audited."""
 
     def __init__(self, dataset: Any, name: str):
-        import datasets
-
-        for column, feature in dataset.features.items():
-            if isinstance(feature, datasets.Image):
-                dataset = dataset.cast_column(column, datasets.Image(decode=False))  # decoded, bounded, by us
-        self.dataset, self.name = dataset, name
+        self.dataset, self.name = _undecoded(dataset), name
 
     def audit(self, config: DataConfig, task: TaskConfig, answers_required: bool) -> Split:
         """Read every row once, its images as `data.check_images` says; keep the good ones for reading again."""
@@ -133,3 +147,81 @@ class HubRows(Sequence[Record]):
         image = self.reader.names["image"]
         kept = [name for name in self.dataset.column_names if name != image]
         return pd.DataFrame(self.dataset.select(self.rows).select_columns(kept).to_list())
+
+
+class HubStream:
+    """One split that is read while training goes on; of other splits the first rows are read at once."""
+
+    def __init__(self, dataset: Any, name: str, split: str):
+        self.dataset, self.name, self.split = _undecoded(dataset), name, split
+
+    def audit(self, config: DataConfig, task: TaskConfig, answers_required: bool) -> Split:
+        """Check the columns, and the rows of an evaluation; training rows are checked when their turn comes."""
+        if problems := column_problems(self._columns(), config.columns, self.name, answers_required):
+            raise DataError(problems)
+        if self.split != "train":
+            import datasets
+
+            rows = list(self.dataset.take(config.max_eval_rows))
+            table = datasets.Dataset.from_list(rows, features=self.dataset.features)
+            return HubTable(table, self.name).audit(config, task, answers_required)
+        stream = self.dataset
+        if config.shuffle_buffer > 1:
+            stream = stream.shuffle(seed=0, buffer_size=config.shuffle_buffer)
+        return Split(StreamedRows(stream, Reader(config, task, self.name, answers_required), config))
+
+    def _columns(self) -> list[str]:
+        return list(self.dataset.column_names or next(iter(self.dataset)))
+
+
+class StreamedRows(Sequence[Record]):
+    """Rows without an end: after the last comes the first again, shuffled anew.
+
+    Reading on is cheap; reading back starts from the beginning.
+    """
+
+    in_order = True
+    """Rows are taken one after the other, since none can be picked."""
+
+    def __init__(self, dataset: Any, reader: Reader, config: DataConfig):
+        self.dataset, self.reader, self.config = dataset, reader, config
+        self.fingerprint = f"stream of {reader.file}, {config.shuffle_buffer} rows shuffled"
+        self.next, self.rows = 0, self._rows()
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if index < self.next:
+            self.next, self.rows = 0, self._rows()
+        while True:
+            record = next(self.rows)
+            self.next += 1
+            if self.next > index:
+                return record
+
+    def _rows(self) -> Iterator[Record]:
+        for epoch in itertools.count():
+            self.dataset.set_epoch(epoch)
+            usable = 0
+            for row, cells in enumerate(self.dataset):
+                record, faults = self.reader.read_cells(row, cells)
+                if not faults:
+                    usable += 1
+                    yield record
+                elif self.config.on_bad_row == "fail":
+                    raise DataError(f"{record.place}: {'; '.join(faults)}; data.on_bad_row=drop leaves such rows out")
+                else:
+                    log.warning("left out %s: %s", record.place, "; ".join(faults))
+            if not usable:
+                raise DataError(f"{self.reader.file}: the stream has no row that can be used")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For worker processes, which read from the beginning."""
+        return {**self.__dict__, "next": 0, "rows": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.rows = self._rows()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from collections.abc import Hashable, Sequence
 
 import numpy as np
@@ -35,6 +36,19 @@ class Order:
         epoch, place = divmod(number, self.steps_per_epoch)
         start = place * self.rows_per_step
         return self.epoch(epoch)[start : start + self.rows_per_step].tolist()
+
+
+class InOrder:
+    """Rows of a stream, as they come; an epoch never ends."""
+
+    steps_per_epoch = sys.maxsize
+
+    def __init__(self, rows_per_step: int):
+        self.rows_per_step = rows_per_step
+
+    def step(self, number: int) -> list[int]:
+        """Rows of optimizer step `number` (from 0) on all processes together."""
+        return list(range(number * self.rows_per_step, (number + 1) * self.rows_per_step))
 
 
 def _members(groups: Sequence[Hashable]) -> list[np.ndarray]:

@@ -222,5 +222,7 @@ def _limited(split: Split, name: str, config: DataConfig, seed: int) -> Split:
     most = config.max_train_rows if name == "train" else config.max_eval_rows
     if most is None or len(split) <= most:
         return split
+    if getattr(split.records, "in_order", False):
+        raise ConfigError("data.max_train_rows: a stream is as long as trainer.max_steps asks for")
     rows = sorted(random.Random(seed).sample(range(len(split)), most)) if name == "train" else range(most)
     return dataclasses.replace(split, records=_chosen(split.records, rows))
