@@ -76,7 +76,7 @@ def test_a_subset_is_handed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     asked: list[Any] = []
     monkeypatch.setattr(datasets, "load_dataset", lambda path, **options: asked.append((path, options)) or rows())
     opened("somebody/set:test", subset="spanish")
-    assert asked == [("somebody/set", {"name": "spanish", "split": "test"})]
+    assert asked == [("somebody/set", {"name": "spanish", "split": "test", "streaming": False})]
 
 
 def test_bad_rows_are_listed_and_dropped(tmp_path: Path) -> None:
