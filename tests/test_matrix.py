@@ -11,12 +11,13 @@ import torch
 
 import tiny
 import tiny_families
-from vlmtune import checkpoint, preflight, session
+from vlmtune import checkpoint, compose, preflight, session
 from vlmtune.config import GenerationConfig
 from vlmtune.data.batch import padded
 from vlmtune.errors import ConfigError
 from vlmtune.generate import generate
 from vlmtune.loss import model_inputs
+from vlmtune.models import adapters
 from vlmtune.models.load import load_trained
 
 pytestmark = pytest.mark.filterwarnings(
@@ -106,3 +107,50 @@ def test_the_table_is_written() -> None:
     new = text[: text.index(begin) + len(begin)] + "\n".join(lines) + "\n" + text[text.index(end) :]
     if new != text:
         page.write_text(new, encoding="utf-8")
+
+
+FILES = sorted(path.stem for path in (Path(__file__).parents[1] / "conf" / "adapter").glob("*.yaml"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", [name for name in FILES if name not in ("none", "lora", "dora")])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_adapter_file_fits_every_family(
+    checkpoint_of: Callable[[str], Path], tmp_path: Path, family: str, file: str
+) -> None:
+    composed = compose.read("train", [f"adapter={file}", "model=auto", f"model.path={checkpoint_of(family)}"])[0]
+    config = tiny.config(checkpoint_of(family), adapter=composed.adapter, learning_rate=1e-2, max_steps=6)
+    rows = tiny.records(4)
+    run = tiny.assemble(config, rows)
+    before = answers(run.model, run.encoder, rows)
+    run.fit(penalty=lambda: adapters.penalty(run.model))
+    assert run.losses[-1] < run.losses[0]
+    after = answers(run.model, run.encoder, rows)
+    assert not torch.equal(after, before)
+    checkpoint.save_model(run.model, run.processor, tmp_path / "model")
+    model, _ = load_trained(tmp_path, config, device=run.engine.device, **session.dtypes(config, run.engine))
+    torch.testing.assert_close(answers(model, run.encoder, rows), after, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_checkpointing_changes_nothing_but_memory(checkpoint_of: Callable[[str], Path], family: str) -> None:
+    losses = []
+    for on in (False, True):
+        config = tiny.config(checkpoint_of(family), adapter=tiny.LORA, gradient_checkpointing=on, learning_rate=1e-2)
+        losses.append(tiny.assemble(config, tiny.records(4)).fit().losses)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+@pytest.mark.parametrize(("family", "module"), [("llava", "multi_modal_projector"), ("qwen2_vl", "merger")])
+def test_modules_that_an_adapter_saves_whole(
+    checkpoint_of: Callable[[str], Path], tmp_path: Path, family: str, module: str
+) -> None:
+    adapter = {**tiny.LORA, "modules_to_save": [module]}
+    config = tiny.config(checkpoint_of(family), adapter=adapter, learning_rate=1e-2)
+    rows = tiny.records(4)
+    run = tiny.assemble(config, rows).fit()
+    checkpoint.save_model(run.model, run.processor, tmp_path / "model")
+    model, _ = load_trained(tmp_path, config, device=run.engine.device, **session.dtypes(config, run.engine))
+    assert torch.equal(answers(model, run.encoder, rows), answers(run.model, run.encoder, rows))
+    trained = {run.parts.of(name) for name, p in run.model.named_parameters() if p.requires_grad}
+    assert trained == {"language", "projector"}
