@@ -110,6 +110,14 @@ def test_json_lines_of_questions_and_answers_need_no_conversation(folder: Path) 
     assert record.turns == (Turn("What?", ("a cat", "cat")),)
 
 
+def test_a_column_that_looks_like_what_is_missing_is_named(folder: Path) -> None:
+    rows = [{"image": "0.png", "messages": chat("What?", "a cat")}]
+    with pytest.raises(DataError, match=r"no column 'answer'; for conversations use data=messages"):
+        records(folder, rows, ColumnsConfig(image="image"))
+    with pytest.raises(DataError, match=r"no column 'images'; try data\.columns\.image=image"):
+        records(folder, rows, OPENAI)
+
+
 @pytest.mark.parametrize(
     ("messages", "fault"),
     [
@@ -230,6 +238,8 @@ def test_a_run_from_conversations_to_predictions(folder: Path, checkpoint_of: Ca
     assert result["status"] == "completed"
     predictions = pd.read_csv(folder / "run" / "predictions.csv")
     assert [json.loads(cell) for cell in predictions["conversations"]] == [row["conversations"] for row in rows]
+    page = (folder / "run" / "report.html").read_text()
+    assert "Sure?" in page, "the report shows the question that was answered"
     config.data.test = file
     answered = api.load(folder / "run").predict(
         pd.DataFrame(rows).assign(

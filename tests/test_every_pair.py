@@ -1,4 +1,4 @@
-"""Each adapter file with each quantization file on the model that ships: it trains and saves, or says why not at once."""
+"""Each adapter file with each quantization file on the model that ships: it trains and saves, or says why not."""
 
 from __future__ import annotations
 

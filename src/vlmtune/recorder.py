@@ -281,7 +281,7 @@ class Recorder:
             runfolder.write_predictions(predictions, self.splits["validation"], final, self.config.task.metrics[0])
         runfolder.write_json(self.folder / "result.json", result)
         self.tracker.finish(result)
-        report.write(self.folder, self._image)
+        report.write(self.folder, self._image, self._texts)
         log.info(runfolder.closing_table(self.folder, result))
 
     def _restore_best(self) -> bool:
@@ -292,6 +292,10 @@ class Recorder:
         checkpoint.load_weights(self.folder / "checkpoints" / f"step_{best:06d}", self.model)
         log.info("took the weights of step %d, where %s was best", best, self.config.trainer.best_metric)
         return True
+
+    def _texts(self, row: int) -> tuple[str, str]:
+        record = self.splits["validation"].records[row]
+        return record.question, record.answers[0]
 
     def _image(self, row: int) -> Any:
         record = self.splits["validation"].records[row]

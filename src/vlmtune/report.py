@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 Point = tuple[float, float | None]
 Scale = Callable[[float], float]
 ImageOf = Callable[[int], "Image.Image | None"]
+TextsOf = Callable[[int], tuple[str, str]]
 
 WIDTH, HEIGHT = 440, 260
 LEFT, RIGHT, TOP, BOTTOM = 58, 12, 12, 30
@@ -51,10 +52,11 @@ class Chart:
     """Dashed lines: height in pixels, title, colour."""
 
 
-def write(folder: Path, images: ImageOf | None = None) -> Path:
+def write(folder: Path, images: ImageOf | None = None, texts: TextsOf | None = None) -> Path:
     """Write `folder`/report.html from metrics.jsonl, result.json, config.yaml, predictions.csv: those that exist.
 
-    `images` gives the picture of a row of predictions.csv, counted from 0, or None where there is none.
+    `images` gives the picture of a row of predictions.csv, counted from 0, or None where there is none; `texts` its
+    question and reference, which are otherwise read from the columns of the config.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -73,7 +75,7 @@ def write(folder: Path, images: ImageOf | None = None) -> Path:
         metrics=_before_and_after(metrics),
         charts=_charts(history, metrics),
         timings=_timings(history),
-        samples=_samples(folder / "predictions.csv", _columns(config), images),
+        samples=_samples(folder / "predictions.csv", _columns(config), images, texts),
         config=config,
         size=(WIDTH, HEIGHT),
         plot=(LEFT, TOP, WIDTH - RIGHT, HEIGHT - BOTTOM),
@@ -202,7 +204,9 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
     return [float(f"{number * step:.12g}") for number in range(first, last + 1)]
 
 
-def _samples(path: Path, columns: tuple[str, str], images: ImageOf | None) -> list[dict[str, Any]]:
+def _samples(
+    path: Path, columns: tuple[str, str], images: ImageOf | None, texts: TextsOf | None
+) -> list[dict[str, Any]]:
     """Some wrong and some right answers, spread over the file: neighbours often show the same image."""
     if not path.exists():
         return []
@@ -214,13 +218,16 @@ def _samples(path: Path, columns: tuple[str, str], images: ImageOf | None) -> li
         found = [number for number, row in enumerate(rows) if _verdict(row) == verdict]
         count = min(SAMPLES_PER_VERDICT, len(found))
         shown += [(found[i * len(found) // count], verdict) for i in range(count)]
-    question, answer = columns
+
+    def said(number: int) -> tuple[str, ...]:
+        return texts(number) if texts else tuple(rows[number].get(column) or "" for column in columns)
+
     return [
         {
             "row": number + 1,
             "verdict": verdict,
-            "question": rows[number].get(question) or "",
-            "reference": rows[number].get(answer) or "",
+            "question": said(number)[0],
+            "reference": said(number)[1],
             "prediction": rows[number].get("answer_predictions") or "",
             "score": _number(float(rows[number]["score"])),
             "image": _data_uri(images(number)) if images else None,

@@ -79,7 +79,7 @@ def column_problems(present: Iterable[Any], columns: ColumnsConfig, file: str, a
     for role, name in ((role, str(getattr(columns, role))) for role in roles_of(columns)):
         close = _closest(name, names)
         optional = {
-            "image": columns.conversation is not None,  # messages may carry images, or be of text alone
+            "image": columns.conversation is not None and not close,  # messages may carry images, or be of text alone
             "question": name == "question" and not close,
             "answer": not answers_required,
             "conversation": False,
@@ -87,6 +87,8 @@ def column_problems(present: Iterable[Any], columns: ColumnsConfig, file: str, a
         if name not in names and not optional:
             key = f"data.columns.{role}"
             hint = f"try {_override(key, close)}" if close else f"set {key} to one of: {', '.join(names)}"
+            if role == "answer" and (chats := [c for c in ("conversations", "messages") if c in names]):
+                hint = f"for conversations use data={chats[0]}, or set data.columns.conversation={chats[0]}"
             hint += "".join(f"; for {rows} add it with empty cells" for part, rows in BLANK.items() if part == role)
             found.append(f"{file or 'data'}: no column {name!r}; {hint}")
     return found
