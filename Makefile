@@ -6,7 +6,7 @@ BIN := .venv/bin
 TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-slow lint check format clean
+.PHONY: help install train test test-slow bench lint check format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -29,6 +29,16 @@ test: install ## all tests but the slow ones
 test-slow: install ## the slow proofs
 	$(BIN)/python -m pytest -m slow
 
+bench: install .venv-trl/installed ## compare speeds with the plain Trainer and TRL
+	$(BIN)/python benchmarks/bench.py
+
+.venv-trl/installed:
+	$(PYTHON) -m venv .venv-trl
+	.venv-trl/bin/pip install --quiet --upgrade pip
+	.venv-trl/bin/pip install --quiet $(TORCH) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	.venv-trl/bin/pip install --quiet --constraint constraints.txt trl==1.16.0 --editable '.[datasets]'
+	@touch $@
+
 lint: install ## ruff and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -41,4 +51,4 @@ format: install ## let ruff format the code
 	$(BIN)/ruff format .
 
 clean: ## remove .venv and caches
-	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv-trl .pytest_cache .ruff_cache .mypy_cache
