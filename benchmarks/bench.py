@@ -66,8 +66,8 @@ def compare(options: argparse.Namespace, contenders: list[str], table: str, mode
         speeds = [run["rows_per_second"] for run in runs]
         print(
             f"| {table} | {mode} | {precision} | {name} | {rate[name]:.1f} ({min(speeds):.1f} to {max(speeds):.1f}) "
-            f"| {rate[name] / fastest:.2f} | {middle['seconds_to_first_step']:.1f} | {middle['peak_rss_megabytes']:.0f} "
-            f"| {middle['first_loss']:.3f} |",
+            f"| {rate[name] / fastest:.2f} | {middle['seconds_to_first_step']:.1f} "
+            f"| {middle['peak_rss_megabytes']:.0f} | {middle['first_loss']:.3f} |",
             flush=True,
         )
     if max(losses) - min(losses) > 0.3 * max(losses):

@@ -17,11 +17,12 @@ from vlmtune.config import PARTS, GenerationConfig
 from vlmtune.data.batch import Batch, padded
 from vlmtune.data.encode import Encoder
 from vlmtune.data.records import Record
+from vlmtune.errors import ModelError
 from vlmtune.generate import generate
-from vlmtune.loss import model_inputs
+from vlmtune.loss import model_inputs, summed_loss
 from vlmtune.models.adapters import expand_targets
 from vlmtune.models.parts import find_parts
-from vlmtune.preflight import layouts_agree
+from vlmtune.preflight import check_inputs, layouts_agree
 
 FAMILIES = [*tiny.FAMILIES, *tiny_families.FAMILIES]
 LANGUAGE = ("model.language_model.layers.", "model.text_model.layers.", "model.layers.")
@@ -147,6 +148,39 @@ def test_the_start_up_check_finds_who_can_share_prefixes(model: Any, encoder: En
     records = tiny.records(6, per_image=3, sizes=((56, 56), (100, 60)))
     fits, evidence = layouts_agree(model, encoder, records, Accelerator(cpu=True))
     assert fits == (family in SHARED), evidence
+
+
+def test_the_start_up_check_holds_inputs_against_the_processor(encoder: Encoder, family: str) -> None:
+    awkward = tiny.record("<image> or <|im_end|>?", "a <image></s>", [tiny.image(100, 60), tiny.image()])
+    assert "inputs" in check_inputs(encoder, rows(encoder))
+    if family != "paligemma2":
+        assert "inputs" in check_inputs(encoder, [awkward])
+
+
+def test_a_family_that_needs_more_is_refused_before_training(
+    encoder_of: Callable[[str], Encoder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as Mllama's, whose processor makes a mask of which token looks at which tile."""
+    encoder = encoder_of("llava")
+    cls = type(encoder.processor)
+    call = cls.__call__
+
+    def with_mask(self: Any, *args: Any, **options: Any) -> Any:
+        made = call(self, *args, **options)
+        return made if options.get("return_text_replacement_offsets") else {**made, "cross_attention_mask": 1}
+
+    monkeypatch.setattr(cls, "__call__", with_mask)
+    with pytest.raises(ModelError, match="also returns cross_attention_mask for a prompt"):
+        check_inputs(encoder, rows(encoder))
+
+
+def test_text_alone_trains(model: Any, encoder: Encoder) -> None:
+    if encoder.family.needs_image:
+        return
+    loss = summed_loss(model, padded(encoder, [tiny.record("Say yes", "yes", []), tiny.record("Say no", "no no", [])]))
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert model.get_output_embeddings().weight.grad.abs().sum() > 0
 
 
 # ---------------------------------------------------------------- answers

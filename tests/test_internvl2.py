@@ -428,6 +428,59 @@ def test_the_models_own_system_prompt_can_be_replaced(folder: Path) -> None:
     assert encoder.render(tiny.record(), answered=True)[0].startswith("<s><|im_start|>system\nBe brief.<|im_end|>")
 
 
+# ---------------------------------------------------------------- siblings on Qwen2
+
+
+@pytest.fixture(scope="module")
+def sibling(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As InternVL2-1B: a Qwen2 language model under its usual names, and Qwen2's tokenizer files."""
+    folder = tmp_path_factory.mktemp("internvl2_1b")
+    backend = tiny.byte_bpe([])
+    backend.model.save(str(folder))
+    size = backend.get_vocab_size()
+    added = {size + n: token for n, token in enumerate(["<|endoftext|>", *ADDED])}
+    same = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    settings = {
+        "added_tokens_decoder": {str(n): {"content": t, **same} for n, t in added.items()},
+        "tokenizer_class": "Qwen2Tokenizer",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    config = copy.deepcopy(ORIGINAL)
+    llm = config["llm_config"]
+    llm |= {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": size + len(added) + 1}
+    llm |= {"rope_scaling": None, "eos_token_id": size + 1, "bos_token_id": size, "pad_token_id": size}
+    (folder / "config.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    weights = {n: t for n, t in original_weights(config).items() if not n.startswith("language_model")}
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    text = {k: v for k, v in llm.items() if k not in ("architectures", "bias", "rope_scaling")}
+    language = Qwen2ForCausalLM(Qwen2Config(**text))
+    weights |= {f"language_model.{name}": t for name, t in language.state_dict().items()}
+    save_file({name: t.contiguous() for name, t in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_a_sibling_on_qwen2_opens_and_goes_back(sibling: Path, tmp_path: Path) -> None:
+    model, processor = opened(sibling)
+    assert type(model.get_decoder()).__name__ == "Qwen2Model"
+    assert model.get_decoder().layers[0].self_attn.q_proj.bias is not None
+    internvl2.save_original(model, ModelConfig(path=str(sibling)), tmp_path)
+    wanted, found = load_file(sibling / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+    encoder = Encoder(processor)
+    text, _ = encoder.render(tiny.record("What color?", "Red"), answered=True, expansions=[""])
+    assert text.startswith("<|im_start|>system\n"), "Qwen2's tokenizer has no token that begins a text"
+    row = tiny.record("What color?", "Red", [tiny.image(100, 60)])
+    batch = padded(encoder, [row])
+    assert encoder.tokenizer.decode(batch.labels[0][batch.labels[0] >= 0]) == "Red<|im_end|>"
+    with torch.no_grad():
+        assert torch.isfinite(model(**model_inputs(model, batch)).logits).all()
+
+
 # ---------------------------------------------------------------- training, and what is refused
 
 

@@ -16,8 +16,9 @@ from vlmtune.data.batch import Batch, padded, shared
 from vlmtune.data.batches import Batches
 from vlmtune.data.encode import IGNORE, Encoder
 from vlmtune.data.records import Record
-from vlmtune.errors import ConfigError, DataError, TrainingError
+from vlmtune.errors import ConfigError, DataError, ModelError, TrainingError
 from vlmtune.loss import summed_loss
+from vlmtune.models.families import Family
 from vlmtune.models.parts import Parts, summary
 
 
@@ -40,6 +41,30 @@ def check_labels(encoder: Encoder, records: Sequence[Record]) -> str:
 def _composed(text: str) -> str:
     """The form of a text that tokenizers compare in: they may compose accents and drop outer space."""
     return unicodedata.normalize("NFC", text).strip()
+
+
+def check_inputs(encoder: Encoder, records: Sequence[Record]) -> str:
+    """Raise ModelError unless a row reaches the model as its family's processor would write it by itself: the same
+    tokens, and every tensor that it returns.
+
+    Families that have code of their own are held against their processors in the tests; what is looked for here is a
+    family that the generic way does not cover.
+    """
+    if type(encoder.family) is not Family or not records:
+        return f"inputs     made by {type(encoder.family).__name__}"
+    record = next((record for record in records if record.images), records[0])
+    ours = padded(encoder, [record])
+    theirs = encoder.by_the_processor(record)
+    name = type(encoder.processor).__name__
+    made = {"input_ids", "attention_mask", *ours.inputs}
+    if missing := sorted(set(theirs) - made):
+        raise ModelError(
+            f"{name}: also returns {', '.join(missing)} for a prompt, which the generic way does not make; this family "
+            "needs a class of its own (docs/add_a_model.md)"
+        )
+    if theirs["input_ids"].tolist() != ours.input_ids.tolist():
+        raise ModelError(f"{record.place}: {name} writes this row in other tokens than ours; please report this model")
+    return f"inputs     the tokens and tensors of {name}: {', '.join(sorted(made))}"
 
 
 def check_images(encoder: Encoder, records: Sequence[Record], budget: ImageConfig) -> str:

@@ -62,6 +62,7 @@ def train(config: Config, folder: Path | None) -> dict[str, Any]:
     sample = batches.sample(8)
     log.info(preflight.parts_table(model, parts))
     log.info(preflight.check_labels(encoder, sample))
+    log.info(preflight.check_inputs(encoder, sample))
     log.info(preflight.check_images(encoder, sample, config.model.image))
     log.info(preflight.check_gradients(model, encoder, sample, engine))
     log.info(preflight.choose_layout(model, batches, engine))

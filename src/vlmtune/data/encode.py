@@ -225,6 +225,22 @@ class Encoder:
         letters = str.maketrans({stand_in: first for first, stand_in in self.stand_ins.items()})
         return [text[begin:end].translate(letters) for begin, end in spans]
 
+    def by_the_processor(self, record: Record) -> Any:
+        """What the family's processor makes of an answered row by itself, called as its documentation does."""
+        text, _ = self.render(record, answered=True)
+        pictures = [open_image(source, self.max_image_pixels) for source in record.images]
+        bos, own = self.tokenizer.bos_token, self.processor.tokenizer
+        self.processor.tokenizer = self.tokenizer  # reads a user's markers as text
+        try:
+            return self.processor(
+                text=[text],
+                images=[pictures] if pictures else None,
+                add_special_tokens=not (bos and bos in text),
+                return_tensors="pt",
+            )
+        finally:
+            self.processor.tokenizer = own
+
     def _expanded(self, part: str, images: Any) -> str:
         token = self.family.image_token
         if not token:
