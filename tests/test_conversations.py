@@ -20,7 +20,7 @@ from vlmtune.data.encode import IGNORE, Encoder
 from vlmtune.data.records import Record, Turn
 from vlmtune.data.table import BadRowsError, load
 from vlmtune.errors import DataError
-from vlmtune.preflight import check_labels
+from vlmtune.preflight import check_labels, check_rows
 
 LLAVA = ColumnsConfig(image="image", conversation="conversations")
 OPENAI = ColumnsConfig(image="images", conversation="messages")
@@ -208,7 +208,80 @@ def test_images_stand_where_they_are_placed(encoder_of: Callable[[str], Encoder]
         assert text.index("First") < text.index("#1") < text.index("then") < text.index("#2") < text.index("equal")
 
 
+def test_a_file_of_messages_alone_needs_no_image_column(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    parts = [{"type": "image_url", "image_url": {"url": "0.png"}}, {"type": "text", "text": "What?"}]
+    shown = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "a cat"}]}
+    assert records(folder, [shown], OPENAI, "a.jsonl")[0].images == (folder / "0.png",)
+    assert not caplog.records
+    assert records(folder, [{"messages": chat("Say a", "a")}], OPENAI, "b.jsonl")[0].images == ()
+    assert "trained on text alone" in caplog.text
+
+
+def test_carried_images_and_the_rows_own_keep_their_order(folder: Path) -> None:
+    parts = [
+        {"type": "image", "image": "2.png"},
+        {"type": "text", "text": " or "},
+        {"type": "image", "image_url": None},
+    ]
+    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "2"}]
+    [record] = records(folder, [{"images": ["0.png"], "messages": messages}], OPENAI)
+    assert [image.name for image in record.images] == ["2.png", "0.png"]  # type: ignore[union-attr]
+    with pytest.raises(BadRowsError, match="1 places"):
+        records(folder, [{"images": ["0.png", "1.png"], "messages": messages}], OPENAI)
+
+
+def test_equal_turns_under_other_system_prompts_are_other_rows(folder: Path) -> None:
+    rows = [{"messages": [{"role": "system", "content": s}, *chat("Say a", "a")]} for s in ("Be brief.", "Be kind.")]
+    assert [r.system for r in records(folder, rows, OPENAI)] == ["Be brief.", "Be kind."]
+
+
+@pytest.mark.parametrize(
+    ("cell", "fault"),
+    [
+        ([{"answer": "net"}], "answer is a list of dict"),
+        ([1, 2], "answer is a list of int"),
+        ({"answer": "net"}, "answer is dict"),
+    ],
+)
+def test_what_is_no_text_is_no_answer(folder: Path, cell: Any, fault: str) -> None:
+    """Its Python form would be trained on, and proven."""
+    with pytest.raises(BadRowsError, match=fault):
+        records(folder, [{"image_path": "0.png", "question": "What?", "answer": cell}], ColumnsConfig())
+    with pytest.raises(BadRowsError, match="question is list"):
+        records(folder, [{"image_path": "0.png", "question": ["What?"], "answer": "a"}], ColumnsConfig())
+
+
+def test_images_that_rows_share_are_held_out_together(folder: Path) -> None:
+    rows = [
+        {"image_path": cell, "question": f"{n}?", "answer": "a"}
+        for n, cell in enumerate([["0.png", "1.png"], "0.png", "1.png", "2.png", ["2.png"], "2.png"])
+    ]
+    (folder / "rows.json").write_text(json.dumps(rows))
+    for seed in range(4):
+        split = load(DataConfig(train=str(folder / "rows.json"), validation_fraction=0.5), TaskConfig(), seed)
+        seen, held = ({i for r in split[name].records for i in r.images} for name in ("train", "validation"))
+        assert not seen & held
+
+
 # ---------------------------------------------------------------- what is learned of several turns
+
+
+def test_no_token_of_an_image_is_learned_where_a_template_ends_no_answer(encoder_of: Callable[[str], Encoder]) -> None:
+    encoder = Encoder(encoder_of("llava").processor, supervise="all")
+    turns = (Turn("What?", ("Red",), (0,)), Turn("And this?", ("blue",), (0,)))
+    row = Record(turns, (tiny.image(), tiny.image()))
+    assert [text.strip() for text in encoder.supervised_texts(row)] == ["Red", "blue</s>"]
+    check_labels(encoder, [row])
+
+
+def test_rows_that_a_family_can_not_take_are_named_before_training(encoder_of: Callable[[str], Encoder]) -> None:
+    bad = [tiny.record("Say a", "a", []), tiny.record("b?", "b", earlier=[("a?", "a")])]
+    with pytest.raises(DataError) as caught:
+        check_rows(encoder_of("paligemma2"), [[tiny.record(), *bad]])
+    assert [problem.split(": ", 1)[1][:30] for problem in caught.value.problems] == [
+        "has no image, and PaliGemmaPro",
+        "this model's chat template ref",
+    ]
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "llava", "idefics", "internvl", "smolvlm", "gemma3"])

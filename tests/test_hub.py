@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 import tiny
-from vlmtune import api
+from vlmtune import api, runfolder
 from vlmtune.config import ColumnsConfig, DataConfig, TaskConfig
 from vlmtune.data import hub
 from vlmtune.data.images import open_image
@@ -95,7 +95,11 @@ def test_images_are_bounded_before_they_are_decoded(saved: Path) -> None:
 
 @pytest.mark.parametrize(
     ("path", "message"),
-    [("set:trian", "has no split 'trian'; did you mean train"), ("somebody/nothing", r"data\.train=.*can't be opened")],
+    [
+        ("set/train:validation", "is a single split, so it has no 'validation'"),
+        ("set:trian", "has no split 'trian'; did you mean train"),
+        ("somebody/nothing", r"data\.train=.*can't be opened"),
+    ],
 )
 def test_what_is_not_there_says_so(saved: Path, path: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(saved.parent)
@@ -108,6 +112,41 @@ def test_a_missing_column_names_the_nearest(saved: Path) -> None:
         opened(saved, columns=ColumnsConfig(image="images"))
 
 
+def test_several_images_a_row_are_known_by_content(tmp_path: Path) -> None:
+    pictures = [[tiny.image(seed=n % 3), tiny.image(seed=n % 2)] for n in range(6)]
+    features = {
+        "image": datasets.List(datasets.Image()),
+        "question": datasets.Value("string"),
+        "answer": datasets.Value("string"),
+    }
+    table = {"image": pictures, "question": [f"{n}?" for n in range(6)], "answer": ["a"] * 6}
+    datasets.Dataset.from_dict(table, features=datasets.Features(features)).save_to_disk(str(tmp_path / "set"))
+    once, again = (opened(tmp_path / "set")["train"].records for _ in range(2))
+    assert all(isinstance(source, bytes) for source in once[0].images), "stored, to be decoded within bounds"
+    assert once.fingerprint == again.fingerprint
+    assert len(set(once.groups)) == 6
+
+
+def test_a_repeated_row_is_a_bad_row(tmp_path: Path) -> None:
+    rows(question=["Is it?", "Is it?", "a?", "b?", "c?", "d?"], answer=["yes"] * 6).save_to_disk(str(tmp_path / "set"))
+    with pytest.raises(BadRowsError, match="duplicate of row 1"):
+        opened(tmp_path / "set")
+
+
+@pytest.mark.parametrize(
+    ("path", "absolute"),
+    [("org/set.v1:train", False), ("mnist", False), ("set", True), ("set:train", True), ("gone.csv", True)],
+)
+def test_a_saved_config_keeps_ids_and_makes_paths_absolute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, absolute: bool
+) -> None:
+    (tmp_path / "set").mkdir()
+    monkeypatch.chdir(tmp_path)
+    config = tiny.config(None)
+    config.data = DataConfig(train=path)
+    assert runfolder.absolute(config).data.train == (f"{tmp_path}/{path}" if absolute else path)
+
+
 def test_a_run(saved: Path, tmp_path: Path, checkpoint_of: Callable[[str], Path]) -> None:
     config = tiny.config(checkpoint_of("qwen2_vl"), adapter=tiny.LORA)
     config.data = DataConfig(train=str(saved), validation=f"{saved}:validation", **HUB)
@@ -115,6 +154,12 @@ def test_a_run(saved: Path, tmp_path: Path, checkpoint_of: Callable[[str], Path]
     table = pd.read_csv(tmp_path / "run" / "predictions.csv")
     assert [*table.columns] == ["question", "answer", "answer_predictions", "score"]
     assert "shared, each image once" in (tmp_path / "run" / "train.log").read_text()
+
+    config.data.test = f"{saved}:validation"
+    assert api.predict_file(str(tmp_path / "run"), config, str(tmp_path / "out.csv")) == 0
+    answered = pd.read_csv(tmp_path / "out.csv")
+    assert answered["answer_predictions"].tolist() == table["answer_predictions"].tolist()
+    assert "4 test rows" in api.evaluate_run(str(tmp_path / "run"), config, None)
 
 
 # ---------------------------------------------------------------- streams
@@ -142,12 +187,15 @@ def test_a_bad_row_of_a_stream_stops_or_is_left_out(tmp_path: Path, caplog: pyte
     records = streamed(tmp_path / "set", shuffle_buffer=1, on_bad_row="drop")
     assert records[1].question == "Is it 2?"
     assert "row 2: empty answer" in caplog.text
+    with pytest.raises(DataError, match="has no row that can be used"):
+        streamed(tmp_path / "set", shuffle_buffer=1, on_bad_row="drop", max_image_pixels=10)[0]
 
 
 def test_a_streamed_run_and_its_resumption(
     saved: Path, tmp_path: Path, checkpoint_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = tiny.config(checkpoint_of("qwen2_vl"), adapter=tiny.LORA, max_steps=4, save_every=2, eval_baseline=False)
+    config = tiny.config(checkpoint_of("qwen2_vl"), adapter=tiny.LORA, max_steps=4, save_every=2, num_workers=2)
+    """Workers would each read a part of the stream, so it has none."""
     config.data = DataConfig(
         train=str(saved), validation=f"{saved}:validation", streaming=True, shuffle_buffer=3, max_eval_rows=2, **HUB
     )
@@ -164,9 +212,10 @@ def test_a_streamed_run_and_its_resumption(
 def test_a_stream_needs_a_length() -> None:
     from vlmtune.config import combinations
 
-    config = tiny.config("somewhere", max_steps=None)
+    config = tiny.config("somewhere", max_steps=None, eval_every="epoch")
     config.data = DataConfig(train="a/b", validation="a/b", streaming=True, validation_fraction=0.1, **HUB)
     assert [problem.partition(":")[0] for problem in combinations(config)] == [
+        "data.streaming",
         "data.streaming",
         "data.validation_fraction",
         "data.max_eval_rows",

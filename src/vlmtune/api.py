@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmtune.config import Config
+from vlmtune.config import Config, DataConfig
 from vlmtune.data.records import BadRow, Split
 from vlmtune.errors import ConfigError, DataError
 
@@ -107,7 +107,10 @@ class Predictor:
         dtypes = session.dtypes(config, self.engine)
         self.model, processor = load.load_trained(folder, config, device=self.engine.device, **dtypes)
         self.encoder = Encoder(
-            processor, system_prompt=config.model.system_prompt, max_image_pixels=config.data.max_image_pixels
+            processor,
+            system_prompt=config.model.system_prompt,
+            max_image_pixels=config.data.max_image_pixels,
+            supervise=config.data.supervise,
         )
 
     def predict(self, frame: pd.DataFrame) -> pd.DataFrame:
@@ -141,12 +144,11 @@ class Predictor:
         return out, split.bad
 
     def _set_apart(self, split: Split) -> None:
-        """Move records whose image the model's processor refuses (too thin, say) to the split's bad rows."""
+        """Move records that the model's family refuses (an image too thin, say) to the split's bad rows."""
         kept = []
         for record in split.records:
             try:
-                if record.images:
-                    self.encoder.encode([record], answered=False)
+                self.encoder.encode([record], answered=False)
                 kept.append(record)
             except DataError as error:
                 split.bad.append(BadRow(record.file, 0, record.row + 1, "; ".join(error.problems)))
@@ -176,6 +178,7 @@ def predict_file(folder: str, config: Config, output: str) -> int:
     Raises DataError where the file can't be read or no row can be used.
     """
     from vlmtune import display
+    from vlmtune.data.table import load as load_table
     from vlmtune.data.table import read_files
     from vlmtune.runfolder import write_table
 
@@ -183,12 +186,32 @@ def predict_file(folder: str, config: Config, output: str) -> int:
         raise ConfigError("data.test: missing; give the CSV file to answer, for instance data.test=test.csv")
     target = output_file(output)
     with display.logging_to(None):
-        frame = read_files(config.data)["test"]
-        answered, bad = Predictor(Path(folder), config)._predict(frame)
+        data = of_test_rows(config.data)
+        if data._target_ == READ_FILES:
+            frame = read_files(data)["test"]
+            answered, bad = Predictor(Path(folder), config)._predict(frame)
+        else:  # audited by itself: what can't be used is told by its policy
+            split = load_table(data, config.task, config.trainer.seed, ("test",), answers_required=False)["test"]
+            records: Any = split.records
+            frame, bad = records.frame(), []
+            answered = frame.assign(answer_predictions=Predictor(Path(folder), config).answer(records))
     if bad and len(bad) == len(frame):
         raise DataError(f"{config.data.test}: no row can be used; the first: {bad[0].reason}")
     write_table(target, answered)
     return len(bad)
+
+
+READ_FILES = "vlmtune.data.table.read_files"
+
+
+def of_test_rows(data: DataConfig) -> DataConfig:
+    """The config for reading `data.test` alone: a file, or a data set of a hub where the run trained on such."""
+    from vlmtune.data.files import READERS
+
+    own = dataclasses.replace(data, train=None, validation=None, validation_fraction=0.0)
+    is_file = Path(str(data.test)).suffix.lower() in READERS
+    hub = data._target_ == "vlmtune.data.hub.load" and not is_file
+    return own if hub else dataclasses.replace(own, _target_=READ_FILES)
 
 
 def output_file(output: str) -> Path:
@@ -212,7 +235,7 @@ def evaluate_run(folder: str, config: Config, output: str | None) -> str:
     target = output_file(output) if output is not None else None
     split = "validation" if config.data.test is None else "test"
     if split == "test":
-        config.data._target_ = "vlmtune.data.table.read_files"
+        config.data = of_test_rows(config.data)
     with display.logging_to(None):
         rows = table.load(config.data, config.task, config.trainer.seed, (split,))[split]
         predictor = Predictor(Path(folder), config)

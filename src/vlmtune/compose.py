@@ -156,4 +156,6 @@ def overlay(composed: DictConfig, overrides: Sequence[str]) -> Config:
     if problems:
         raise ConfigError(problems)
     own = [o for o in usable if o.lstrip("+").split("=")[0] not in ("run", "output")]
-    return strict(saved_config(composed.run, own))
+    saved = saved_config(composed.run, own)
+    OmegaConf.update(saved, "data.streaming", False)  # that was for training rows
+    return strict(saved)

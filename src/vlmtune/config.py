@@ -166,7 +166,7 @@ class DataConfig:
     """Configuration of a data set on the hub that has several, with data=hub."""
     streaming: bool = False
     """With data=hub: read the training rows in the order of the source while training, for sets that fit on no disk.
-    Needs trainer.max_steps, and max_eval_rows where rows are evaluated."""
+    Needs trainer.max_steps, and max_eval_rows where rows are evaluated. Bad rows that are left out are logged."""
     shuffle_buffer: int = number(1000, least=1)
     """Rows from which each streamed row is drawn at random; 1 keeps the order of the source."""
     image_separator: str | None = None
@@ -409,6 +409,12 @@ def combinations(config: Config) -> list[str]:
     if config.uses_adapter and model.save_layout == "original":
         found.append("model.save_layout=original: is for whole models (adapter=none); an adapter has no such layout")
     data = config.data
+    if (data.streaming or data.subset) and data._target_ != "vlmtune.data.hub.load":
+        found.append("data.streaming, data.subset: are for data=hub")
+    if data.streaming and trainer.share_prefix == "on":
+        found.append("trainer.share_prefix=on: rows of a stream can't be grouped by their images; use auto")
+    if data.streaming and "epoch" in (trainer.save_every, trainer.eval_every if data.validation else None):
+        found.append("data.streaming: a stream has no epochs; set trainer.eval_every and save_every to steps or null")
     if data.streaming and trainer.max_steps is None:
         found.append("data.streaming: a stream has no length; set trainer.max_steps")
     if data.streaming and data.validation_fraction:

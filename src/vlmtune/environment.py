@@ -75,7 +75,7 @@ def fingerprint(records: Sequence[Record]) -> str:
     digest, seen = hashlib.blake2b(digest_size=12), dict[Hashable, int]()
     for record in records:
         images = [image.name for image in record.images if isinstance(image, Path)]  # the folder may move
-        digest.update(repr((record.turns, images, seen.setdefault(record.group, len(seen)))).encode())
+        digest.update(repr((record.turns, record.system, images, seen.setdefault(record.group, len(seen)))).encode())
     return digest.hexdigest()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -15,6 +15,7 @@ from vlmtune.config import ImageConfig
 from vlmtune.data.batch import Batch, padded, shared
 from vlmtune.data.batches import Batches
 from vlmtune.data.encode import IGNORE, Encoder
+from vlmtune.data.files import SHOWN
 from vlmtune.data.records import Record
 from vlmtune.errors import ConfigError, DataError, ModelError, TrainingError
 from vlmtune.loss import summed_loss
@@ -34,6 +35,8 @@ def check_labels(encoder: Encoder, records: Sequence[Record]) -> str:
             raise DataError(
                 f"{record.place}: would train on {texts!r} in place of {wanted!r}; this tokenizer can't write it"
             )
+        if set(labels) & set(encoder.image_ids):
+            raise DataError(f"{record.place}: would train on the tokens of an image: {texts!r}")
         example = example or texts[-1]
     return f"labels     {len(records)} rows decode to their answers and an end token, the first to {example!r}"
 
@@ -67,19 +70,34 @@ def check_inputs(encoder: Encoder, records: Sequence[Record]) -> str:
     return f"inputs     the tokens and tensors of {name}: {', '.join(sorted(made))}"
 
 
+def check_rows(encoder: Encoder, splits: Iterable[Sequence[Record]]) -> None:
+    """Raise DataError with the rows that this model's family can't take: no image, or a form of conversation.
+
+    Rows that are read when their turn comes are left to that.
+    """
+    problems: list[str] = []
+    for records in splits:
+        for record in records if isinstance(records, list) else ():
+            try:
+                encoder.check(record)
+            except DataError as error:
+                problems += error.problems
+    if problems:
+        more = [f"and {len(problems) - SHOWN} more rows"] if len(problems) > SHOWN else []
+        raise DataError(problems[:SHOWN] + more)
+
+
 def check_images(encoder: Encoder, records: Sequence[Record], budget: ImageConfig) -> str:
-    """What the images of `records` really cost in language-model tokens. Raises DataError above `budget.max_tokens`."""
+    """What the images of `records` really cost in language-model tokens; a very thin one may exceed the budget."""
     token = encoder.tokenizer.convert_tokens_to_ids(encoder.family.feature_token)
     shown = [record for record in records if record.images]
     if not shown:
         return "images     none in these rows"
     ids = encoder.encode(shown, answered=False).input_ids
     counts = [row.count(token) / len(record.images) for row, record in zip(ids, shown, strict=True)]
-    if budget.max_tokens is not None and max(counts) > budget.max_tokens:
-        place = shown[counts.index(max(counts))].place
-        raise DataError(f"{place}: {max(counts):g} tokens an image, above model.image.max_tokens={budget.max_tokens}")
+    thin = "; a thin image exceeds model.image.max_tokens" if max(counts) > (budget.max_tokens or max(counts)) else ""
     tokens = f"{min(counts):g}" if min(counts) == max(counts) else f"{min(counts):g} to {max(counts):g}"
-    return f"images     {tokens} tokens each, in rows of {min(map(len, ids))} to {max(map(len, ids))} tokens"
+    return f"images     {tokens} tokens each, in rows of {min(map(len, ids))} to {max(map(len, ids))} tokens{thin}"
 
 
 def check_gradients(model: Any, encoder: Encoder, records: Sequence[Record], engine: Any) -> str:
@@ -126,7 +144,8 @@ def choose_layout(model: Any, batches: Batches, engine: Any) -> str:
     """
     wish, probe = batches.trainer.share_prefix, batches.repeated(min(6, batches.trainer.batch_size))
     if wish == "off" or not probe:
-        reason = "trainer.share_prefix=off" if wish == "off" else "no two rows show the same image"
+        nothing = "rows of a stream aren't grouped" if batches.streamed else "no two rows show the same image"
+        reason = "trainer.share_prefix=off" if wish == "off" else nothing
         return f"batches    padded, one row each ({reason})"
     fits, evidence = layouts_agree(model, batches.encoder, probe, engine)
     fits = session.all_ranks(fits, engine)

@@ -59,6 +59,7 @@ def train(config: Config, folder: Path | None) -> dict[str, Any]:
     scheduler = build_scheduler(optimizer, config.trainer, batches.total_steps)
 
     # proof before time is spent
+    preflight.check_rows(encoder, [split.records for split in splits.values()])
     sample = batches.sample(8)
     log.info(preflight.parts_table(model, parts))
     log.info(preflight.check_labels(encoder, sample))

@@ -11,6 +11,7 @@ import yaml
 
 from vlmtune import display, environment, tracking
 from vlmtune.config import Config
+from vlmtune.data.conversations import as_list
 from vlmtune.data.records import Split
 
 if TYPE_CHECKING:  # they import torch, and a run that fails at once should not wait for it
@@ -79,8 +80,10 @@ def write_config(path: Path, config: Config) -> None:
 
 def absolute(config: Config) -> Config:
     """The config with absolute paths, which mean the same from every working directory."""
-    data = {name: getattr(config.data, name) for name in ("train", "validation", "test", "image_root")}
+    data = {name: getattr(config.data, name) for name in ("train", "validation", "test")}
     known: dict[str, Any] = {name: _absolute(path) for name, path in data.items() if path is not None}
+    if config.data.image_root is not None:
+        known["image_root"] = str(Path(config.data.image_root).expanduser().absolute())
     path = config.model.path
     local = str(Path(path).absolute()) if path is not None and Path(path).is_dir() else path
     return replace(config, data=replace(config.data, **known), model=replace(config.model, path=local))
@@ -88,11 +91,12 @@ def absolute(config: Config) -> Config:
 
 def _absolute(path: str) -> str:
     """An absolute path; `FOLDER:SPLIT` keeps its split, and the id of a hub stays as it is."""
+    from vlmtune.data.files import READERS
+
     place, colon, split = path.partition(":")
-    if not Path(path).expanduser().exists() and Path(place).expanduser().is_dir():
-        return f"{Path(place).expanduser().absolute()}{colon}{split}"
-    is_id = path.count("/") == 1 and not Path(path).suffix and not Path(path).expanduser().exists()
-    return path if is_id else str(Path(path).expanduser().absolute())
+    if Path(path).suffix.lower() in READERS or Path(path).expanduser().exists():
+        return str(Path(path).expanduser().absolute())
+    return f"{Path(place).expanduser().absolute()}{colon}{split}" if Path(place).expanduser().is_dir() else path
 
 
 def write_predictions(path: Path, split: Split, found: Evaluation, metric: str) -> None:
@@ -115,6 +119,7 @@ def write_table(path: Path, frame: Any) -> None:
     """Write a frame as CSV, lists and objects in its cells as JSON."""
 
     def flat(cell: Any) -> Any:
+        cell = as_list(cell)
         return json.dumps(cell, ensure_ascii=False, default=_shown) if isinstance(cell, list | dict) else cell
 
     objects = [name for name in frame.columns if frame[name].dtype == object]

@@ -9,10 +9,12 @@ import base64
 import difflib
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Hashable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +29,7 @@ from vlmtune.errors import DataError
 if TYPE_CHECKING:
     import pandas as pd
 
+log = logging.getLogger("vlmtune")
 MANY = 2000
 """Images from which on checking them shows a progress bar."""
 
@@ -52,6 +55,10 @@ def audit_frame(
     _add_image_faults(records, faults, config)
     if answers_required:
         _add_duplicates(records, faults)
+    if reader.names["image"] not in frame.columns and not any(record.images for record in records):
+        log.warning(
+            "%s: no column %r, and no message carries an image: trained on text alone", file, reader.names["image"]
+        )
     lines = frame.index.tolist() if frame.index.name == "line" else [0] * len(frame)
     good = [record for record, found in zip(records, faults, strict=True) if not found]
     bad = [BadRow(file, lines[row], row + 1, "; ".join(found)) for row, found in enumerate(faults) if found]
@@ -77,7 +84,8 @@ def column_problems(present: Iterable[Any], columns: ColumnsConfig, file: str, a
     names = [str(name) for name in present]
     found = []
     for role, name in ((role, str(getattr(columns, role))) for role in roles_of(columns)):
-        close = _closest(name, names)
+        taken = {str(getattr(columns, other)) for other in roles_of(columns)} - {name}
+        close = _closest(name, [other for other in names if other not in taken])
         optional = {
             "image": columns.conversation is not None and not close,  # messages may carry images, or be of text alone
             "question": name == "question" and not close,
@@ -115,7 +123,8 @@ class Reader:
     """Rows to records, noting the faults in their cells; images are located, not opened."""
 
     def __init__(self, config: DataConfig, task: TaskConfig, file: str, answers_required: bool):
-        self.root = Path(os.path.expanduser(config.image_root)) if config.image_root else Path(file).parent
+        own = Path(file).expanduser()
+        self.root = Path(config.image_root).expanduser() if config.image_root else own if own.is_dir() else own.parent
         self.task, self.file, self.answers_required = task, file, answers_required
         self.separator = config.image_separator
         self.names = vars(config.columns)
@@ -135,8 +144,9 @@ class Reader:
         answers: tuple[str, ...] = ()
         faults: list[str] = []
         places: tuple[int, ...] = ()
-        text = _text(question)
+        text = ""
         try:
+            text = _text(question, "question")
             images, listed = self.locate_all(image)
             if listed:
                 text, places = placed(text)
@@ -160,14 +170,14 @@ class Reader:
         try:
             found = parse(conversation, answers_required=self.answers_required)
             images, _ = self.locate_all(image)
-            images += [self.locate(source) for source in found.images]
+            open_places = sum(source is None for source in found.images)
+            if open_places != len(images) and (found.images or not images):
+                return empty, [f"{open_places} places ({PLACE}) for {len(images)} images"]
+            of_row = iter(images)
+            placed_images = [next(of_row) if source is None else self.locate(source) for source in found.images]
         except DataError as error:
             return empty, error.problems
-        places = sum(len(turn.image_at) for turn in found.turns)
-        faults = []
-        if places not in (0, len(images)):
-            faults.append(f"{places} places ({PLACE}) for {len(images)} images")
-        return self._record(found.turns, images, row, found.system), faults
+        return self._record(found.turns, placed_images or images, row, found.system), []
 
     def _record(self, turns: tuple[Turn, ...], images: list[Any], row: int, system: str | None = None) -> Record:
         keys = tuple(key for _, key in images)
@@ -184,7 +194,10 @@ class Reader:
     def locate(self, cell: Any) -> tuple[Source, Hashable]:
         """One image and its key: equal for equal images."""
         if isinstance(cell, dict) and {"bytes", "path"} & cell.keys():  # an image as Hugging Face's data sets store it
-            cell = cell.get("bytes") or cell.get("path")
+            path = cell.get("path")
+            if not cell.get("bytes") and "://" in str(path):  # in an archive, or on a hub
+                return partial(_from_data_set, cell), str(path)
+            cell = cell.get("bytes") or path
         if isinstance(cell, str) and cell.startswith("data:image/") and ";base64," in cell[:64]:
             cell = _decoded(cell)
         if isinstance(cell, bytes):
@@ -201,6 +214,13 @@ class Reader:
                 raise DataError(f"image is a URL: {text:.80}; download it first and give its path")
             self.paths[text] = Path(os.path.realpath(self.root / os.path.expanduser(text)))
         return self.paths[text], str(self.paths[text])
+
+
+def _from_data_set(cell: dict[str, Any]) -> Image.Image:
+    import datasets
+
+    picture: Image.Image = datasets.Image().decode_example(cell)
+    return picture
 
 
 def _list(cell: Any, separator: str | None) -> list[Any] | None:
@@ -229,8 +249,17 @@ def _is_blank(cell: Any) -> bool:
     return _is_missing(cell) or (isinstance(cell, str) and not cell.strip())
 
 
-def _text(cell: Any) -> str:
+def _text(cell: Any, role: str) -> str:
+    """A cell as text. Raises DataError for what is no single value: its Python form is nobody's question or answer."""
+    if isinstance(as_list(cell), list | tuple | dict | bytes) or (hasattr(cell, "tolist") and not _is_scalar(cell)):
+        raise DataError(f"{role} is {type(cell).__name__}: {cell!s:.60}; a text is needed")
     return "" if _is_missing(cell) else str(cell)
+
+
+def _is_scalar(cell: Any) -> bool:
+    import pandas as pd
+
+    return bool(pd.api.types.is_scalar(cell))
 
 
 def _is_missing(cell: Any) -> bool:
@@ -243,10 +272,14 @@ def _is_missing(cell: Any) -> bool:
 
 def _answers(cell: Any) -> tuple[str, ...]:
     """References of a row: the cell as written, or each text of a JSON list of texts. "[12, 40]" is a text itself."""
-    text = _text(cell)
+    cell = as_list(cell)
+    text = "" if isinstance(cell, list | tuple) else _text(cell, "answer")
     if re.fullmatch(r"\s*\['.*'\]\s*", text, re.DOTALL) and isinstance(cell, str):
         raise DataError(f'answer is a Python list: {text:.60}; write JSON: ["one", "two"]')
     texts = list(cell) if isinstance(cell, list | tuple) else _json(text)
+    if isinstance(cell, list | tuple) and not all(isinstance(item, str) for item in texts):
+        kinds = ", ".join(sorted({type(item).__name__ for item in texts}))
+        raise DataError(f"answer is a list of {kinds}: {cell!s:.60}; a list of texts is needed")
     if not (isinstance(texts, list) and texts and all(isinstance(item, str) for item in texts)):
         return (text,) if text.strip() else ()
     if not all(item.strip() for item in texts):
@@ -300,5 +333,8 @@ def _with_progress(results: Iterable[str | None], total: int) -> Iterable[str | 
 def _add_duplicates(records: list[Record], faults: list[list[str]]) -> None:
     first: dict[Hashable, int] = {}
     for record, found in zip(records, faults, strict=True):
-        if not found and (original := first.setdefault((record.group, record.turns), record.row)) != record.row:
+        if (
+            not found
+            and (original := first.setdefault((record.group, record.turns, record.system), record.row)) != record.row
+        ):
             found.append(f"duplicate of row {original + 1}")

@@ -89,7 +89,7 @@ class Batches(Dataset[list[Batch]]):
 
     def steps(self, first: int) -> Iterator[list[Batch]]:
         """Micro-batches of all steps from `first` on, prepared ahead by worker processes where that pays."""
-        workers = self.trainer.num_workers
+        workers = 0 if self.streamed else self.trainer.num_workers  # each worker would read a part of the stream
         if workers is None:
             workers = 0 if self.on_cpu else 4  # on a CPU they would take the cores that compute
         loader = DataLoader(

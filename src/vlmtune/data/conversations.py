@@ -9,8 +9,9 @@ and the one of OpenAI's chat interface, whose content is a text or a list of par
     [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]},
      {"role": "assistant", "content": "A cat."}]
 
-`<image>` in a question, or a part of type image, stands for the row's next image. Nothing is guessed: turns must take
-turns, and places and images must match in number.
+`<image>` in a question, or a part of type image, stands for the row's next image; inside a part of type text it stays
+text. Whether the model sees an image where it is placed is for its chat template to say: LLaVA 1.5's puts images first.
+Nothing is guessed: turns must take turns, and places and images must match in number.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class Conversation:
     turns: tuple[Turn, ...]
     system: str | None = None
     images: list[Any] = field(default_factory=list)
-    """Images that the messages carry themselves: paths, or content from a data URL."""
+    """One for each place, in order: what a message carries itself (a path, or a data URL), or None for the next of the
+    row's own images."""
 
 
 def parse(cell: Any, *, answers_required: bool) -> Conversation:
@@ -101,15 +103,16 @@ def as_list(cell: Any) -> Any:
 
 
 def _read(message: Any, number: int, images: list[Any]) -> tuple[str, str, tuple[int, ...]]:
-    """Role, text, and the characters in front of which images stand; images that a message carries go to `images`."""
+    """Role, text, and the characters in front of which images stand; `images` gets what is known of each."""
     if not isinstance(message, dict):
         raise DataError(f"message {number} is {type(message).__name__}; an object with a role and a content is needed")
     said = message.get("role", message.get("from"))
     content = message.get("content", message.get("value"))
-    if said not in ROLES:
+    if not isinstance(said, str) or said not in ROLES:
         raise DataError(f"message {number}: role {said!r}; {nearest(str(said), ROLES)}")
     if isinstance(content, str):
         text, places = placed(content)
+        images += [None] * len(places)
         return ROLES[said], text, places
     content = as_list(content)
     if not isinstance(content, Sequence):
@@ -118,11 +121,12 @@ def _read(message: Any, number: int, images: list[Any]) -> tuple[str, str, tuple
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text":
-            text += str(part["text"])
+            if not isinstance(part.get("text"), str):
+                raise DataError(f"message {number}: a part of type text without a text")
+            text += part["text"]
         elif kind in ("image", "image_url"):
             at.append(len(text))
-            if (source := _source(part)) is not None:
-                images.append(source)
+            images.append(_source(part))
         else:
             raise DataError(f"message {number}: a part of type {kind!r}; text, image and image_url are read")
     return ROLES[said], text, tuple(at)
@@ -130,7 +134,7 @@ def _read(message: Any, number: int, images: list[Any]) -> tuple[str, str, tuple
 
 def _source(part: dict[str, Any]) -> Any:
     """The image that a part carries: a path or content. None where it stands for the next one of the row's images."""
-    value = part.get("image_url", part.get("image", part.get("path", part.get("url"))))
+    value = next((part[key] for key in ("image_url", "image", "path", "url") if part.get(key) is not None), None)
     return value.get("url") if isinstance(value, dict) and "url" in value else value
 
 

@@ -146,8 +146,12 @@ class Encoder:
         head, _, tail = full.partition(texts[-1])
         separator = head[len(prompt) :] if head.startswith(prompt) else ""  # the generation prompt wins
         last = Turnout(separator, self._end(tail) or self._own_end())
+        end = self._end(tail)  # earlier answers end as the last one does, or in nothing
         earlier = [
-            Turnout(parts[n].removeprefix(parts[-1]) if parts[n].startswith(parts[-1]) else "", self._end(parts[n + 1]))
+            Turnout(
+                parts[n].removeprefix(parts[-1]) if parts[n].startswith(parts[-1]) else "",
+                end if parts[n + 1].startswith(end) else "",
+            )
             for n, kind in enumerate(kinds[:-1])
             if kind == "answer"
         ]
@@ -163,7 +167,8 @@ class Encoder:
 
     def _end(self, tail: str) -> str:
         """`tail` up to and with its first marker, or nothing."""
-        return min((tail[: tail.index(e) + len(e)] for e in self.markers() if e in tail), key=len, default="")
+        ends = [marker for marker in self.markers() if marker in tail and marker != self.family.image_token]
+        return min((tail[: tail.index(end) + len(end)] for end in ends), key=len, default="")
 
     def _own_end(self) -> str:
         """The tokenizer's end, or the model never learns to stop (llava-1.5's template writes none)."""
@@ -178,6 +183,12 @@ class Encoder:
             return self.pieces(self._shape(record))
         except DataError as error:
             raise DataError(f"{record.place}: {error}") from error
+
+    def check(self, record: Record) -> None:
+        """Raise DataError where this family can't take such a row, whatever its texts and images hold."""
+        if self.family.needs_image and not record.images:
+            raise DataError(f"{record.place}: has no image, and {type(self.processor).__name__} takes no text alone")
+        self.pieces_of(record)
 
     def _shape(self, record: Record) -> Shape:
         placed = sum(len(turn.image_at) for turn in record.turns)
@@ -255,6 +266,8 @@ class Encoder:
 
         `images_once`: neighbouring rows of one group share their image tensors, which then appear once.
         """
+        for record in records:
+            self.check(record)
         sources, images_of = _distinct_images(records, images_once)
         image_inputs, expansions = self._process_images(records, sources, images_of)
         texts, spans = [], []
@@ -301,8 +314,6 @@ class Encoder:
         self, records: Sequence[Record], sources: list[Any], images_of: list[list[int]]
     ) -> tuple[dict[str, Any], list[str]]:
         """Image tensors of all distinct images, and the text that stands for each of them in a prompt."""
-        if self.family.needs_image and (bare := next((r for r in records if not r.images), None)):
-            raise DataError(f"{bare.place}: has no image, and {type(self.processor).__name__} takes no text alone")
         if not sources:
             return {}, []
         owner = {index: record for record, own in zip(records, images_of, strict=True) for index in own}

@@ -24,34 +24,36 @@ SHOWN = 20
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """Read a file into a frame. Its index, `line`, is each row's first line, its `attrs["file"]` the path.
+    """Read a file into a frame. Its index, `line`, is each row's first line, where rows have lines; `attrs["file"]` is
+    the path.
 
     Raises DataError that names the file and the lines at fault.
     """
-    readers = {".csv": read_csv, ".json": read_json, ".jsonl": read_json_lines, ".parquet": read_parquet}
-    reader = readers.get(path.suffix.lower())
+    reader = READERS.get(path.suffix.lower())
     if reader is None:
-        raise DataError(f"{path}: ends in none of {', '.join(readers)}, so its form isn't known")
+        raise DataError(f"{path}: ends in none of {', '.join(READERS)}, so its form isn't known")
     return reader(path)
 
 
-def _frame(rows: list[Any], lines: list[int], path: Path) -> pd.DataFrame:
+def _frame(rows: list[Any], lines: list[int] | None, path: Path) -> pd.DataFrame:
     import pandas as pd
 
-    wrong = [line for line, row in zip(lines, rows, strict=True) if not isinstance(row, dict)]
+    wrong = [number for number, row in enumerate(rows, start=1) if not isinstance(row, dict)]
     if wrong:
-        raise DataError([f"{path}, row {line}: is no object ({{...}})" for line in wrong[:SHOWN]])
+        raise DataError([f"{path}, row {number}: is no object ({{...}})" for number in wrong[:SHOWN]])
     if not rows:
         raise DataError(f"{path}: has no rows")
     columns = list(dict.fromkeys(key for row in rows for key in row))
     cells = {name: pd.Series([row.get(name) for row in rows], dtype=object) for name in columns}
-    frame = pd.DataFrame(cells).set_index(pd.Index(lines, name="line", dtype=int))
+    frame = pd.DataFrame(cells)
+    if lines is not None:
+        frame.index = pd.Index(lines, name="line", dtype=int)
     frame.attrs["file"] = str(path)
     return frame
 
 
 def read_json(path: Path) -> pd.DataFrame:
-    """Read a JSON list of objects; `line` is the number of the object, from 1."""
+    """Read a JSON list of objects."""
     text = _text(path)
     try:
         rows = json.loads(text)
@@ -61,7 +63,7 @@ def read_json(path: Path) -> pd.DataFrame:
         raise DataError(f"{path}, line {error.lineno}: is not JSON: {error.msg}{hint}") from None
     if not isinstance(rows, list):
         raise DataError(f"{path}: holds {type(rows).__name__}; a list of objects is needed")
-    return _frame(rows, list(range(1, len(rows) + 1)), path)
+    return _frame(rows, None, path)
 
 
 def read_json_lines(path: Path) -> pd.DataFrame:
@@ -82,7 +84,7 @@ def read_json_lines(path: Path) -> pd.DataFrame:
 
 
 def read_parquet(path: Path) -> pd.DataFrame:
-    """Read a Parquet file; `line` is the number of the row, from 1. Needs pyarrow."""
+    """Read a Parquet file. Needs pyarrow."""
     import pandas as pd
 
     if not path.is_file():
@@ -95,7 +97,7 @@ def read_parquet(path: Path) -> pd.DataFrame:
         raise DataError(f"{path}: is no Parquet file: {str(error).splitlines()[0]}") from None
     if frame.empty:
         raise DataError(f"{path}: has no rows")
-    frame.index = pd.RangeIndex(1, len(frame) + 1, name="line")
+    frame = frame.reset_index(drop=True)
     frame.attrs["file"] = str(path)
     return frame
 
@@ -124,7 +126,7 @@ def _text(path: Path) -> str:
         raise DataError(f"{path}: is empty; rows are needed")
     if b"\0" in content:
         line = content.count(b"\n", 0, content.index(b"\0")) + 1
-        raise DataError(f"{path}, line {line}: holds NUL bytes (UTF-16, or a spreadsheet); save it as CSV in UTF-8")
+        raise DataError(f"{path}, line {line}: holds NUL bytes (UTF-16, or a spreadsheet); save it as text in UTF-8")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -180,3 +182,7 @@ def _ragged(header: list[str], rows: list[list[str]], lines: list[int], path: Pa
         for line, row in wrong[:SHOWN]
     ]
     return found + ([f"{path}: and {len(wrong) - SHOWN} more such rows"] if len(wrong) > SHOWN else [])
+
+
+READERS = {".csv": read_csv, ".json": read_json, ".jsonl": read_json_lines, ".parquet": read_parquet}
+"""By the ending of a file's name."""

@@ -50,6 +50,8 @@ def _open(path: str, split: str, subset: str | None, *, streaming: bool = False)
     try:
         if (folder / "state.json").exists():
             found = datasets.load_from_disk(str(folder))
+            if name and name != str(found.split):
+                raise DataError(f"data.{split}={path}: is a single split, so it has no {name!r}")
             return found.to_iterable_dataset() if streaming else found
         if (folder / "dataset_dict.json").exists():
             found = datasets.load_from_disk(str(folder))
@@ -58,7 +60,7 @@ def _open(path: str, split: str, subset: str | None, *, streaming: bool = False)
             return found[wanted].to_iterable_dataset() if streaming else found[wanted]
         source = str(folder) if folder.is_dir() else place
         return datasets.load_dataset(source, name=subset, split=wanted, streaming=streaming)
-    except (OSError, ValueError, ConnectionError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise DataError(f"data.{split}={path}: can't be opened: {reason}") from error
 
@@ -67,10 +69,40 @@ def _undecoded(dataset: Any) -> Any:
     """The set with its images as they are stored: they are decoded, and bounded, by us."""
     import datasets
 
-    for column, feature in (dataset.features or {}).items():
+    def stored(feature: Any) -> Any:
         if isinstance(feature, datasets.Image):
-            dataset = dataset.cast_column(column, datasets.Image(decode=False))
+            return datasets.Image(decode=False)
+        if isinstance(feature, datasets.List):
+            return datasets.List(stored(feature.feature), length=feature.length)
+        return {name: stored(inner) for name, inner in feature.items()} if isinstance(feature, dict) else feature
+
+    if dataset.features is None:  # a stream that has not been looked at
+        dataset = dataset._resolve_features()
+    for column, feature in dataset.features.items():
+        if (changed := stored(feature)) != feature:
+            dataset = dataset.cast_column(column, changed)
     return dataset
+
+
+class Check:
+    """Reads rows and opens each distinct image once, as `data.check_images` says."""
+
+    def __init__(self, reader: Reader, config: DataConfig):
+        self.reader, self.most = reader, config.max_image_pixels
+        self.look = open_image if config.check_images == "decode" else image_size
+        self.faults: dict[Hashable, list[str]] = {}
+
+    def __call__(self, row: int, cells: dict[str, Any]) -> tuple[Record, list[str]]:
+        record, found = self.reader.read_cells(row, cells)
+        for key, source in zip(keys_of(record), record.images, strict=True):
+            if key not in self.faults:
+                try:
+                    self.look(source, self.most)
+                    self.faults[key] = []
+                except DataError as error:
+                    self.faults[key] = error.problems
+            found += self.faults[key]
+        return record, found
 
 
 class HubTable:
@@ -79,34 +111,29 @@ class HubTable:
     def __init__(self, dataset: Any, name: str):
         self.dataset, self.name = _undecoded(dataset), name
 
-    def audit(self, config: DataConfig, task: TaskConfig, answers_required: bool) -> Split:
+    def audit(self, config: DataConfig, task: TaskConfig, answers_required: bool, seed: int = 0) -> Split:
         """Read every row once, its images as `data.check_images` says; keep the good ones for reading again."""
         from vlmtune import display
 
         if problems := column_problems(self.dataset.column_names, config.columns, self.name, answers_required):
             raise DataError(problems)
         reader = Reader(config, task, self.name, answers_required)
-        check = open_image if config.check_images == "decode" else image_size
-        faults: dict[Hashable, list[str]] = {}
+        check = Check(reader, config)
+        first: dict[Hashable, int] = {}
         digest, good, groups = hashlib.sha256(), [], []
         split = Split([], None)
         with display.bar(f"checking {self.name}", len(self.dataset)) as advance:
             for row, cells in enumerate(self.dataset):
-                record, found = reader.read_cells(row, cells)
-                for key, source in zip(keys_of(record), record.images, strict=True):
-                    if key not in faults:
-                        try:
-                            check(source, config.max_image_pixels)
-                            faults[key] = []
-                        except DataError as error:
-                            faults[key] = error.problems
-                    found += faults[key]
+                record, found = check(row, cells)
+                content = hashlib.sha256(repr((record.group, record.turns, record.system)).encode()).digest()
+                if answers_required and not found and (original := first.setdefault(content, row)) != row:
+                    found.append(f"duplicate of row {original + 1}")
                 if found:
                     split.bad.append(BadRow(self.name, 0, row + 1, "; ".join(found)))
                 else:
                     good.append(row)
                     groups.append(record.group)
-                    digest.update(repr((record.group, record.turns, record.system)).encode())
+                    digest.update(content)
                 advance(1)
         split.records = HubRows(self.dataset, reader, good, groups, digest.hexdigest())
         return split
@@ -155,7 +182,7 @@ class HubStream:
     def __init__(self, dataset: Any, name: str, split: str):
         self.dataset, self.name, self.split = _undecoded(dataset), name, split
 
-    def audit(self, config: DataConfig, task: TaskConfig, answers_required: bool) -> Split:
+    def audit(self, config: DataConfig, task: TaskConfig, answers_required: bool, seed: int = 0) -> Split:
         """Check the columns, and the rows of an evaluation; training rows are checked when their turn comes."""
         if problems := column_problems(self._columns(), config.columns, self.name, answers_required):
             raise DataError(problems)
@@ -164,18 +191,18 @@ class HubStream:
 
             rows = list(self.dataset.take(config.max_eval_rows))
             table = datasets.Dataset.from_list(rows, features=self.dataset.features)
-            return HubTable(table, self.name).audit(config, task, answers_required)
+            return HubTable(table, self.name).audit(config, task, answers_required, seed)
         stream = self.dataset
         if config.shuffle_buffer > 1:
-            stream = stream.shuffle(seed=0, buffer_size=config.shuffle_buffer)
-        return Split(StreamedRows(stream, Reader(config, task, self.name, answers_required), config))
+            stream = stream.shuffle(seed=seed, buffer_size=config.shuffle_buffer)
+        return Split(StreamedRows(stream, Reader(config, task, self.name, answers_required), config, seed))
 
     def _columns(self) -> list[str]:
         return list(self.dataset.column_names or next(iter(self.dataset)))
 
 
 class StreamedRows(Sequence[Record]):
-    """Rows without an end: after the last comes the first again, shuffled anew.
+    """Rows without an end: after the last comes the first again, shuffled anew. Bad ones stop the run, or are logged.
 
     Reading on is cheap; reading back starts from the beginning.
     """
@@ -183,9 +210,9 @@ class StreamedRows(Sequence[Record]):
     in_order = True
     """Rows are taken one after the other, since none can be picked."""
 
-    def __init__(self, dataset: Any, reader: Reader, config: DataConfig):
+    def __init__(self, dataset: Any, reader: Reader, config: DataConfig, seed: int):
         self.dataset, self.reader, self.config = dataset, reader, config
-        self.fingerprint = f"stream of {reader.file}, {config.shuffle_buffer} rows shuffled"
+        self.fingerprint = f"stream of {reader.file}, {config.shuffle_buffer} rows shuffled, seed {seed}"
         self.next, self.rows = 0, self._rows()
 
     def __len__(self) -> int:
@@ -207,7 +234,7 @@ class StreamedRows(Sequence[Record]):
             self.dataset.set_epoch(epoch)
             usable = 0
             for row, cells in enumerate(self.dataset):
-                record, faults = self.reader.read_cells(row, cells)
+                record, faults = Check(self.reader, self.config)(row, cells)
                 if not faults:
                     usable += 1
                     yield record
@@ -217,11 +244,3 @@ class StreamedRows(Sequence[Record]):
                     log.warning("left out %s: %s", record.place, "; ".join(faults))
             if not usable:
                 raise DataError(f"{self.reader.file}: the stream has no row that can be used")
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For worker processes, which read from the beginning."""
-        return {**self.__dict__, "next": 0, "rows": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.rows = self._rows()

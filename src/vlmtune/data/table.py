@@ -16,7 +16,7 @@ import importlib
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,7 +87,7 @@ def load(
     if splits[0] not in tables and not hold_out:
         target = f"let data._target_={config._target_} return the split {splits[0]!r}"
         raise ConfigError(f"data.{splits[0]}: nothing to read; set data.{splits[0]}=FILE, or {target}")
-    found = _audited(tables, config, task, answers_required)
+    found = _audited(tables, config, task, answers_required, seed)
     if hold_out:  # also where validation is not asked for: the rows that train are the same in every call
         found["train"], found["validation"] = _hold_out(found["train"], config.validation_fraction, seed)
     return {name: _limited(found[name], name, config, seed) for name in splits if name in found}
@@ -142,7 +142,9 @@ def _function(target: str) -> Callable[[DataConfig], Any]:
 # ---------------------------------------------------------------- bad rows
 
 
-def _audited(tables: dict[str, Any], config: DataConfig, task: TaskConfig, answers_required: bool) -> dict[str, Split]:
+def _audited(
+    tables: dict[str, Any], config: DataConfig, task: TaskConfig, answers_required: bool, seed: int
+) -> dict[str, Split]:
     """Audit every frame and apply the policy for bad rows to all of them together; records are taken as they are."""
     found: dict[str, Split] = {}
     problems: list[str] = []
@@ -152,7 +154,7 @@ def _audited(tables: dict[str, Any], config: DataConfig, task: TaskConfig, answe
             continue
         try:
             if hasattr(rows, "audit"):  # larger than memory: reads its rows by itself
-                found[name] = rows.audit(config, task, answers_required)
+                found[name] = rows.audit(config, task, answers_required, seed)
                 continue
             found[name] = audit_frame(rows, config, task, rows.attrs.get("file", name), answers_required)
         except DataError as error:
@@ -201,7 +203,7 @@ def _first(bad: Sequence[BadRow]) -> list[str]:
 def _hold_out(train: Split, fraction: float, seed: int) -> tuple[Split, Split]:
     """Split off `fraction` of the images (at least one, never all). A row of no group counts as an image of its own."""
     groups_of = getattr(train.records, "groups", None) or [record.group for record in train.records]
-    keys = [("row", i) if group is None else group for i, group in enumerate(groups_of)]
+    keys = _joined([("row", i) if group is None else group for i, group in enumerate(groups_of)])
     groups = list(dict.fromkeys(keys))
     if len(groups) < 2:
         raise DataError(f"data.validation_fraction={fraction:g}: all rows show one image; set data.validation instead")
@@ -210,6 +212,22 @@ def _hold_out(train: Split, fraction: float, seed: int) -> tuple[Split, Split]:
     kept = _chosen(train.records, [i for i, key in enumerate(keys) if key not in chosen])
     taken = _chosen(train.records, [i for i, key in enumerate(keys) if key in chosen])
     return Split(kept, train.frame, train.bad), Split(taken, train.frame)
+
+
+def _joined(groups: Sequence[Hashable]) -> list[Hashable]:
+    """One key for all rows that share an image with each other, directly or through other rows."""
+    parent: dict[Hashable, Hashable] = {}
+
+    def root(key: Hashable) -> Hashable:
+        while parent.setdefault(key, key) != key:
+            parent[key] = key = parent[parent[key]]
+        return key
+
+    for group in groups:
+        keys = group if isinstance(group, tuple) else (group,)
+        for key in keys:
+            parent[root(key)] = root(keys[0])
+    return [root(group[0] if isinstance(group, tuple) else group) for group in groups]
 
 
 def _chosen(records: Sequence[Record], rows: Sequence[int]) -> Sequence[Record]:

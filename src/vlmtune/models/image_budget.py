@@ -1,6 +1,7 @@
 """`model.image.min_tokens` and `max_tokens` in the terms of each family's image processor.
 
-pixels      Qwen2-VL and its successors, GLM-4V     an image is scaled; one token covers (patch * merge)^2 pixels
+pixels      Qwen2-VL and its successors, GLM-4V     an image is scaled; one token covers (patch * merge)^2 pixels.
+                                                    Sides are rounded up: one 50 times the other may exceed the bound
 tiles       InternVL                                the number of tiles, each of the same tokens, and an overview
 grids       LLaVA-NeXT, LLaVA-OneVision             the grids of tiles that an image may be fitted to
 edge        Idefics3, SmolVLM                       the longest edge, in tiles
@@ -58,6 +59,8 @@ def fit_model(model_config: Any, processor: Any) -> None:
 
 def _set_pixels(images: Any, image: ImageConfig) -> None:
     pixels = (images.patch_size * images.merge_size) ** 2
+    if type(images).__name__.startswith("Glm"):  # its limits count each of the doubled frames of an image
+        pixels *= images.temporal_patch_size
     size = {"shortest_edge": images.size["shortest_edge"], "longest_edge": images.size["longest_edge"]}
     if image.min_tokens is not None:
         size["shortest_edge"] = image.min_tokens * pixels

@@ -47,6 +47,10 @@ class InternVL2ForConditionalGeneration(InternVLForConditionalGeneration):  # ty
     def save_pretrained(self, folder: Any, *, save_original_format: bool = False, **options: Any) -> None:
         """Natively unless asked otherwise: by default original weights would be written beside a native config."""
         super().save_pretrained(folder, save_original_format=save_original_format, **options)
+        file = Path(folder) / "config.json"
+        config = json.loads(file.read_text(encoding="utf-8"))
+        config["architectures"] = [InternVLForConditionalGeneration.__name__]  # a class that transformers has
+        file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 # ---------------------------------------------------------------- config
@@ -235,6 +239,17 @@ def register() -> None:
     register_checkpoint_conversion_mapping(InternVL2ForConditionalGeneration.__name__, [*renamed, *fused])
 
 
+WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")
+
+
+def source_files(config: ModelConfig) -> str:
+    """The folder with the files of an original checkpoint, fetched where it is on a hub; its weights may be missing."""
+    from huggingface_hub import snapshot_download
+
+    path = str(config.path)
+    return path if Path(path).is_dir() else snapshot_download(path, ignore_patterns=list(WEIGHTS), **remote(config))
+
+
 def save_original(model: Any, config: ModelConfig, folder: Path) -> None:
     """Write a whole model in the layout of the checkpoint that `config` opened: fused weights under their original
     names, and every file of the checkpoint but its weights, so that what reads the original reads this.
@@ -243,13 +258,8 @@ def save_original(model: Any, config: ModelConfig, folder: Path) -> None:
     """
     import shutil
 
-    from huggingface_hub import snapshot_download
-
-    path = str(config.path)
-    weights = ["*.safetensors", "*.bin", "*.index.json"]
-    source = path if Path(path).is_dir() else snapshot_download(path, ignore_patterns=weights, **remote(config))
     model.save_pretrained(folder, save_original_format=True)
-    shutil.copytree(source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*weights, ".*"))
+    shutil.copytree(source_files(config), folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*WEIGHTS, ".*"))
     again = type(model).from_pretrained(folder, config=model.config, dtype=model.dtype)
     written = again.state_dict()
     lost = [n for n, t in model.state_dict().items() if n not in written or not torch.equal(written[n], t.cpu())]

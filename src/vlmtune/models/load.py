@@ -101,6 +101,8 @@ def _architecture(config: ModelConfig, processor: Any) -> tuple[Any, Any]:
         from vlmtune.models import internvl2
 
         internvl2.register()
+        if config.save_layout == "original":
+            internvl2.source_files(config)  # needed when the model is saved, and better missed now
         original, _ = PreTrainedConfig.get_config_dict(config.path, **remote(config))
         native = internvl2.native_config(original, processor.image_token_id)
         return internvl2.InternVL2ForConditionalGeneration, native
