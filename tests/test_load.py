@@ -14,10 +14,10 @@ from typing import Any
 import httpx
 import pytest
 import torch
-import transformers
 from huggingface_hub import errors as hub
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedConfig
 
 import tiny
 from vlmtune.config import Config, ModelConfig
@@ -151,7 +151,7 @@ def test_what_the_hub_answers(monkeypatch: pytest.MonkeyPatch, error: Exception,
             raise OSError("Can't load the configuration.\nSee the cause.") from error
         raise error
 
-    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", fail)
+    monkeypatch.setattr(PreTrainedConfig, "get_config_dict", fail)
     with pytest.raises(ModelError, match=wanted):
         opened(REPO, revision="abc")
 
