@@ -8,11 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
 
 import tiny
 from vlmtune.checkpoint import save_model
+from vlmtune.data.batch import padded
 from vlmtune.errors import CheckpointError, ConfigError
+from vlmtune.loss import model_inputs
 from vlmtune.models.adapters import adapt, expand_targets, load_adapter
 from vlmtune.models.parts import find_parts
 
@@ -150,3 +154,31 @@ def test_an_adapter_with_other_weights_is_refused(saved: Path, model_of: Callabl
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"does not fit this model: ."):
         load_adapter(model_of("qwen2_vl"), saved)
+
+
+@pytest.mark.parametrize("combination", ["linear", "cat", "svd", "ties", "dare_linear_svd", "magnitude_prune"])
+def test_adapters_of_several_runs_merge_with_peft(
+    checkpoint_of: Callable[[str], Path], encoder_of: Any, tmp_path: Path, combination: str
+) -> None:
+    """Runs over one base, each on rows of its own (a sweep over data.train): PEFT takes what they saved together."""
+    folder = checkpoint_of("llava")
+    for number in range(2):
+        config = tiny.config(folder, adapter=tiny.LORA, learning_rate=1e-2, seed=number)
+        run = tiny.assemble(config, tiny.records(4 + 4 * number)[-4:]).fit()
+        save_model(run.model, run.processor, tmp_path / str(number))
+    base = AutoModelForImageTextToText.from_pretrained(folder)
+    model = PeftModel.from_pretrained(base, tmp_path / "0", adapter_name="a")
+    model.load_adapter(tmp_path / "1", adapter_name="b")
+    density = {} if combination in ("linear", "cat", "svd") else {"density": 0.9}
+    model.add_weighted_adapter(["a", "b"], [0.7, 0.3], "both", combination_type=combination, **density)
+    layer = model.base_model.model.model.language_model.layers[0].mlp.up_proj
+    deltas = {name: layer.get_delta_weight(name) for name in ("a", "b", "both")}
+    if combination in ("cat", "svd"):  # the others combine A and B each for itself, or prune
+        wanted = 0.7 * deltas["a"] + 0.3 * deltas["b"]
+        lost = torch.linalg.svdvals(wanted)[4:].norm() if combination == "svd" else torch.tensor(0.0)  # rank 4 of 8
+        assert (deltas["both"] - wanted).norm() <= 1.01 * lost + 1e-5
+    model.set_adapter("both")
+    batch = padded(encoder_of("llava"), tiny.records(2))
+    with torch.no_grad():
+        assert torch.isfinite(model(**model_inputs(model, batch)).logits).all()
+    assert deltas["both"].norm() > 0
