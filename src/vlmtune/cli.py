@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import traceback
@@ -33,9 +34,22 @@ def main(command: str, job: Callable[[Any], int]) -> None:
     if code:
         sys.exit(code)
     if int(os.environ.get("RANK", 0)) != 0:  # the first rank makes the run folder; the others join it
-        sys.exit(guard(lambda: job(compose.compose(command, overrides_given()))))
+        leave(guard(lambda: job(compose.compose(command, overrides_given()))))
     hydra.main(version_base="1.3", config_path=str(home() / "conf"), config_name=command)(guarded)()
-    sys.exit(max(codes, default=0))
+    leave(max(codes, default=0))
+
+
+def leave(code: int) -> None:
+    """End the process; beside other ranks without the libraries' own endings.
+
+    Threads behind a process group (gloo, torch 2.13) abort one in twenty ranks at that point, whose work is done.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def prepare(command: str) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import warnings
 from pathlib import Path
 from typing import Any
@@ -44,20 +43,11 @@ def engine(config: Config) -> Any:
     cpu = not torch.cuda.is_available()  # or a launcher's CPU ranks would each believe to be alone
     # a tower that trains gets no gradient from rows without images
     unused = not config.uses_adapter or config.adapter["parts"] != ["language"]
-    made = Accelerator(
+    return Accelerator(
         cpu=cpu,
         mixed_precision="no" if precision == "fp32" else precision,
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
     )
-    if made.num_processes > 1:
-        atexit.register(_leave_group)
-    return made
-
-
-def _leave_group() -> None:
-    """End the threads behind the process group: left to the interpreter's end, they sometimes abort a finished rank."""
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 def dtypes(config: Config, engine: Any) -> dict[str, torch.dtype]:
