@@ -45,6 +45,7 @@ from vlmtune.data.batches import Batches
 from vlmtune.data.table import load as load_table
 from vlmtune.errors import ConfigError, DataError, ModelError, TrainingError
 from vlmtune.models import adapters
+from vlmtune.models.features import STORES
 from vlmtune.models.load import load
 from vlmtune.models.parts import Parts, find_parts
 from vlmtune.optim import build_optimizer
@@ -192,20 +193,19 @@ class Forward:
 def forwards(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Forward]]:
     """Forward passes as they happen, of `training` and `evaluation`."""
     seen: dict[str, list[Forward]] = {"training": [], "evaluation": []}
-    real = loss.summed_loss
 
-    def noting(kind: str) -> Any:
-        def summed_loss(model: Any, batch: Any) -> Any:
+    def noting(kind: str, real: Any) -> Any:
+        def forward(model: Any, batch: Any) -> Any:
             on = torch.is_autocast_enabled("cpu")
             computed = torch.get_autocast_dtype("cpu") if on else torch.float32
             frozen = {p.dtype for p in model.parameters() if not p.requires_grad}
             seen[kind].append(Forward(batch.rows, batch.branches is not None, computed, frozen))
             return real(model, batch)
 
-        return summed_loss
+        return forward
 
-    monkeypatch.setattr(loss, "summed_loss", noting("training"))  # run.train imports it when it is called
-    monkeypatch.setattr(evaluation, "summed_loss", noting("evaluation"))
+    monkeypatch.setattr(loss, "summed_loss", noting("training", loss.summed_loss))  # run.train imports it when called
+    monkeypatch.setattr(evaluation, "supervised_logits", noting("evaluation", loss.supervised_logits))
     return seen
 
 
@@ -532,6 +532,25 @@ def test_columns_are_found_by_the_given_names(table: Path) -> None:
         columns = dataclasses.replace(renamed.columns, **{role: "nothing"})
         with pytest.raises(DataError, match=f"no column 'nothing'.*data.columns.{role}"):
             load_table(dataclasses.replace(renamed, columns=columns), TaskConfig(), 0)
+
+
+@proves("data.cache_features", "data.cache_gb", "data.cache_folder")
+def test_features_are_kept_where_asked_for(train: Train, tmp_path: Path) -> None:
+    """In memory up to a budget, and in a folder that a later run with no memory finds."""
+    folder = tmp_path / "kept"
+
+    def features(**data: Any) -> str:
+        STORES.clear()
+        log = train({f"data.{key}": value for key, value in data.items()}).read("train.log")
+        return next(line for line in log.splitlines() if "image features:" in line)
+
+    assert "image features:" not in train({"data.cache_features": "off"}).read("train.log")
+    assert "0 times" not in features(cache_features="memory")
+    assert " 0 MB" in features(cache_features="memory", cache_gb=0.0)
+    first = features(cache_features="disk", cache_folder=str(folder))
+    assert list(folder.glob("features/*/*/*.safetensors"))
+    assert " 0 computed" not in first
+    assert " 0 computed" in features(cache_features="disk", cache_folder=str(folder), cache_gb=0.0)
 
 
 @proves("data.max_bad_fraction", "data.max_image_pixels")

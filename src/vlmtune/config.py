@@ -179,6 +179,13 @@ class DataConfig:
     """With on_bad_row=drop: the share of bad rows above which the run stops all the same."""
     check_images: str = one_of("decode", "header")
     """Before the model loads, decode each image once, or read only its header (for very large sets)."""
+    cache_features: str = one_of("auto", "off", "memory", "disk")
+    """Keep what a frozen vision tower and projector make of each image: in memory, or on disk as well, where later
+    runs find it. `auto`: in memory on a CPU, where images are needed more than once."""
+    cache_gb: float = number(4.0, least=0)
+    """Gigabytes of features in memory, per process; images beyond that are computed each time."""
+    cache_folder: str | None = None
+    """Folder for cache_features=disk; null: vlmtune in the user's cache folder."""
     max_image_pixels: int = number(100_000_000, least=1)
     """Images with more pixels are refused before they are decoded."""
     max_train_rows: int | None = number(None, least=1)

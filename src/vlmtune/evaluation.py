@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from vlmtune import display
-from vlmtune.config import Config
-from vlmtune.data.batch import Batch, padded
-from vlmtune.data.encode import Encoder
+from vlmtune.config import Config, GenerationConfig
+from vlmtune.data.batch import Batch, padded, shared
+from vlmtune.data.encode import IGNORE, Encoder
 from vlmtune.data.records import Record
-from vlmtune.generate import generate
-from vlmtune.loss import summed_loss
+from vlmtune.generate import generate, generation_arguments, is_plain_greedy
+from vlmtune.loss import supervised_logits
 from vlmtune.metrics import resolve, score
 
 
@@ -38,20 +39,36 @@ def evaluate(
     engine: Any,
     *,
     title: str,
-    make: Callable[[Encoder, Sequence[Record]], Batch] = padded,
+    share: bool = False,
+    share_answers: bool = False,
 ) -> Evaluation:
-    """Answer all records and compare; each rank takes a stretch of them. `make` lays out the batches for the loss."""
+    """Answer all records and compare; each rank takes a stretch of them. `share` lays out the batches for the loss with
+    each image once, `share_answers` those for generation.
+    """
     from accelerate.utils import gather_object
 
     ranks = engine.num_processes
     stretch = math.ceil(len(records) / ranks)
     own = records[engine.process_index * stretch : (engine.process_index + 1) * stretch]
     size = config.trainer.eval_batch_size
+    draft = Draft(model, encoder, config.generation)
+    make = shared if share else padded
     with display.bar(title, 2 * len(own), show=engine.is_main_process) as advance:
-        loss, tokens = loss_over(model, encoder, own, size, engine, make, advance)
-        answers = generate(
-            model, encoder, own, config.generation, batch_size=size, autocast=engine.autocast, advance=advance
+        loss, tokens, drafted = loss_and_drafts(model, encoder, own, size, engine, make, draft, advance)
+        open_rows = [row for row, answer in enumerate(drafted) if answer is None]
+        advance(len(own) - len(open_rows))
+        rest = generate(
+            model,
+            encoder,
+            [own[row] for row in open_rows],
+            config.generation,
+            batch_size=size,
+            autocast=engine.autocast,
+            share=share_answers,
+            advance=advance,
         )
+    of_open = iter(rest)
+    answers = [next(of_open) if answer is None else answer for answer in drafted]
     if ranks > 1:
         gathered = gather_object([(loss, tokens, answers)])  # in the order of the ranks
         loss, tokens = sum(g[0] for g in gathered), sum(g[1] for g in gathered)
@@ -60,25 +77,74 @@ def evaluate(
     return Evaluation({"loss": loss / max(tokens, 1), **means}, answers, scores)
 
 
+class Draft:
+    """Finds the rows whose greedy answer is the reference itself, from the forward pass that gives the loss.
+
+    Where the most likely token is the reference's at each place of the answer, its end token included, greedy
+    generation would write just that. This is speculative decoding with the reference as the draft, so the answers are
+    those of generation; rows that differ anywhere are generated.
+    """
+
+    def __init__(self, model: Any, encoder: Encoder, generation: GenerationConfig):
+        arguments = generation_arguments(generation, encoder, model)
+        self.encoder = encoder
+        self.usable = is_plain_greedy(arguments, model)
+        self.ends = set(arguments["eos_token_id"])
+        self.never = arguments["suppress_tokens"]
+        self.longest = generation.max_new_tokens
+
+    def answers(self, records: Sequence[Record], batch: Batch, logits: torch.Tensor) -> list[str | None]:
+        """The answer of each record of `batch`, None where it must be generated. `logits` [N, V] are those of
+        `supervised_logits`.
+        """
+        if not self.usable:
+            return [None] * len(records)
+        logits = logits.clone()
+        logits[:, self.never] = -math.inf
+        likely = logits.argmax(-1).tolist()
+        rows = torch.arange(len(batch.labels))[:, None].expand_as(batch.labels)
+        owners = rows if batch.branches is None else rows * (int(batch.branches.max()) + 1) + batch.branches.cpu()
+        labels = batch.labels[:, 1:].cpu()
+        supervised = labels != IGNORE
+        found: dict[int, list[tuple[int, int]]] = {}
+        for owner, target, token in zip(
+            owners[:, 1:][supervised].tolist(), labels[supervised].tolist(), likely, strict=True
+        ):
+            found.setdefault(owner, []).append((target, token))
+        return [self._answer(record, found[owner]) for record, owner in zip(records, sorted(found), strict=True)]
+
+    def _answer(self, record: Record, pairs: list[tuple[int, int]]) -> str | None:
+        targets = [target for target, _ in pairs]
+        whole = len(record.turns) == 1 and len(targets) <= self.longest and targets[-1] in self.ends
+        if not whole or self.ends & set(targets[:-1]) or any(target != token for target, token in pairs):
+            return None
+        return self.encoder.decode([targets])[0]
+
+
 @torch.no_grad()
-def loss_over(
+def loss_and_drafts(
     model: Any,
     encoder: Encoder,
     records: Sequence[Record],
     batch_size: int,
     engine: Any,
     make: Callable[[Encoder, Sequence[Record]], Batch],
+    draft: Draft,
     advance: Callable[[int], None],
-) -> tuple[float, int]:
-    """Summed loss and count of supervised tokens."""
+) -> tuple[float, int, list[str | None]]:
+    """Summed loss, count of supervised tokens, and the answers that are known from this pass alone."""
     was_training = model.training
     model.eval()
     loss, tokens = 0.0, 0
+    answers: list[str | None] = []
     for start in range(0, len(records), batch_size):
-        batch = make(encoder, records[start : start + batch_size])
+        rows = [records[i] for i in range(start, min(start + batch_size, len(records)))]
+        batch = make(encoder, rows).to(engine.device)
         with engine.autocast():
-            loss += float(summed_loss(model, batch.to(engine.device)))
+            logits, targets = supervised_logits(model, batch)
+        loss += float(F.cross_entropy(logits.float(), targets, reduction="sum"))
         tokens += batch.supervised
+        answers += draft.answers(rows, batch, logits)
         advance(batch.rows)
     model.train(was_training)
-    return loss, tokens
+    return loss, tokens, answers

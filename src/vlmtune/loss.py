@@ -21,18 +21,24 @@ def summed_loss(model: Any, batch: Batch) -> Tensor:
 
     The output embedding sees [N, D] instead of [B, T, D]: answers are a few tokens, images hundreds.
     """
+    if batch.supervised == 0:  # only keeps another rank company: a zero that still reaches every weight
+        return model(**model_inputs(model, batch)).logits.float().sum() * 0.0
+    logits, targets = supervised_logits(model, batch)
+    return F.cross_entropy(logits.float(), targets, reduction="sum")
+
+
+def supervised_logits(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Logits [N, V] where a supervised token is predicted, and those tokens [N], row by row of the batch."""
     targets = torch.full_like(batch.labels, IGNORE)
     targets[:, :-1] = batch.labels[:, 1:]
     chosen = targets != IGNORE
-    if not chosen.any():  # a batch that only keeps another rank company: a zero that still reaches every weight
-        return model(**model_inputs(model, batch)).logits.float().sum() * 0.0
     head = base_of(getattr(model, "module", model)).get_output_embeddings()
     select = head.register_forward_pre_hook(lambda _, args: (args[0][chosen][None], *args[1:]))
     try:
         logits = model(**model_inputs(model, batch)).logits  # [1, N, V]
     finally:
         select.remove()
-    return F.cross_entropy(logits[0].float(), targets[chosen], reduction="sum")
+    return logits[0], targets[chosen]
 
 
 def model_inputs(model: Any, batch: Batch) -> dict[str, Any]:

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import groupby
 from typing import Any
 
 import torch
 
 from vlmtune import display, session
-from vlmtune.config import ImageConfig
+from vlmtune.config import Config, GenerationConfig, ImageConfig
 from vlmtune.data.batch import Batch, padded, shared
 from vlmtune.data.batches import Batches
 from vlmtune.data.encode import IGNORE, Encoder
 from vlmtune.data.files import SHOWN
 from vlmtune.data.records import Record
 from vlmtune.errors import ConfigError, DataError, ModelError, TrainingError
+from vlmtune.generate import generate
 from vlmtune.loss import summed_loss
 from vlmtune.models.families import Family
 from vlmtune.models.parts import Parts, summary
+
+log = logging.getLogger("vlmtune")
 
 
 def check_labels(encoder: Encoder, records: Sequence[Record]) -> str:
@@ -152,31 +157,97 @@ def choose_layout(model: Any, batches: Batches, engine: Any) -> str:
     if not fits and wish == "on":
         raise ConfigError(f"trainer.share_prefix=on: {evidence}; use auto or off")
     batches.use_layout(share=fits)
+    if fits:
+        batches.share_answers = session.all_ranks(answers_agree(model, batches.encoder, probe, engine), engine)
     return f"batches    {'shared, each image once' if fits else 'padded, one row each'} ({evidence})"
 
 
+def answers_agree(model: Any, encoder: Encoder, records: list[Record], engine: Any) -> bool:
+    """Whether this model, with a cache, writes the same tokens for records that share their image as for each alone."""
+    options = {"batch_size": len(records), "autocast": engine.autocast}
+    short = GenerationConfig(max_new_tokens=4)
+    try:
+        answers = [generate(model, encoder, records, short, share=share, **options) for share in (False, True)]
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, TypeError, RuntimeError, IndexError, KeyError) as error:
+        log.info("generation is not shared: this model refuses (%s)", str(error).splitlines()[0])
+        return False
+    return answers[0] == answers[1]
+
+
 def layouts_agree(model: Any, encoder: Encoder, records: list[Record], engine: Any) -> tuple[bool, str]:
-    """Whether both layouts of `records` give this model the same loss and gradients, and the evidence as a sentence.
+    """Whether both layouts of `records` give this model the same loss and gradients, and the evidence."""
+    plain, branched = partial(padded, encoder, records), partial(shared, encoder, records)
+    return _agree(model, engine, plain, branched, "the shared layout")
+
+
+def choose_features(model: Any, parts: Parts, batches: Batches, config: Config, engine: Any, evaluated: bool) -> str:
+    """Let the encoder keep image features by `data.cache_features`; returns the choice with its reason.
+
+    Raises ConfigError where it is asked for and this model or run can't.
+    """
+    from vlmtune.models.features import Features, refusal
+
+    wish, encoder = config.data.cache_features, batches.encoder
+    passes = batches.total_steps / batches.order.steps_per_epoch
+    reason = refusal(model, parts)
+    sample = [record for record in batches.sample(4) if record.images]
+    if reason is None and batches.streamed:
+        reason = "rows of a stream are seen once"
+    elif reason is None and not sample:
+        reason = "these rows have no images"
+    if wish == "auto" and reason is None:
+        if engine.device.type != "cpu":
+            reason = "auto: only on a CPU"
+        elif passes <= 1 and not evaluated:
+            reason = "auto: each image is needed once"
+    if wish == "off":
+        reason = "data.cache_features=off"
+    if reason is None:
+        features = Features(model, parts, encoder.processor, config.data, engine)
+
+        def kept() -> Batch:
+            encoder.features = features
+            try:
+                return padded(encoder, sample)
+            finally:
+                encoder.features = None
+
+        fits, evidence = _agree(model, engine, lambda: padded(encoder, sample), kept, "features in place of pixels")
+        if session.all_ranks(fits, engine):
+            encoder.features = features
+            return f"features   kept {'on disk' if wish == 'disk' else 'in memory'} ({evidence})"
+        reason = evidence
+    if wish in ("memory", "disk"):
+        raise ConfigError(f"data.cache_features={wish}: {reason}; use auto or off")
+    return f"features   computed each time ({reason})"
+
+
+def _agree(
+    model: Any, engine: Any, plain: Callable[[], Batch], fast: Callable[[], Batch], name: str
+) -> tuple[bool, str]:
+    """Whether two forms of the same rows give the same loss and gradients, and the evidence as a sentence.
 
     Run in evaluation mode, so that dropout does not tell them apart.
     """
     was_training = model.training
     model.eval()
     try:
-        plain = _loss_and_gradient(model, padded(encoder, records), engine)
-        branch = _loss_and_gradient(model, shared(encoder, records), engine)
+        first = _loss_and_gradient(model, plain(), engine)
+        second = _loss_and_gradient(model, fast(), engine)
     except torch.OutOfMemoryError:
         raise
-    except (ValueError, TypeError, RuntimeError, IndexError, KeyError) as error:
-        return False, f"this model refuses the shared layout ({str(error).splitlines()[0]})"
+    except (ValueError, TypeError, RuntimeError, IndexError, KeyError, AttributeError) as error:
+        return False, f"this model refuses {name} ({str(error).splitlines()[0]})"
     finally:
         model.train(was_training)
         model.zero_grad(set_to_none=True)
     halves = (torch.float16, torch.bfloat16)
     half = engine.mixed_precision != "no" or any(p.dtype in halves for p in model.parameters())
     allowed = 5e-2 if half else 1e-3
-    loss_gap = abs(plain[0] - branch[0]) / max(abs(plain[0]), 1e-6)
-    gradient_gap = float((plain[1] - branch[1]).norm() / plain[1].norm().clamp(min=1e-12))
+    loss_gap = abs(first[0] - second[0]) / max(abs(first[0]), 1e-6)
+    gradient_gap = float((first[1] - second[1]).norm() / first[1].norm().clamp(min=1e-12))
     found = f"loss differs by {loss_gap:.1e}, gradients by {gradient_gap:.1e} (relative; allowed {allowed:.0e})"
     return loss_gap <= allowed and gradient_gap <= allowed, found
 

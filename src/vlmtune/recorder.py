@@ -15,7 +15,6 @@ import torch
 from vlmtune import checkpoint, display, environment, report, runfolder, signals, tracking
 from vlmtune.config import Config
 from vlmtune.data import table
-from vlmtune.data.batch import padded, shared
 from vlmtune.data.batches import Batches
 from vlmtune.data.encode import Encoder
 from vlmtune.data.images import open_image
@@ -184,9 +183,15 @@ class Recorder:
         """Score a split; log the means and some samples with their images."""
         records = self.splits[split].records
         began = time.perf_counter()
-        make = shared if self.batches.share else padded
         found = evaluate(
-            self.model, self.encoder, records, self.config, self.engine, title=f"evaluating {title}", make=make
+            self.model,
+            self.encoder,
+            records,
+            self.config,
+            self.engine,
+            title=f"evaluating {title}",
+            share=self.batches.share,
+            share_answers=self.batches.share_answers,
         )
         prefix = "eval" if split == "validation" else split
         self.log({f"{prefix}/{name}": value for name, value in found.metrics.items()})
@@ -282,6 +287,8 @@ class Recorder:
         runfolder.write_json(self.folder / "result.json", result)
         self.tracker.finish(result)
         report.write(self.folder, self._image, self._texts)
+        if self.encoder.features is not None:
+            log.info(self.encoder.features.report())
         log.info(runfolder.closing_table(self.folder, result))
 
     def _restore_best(self) -> bool:

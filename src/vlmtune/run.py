@@ -67,6 +67,7 @@ def train(config: Config, folder: Path | None) -> dict[str, Any]:
     log.info(preflight.check_images(encoder, sample, config.model.image))
     log.info(preflight.check_gradients(model, encoder, sample, engine))
     log.info(preflight.choose_layout(model, batches, engine))
+    log.info(preflight.choose_features(model, parts, batches, config, engine, "validation" in splits))
     if config.preflight == "only":
         return {"status": "preflight", "steps": 0}
 

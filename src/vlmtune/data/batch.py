@@ -89,13 +89,13 @@ def padded(encoder: Encoder, records: Sequence[Record], *, answered: bool = True
     )
 
 
-def shared(encoder: Encoder, records: Sequence[Record]) -> Batch:
+def shared(encoder: Encoder, records: Sequence[Record], *, answered: bool = True) -> Batch:
     """One row per run of records with the same group. Raises ValueError for families that can't be laid out so."""
     if not encoder.family.shares_prefix:
         raise ValueError(
             f"{type(encoder.processor).__name__}: an image's tokens are not the same for all its questions"
         )
-    encoded = encoder.encode(records, answered=True, images_once=True)
+    encoded = encoder.encode(records, answered=answered, images_once=True)
     runs = [[i for i, _ in run] for _, run in groupby(enumerate(records), key=_group_key)]
     rows = [_branched(encoded, run) for run in runs]
     inputs = dict(encoded.image_inputs)

@@ -29,6 +29,8 @@ class Batches(Dataset[list[Batch]]):
         self.streamed = getattr(records, "in_order", False)
         self.groups = [] if self.streamed else getattr(records, "groups", None) or [r.group for r in records]
         self.share = False
+        self.share_answers = False
+        """Whether evaluation may generate with each image once."""
         self.order = self._order()
         self.total_steps = trainer.max_steps or math.ceil(trainer.epochs * self.order.steps_per_epoch)
 
@@ -89,7 +91,9 @@ class Batches(Dataset[list[Batch]]):
 
     def steps(self, first: int) -> Iterator[list[Batch]]:
         """Micro-batches of all steps from `first` on, prepared ahead by worker processes where that pays."""
-        workers = 0 if self.streamed else self.trainer.num_workers  # each worker would read a part of the stream
+        workers = self.trainer.num_workers
+        if self.streamed or self.encoder.features is not None:  # workers would each read a part, or keep their own
+            workers = 0
         if workers is None:
             workers = 0 if self.on_cpu else 4  # on a CPU they would take the cores that compute
         loader = DataLoader(

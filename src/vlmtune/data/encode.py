@@ -12,13 +12,17 @@ import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlmtune.data.images import open_image
 from vlmtune.data.records import Record
 from vlmtune.errors import DataError, ModelError
 from vlmtune.models.families import family_of
+
+if TYPE_CHECKING:
+    from vlmtune.models.features import Features
 
 IGNORE = -100
 TEXT = "\u2402text{}\u2402"
@@ -100,6 +104,8 @@ class Encoder:
                 f"{type(processor).__name__} has no chat template, so prompts can't be written as it expects"
             )
         self.family = family_of(processor)
+        self.features: Features | None = None
+        """Computes frozen features in place of pixels, once it is set."""
         self.tokenizer, self.stand_ins = with_stand_ins(processor.tokenizer, self.markers())
         self._marker = re.compile("|".join(sorted(map(re.escape, self.markers()), key=len, reverse=True)))
         self.pieces = functools.cache(self._pieces)
@@ -317,16 +323,21 @@ class Encoder:
         if not sources:
             return {}, []
         owner = {index: record for record, own in zip(records, images_of, strict=True) for index in own}
-        pictures = []
-        for index, source in enumerate(sources):
+        shown = list({tuple(own): None for own in images_of if own})
+
+        def opened(index: int) -> Any:
             try:
-                pictures.append(open_image(source, self.max_image_pixels))
+                return open_image(sources[index], self.max_image_pixels)
             except DataError as error:
                 raise DataError(f"{owner[index].place}: {error}") from error
-        shown_together = {tuple(own): None for own in images_of if own}
+
         try:
-            return self.family.images([[pictures[i] for i in own] for own in shown_together])
+            if self.features is not None:
+                groups = [([sources[i] for i in own], [partial(opened, i) for i in own]) for own in shown]
+                return self.features.of(groups, self.family.images)
+            return self.family.images([[opened(i) for i in own] for own in shown])
         except ValueError as error:  # a shape that the family can't take, such as a strip
+            pictures = map(opened, range(len(sources)))
             sizes = [f"{owner[i].place} ({p.width}x{p.height})" for i, p in enumerate(pictures)]
             which = sizes[0] if len(sizes) == 1 else f"one of {', '.join(sizes[:8])}"
             raise DataError(f"{which}: the model's processor refuses the image: {error}") from error

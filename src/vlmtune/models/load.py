@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,9 @@ from vlmtune.models.image_budget import fit_model
 from vlmtune.models.parts import find_parts
 from vlmtune.models.processors import hub_options, is_original_internvl2, load_processor, remote
 from vlmtune.models.quantization import keep_trainable_on_cpu, quantization_config
+from vlmtune.models.rewrites import rewrite
+
+log = logging.getLogger("vlmtune")
 
 
 def load(
@@ -37,6 +41,8 @@ def load(
         model = _load_model(config, quantization, dtype, compute_dtype, device, processor)
     if quantization["method"] is not None and device.type == "cpu":
         keep_trainable_on_cpu(model)
+    if rewritten := rewrite(model, device, compute_dtype):
+        log.info("on a CPU: %s", ", ".join(rewritten))
     return model, processor
 
 

@@ -1,0 +1,63 @@
+"""Exact rewrites of what torch or transformers compute slowly on a CPU; measured in docs/results.md."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ATTENTION = "sdpa_in_float32"
+
+
+def rewrite(model: Any, device: torch.device, compute_dtype: torch.dtype) -> list[str]:
+    """Rewrite `model` in place where that is faster on `device`; returns what was done."""
+    if device.type != "cpu":
+        return []
+    done = []
+    patches = [module for module in model.modules() if type(module) is nn.Conv3d and _one_step(module)]
+    for module in patches:
+        module.__class__ = PatchMatmul
+    if patches:
+        done.append("patch embedding as one matmul")
+    if compute_dtype == torch.bfloat16 and getattr(model.config, "_attn_implementation", "") == "sdpa":
+        _register()
+        model.set_attn_implementation(ATTENTION)
+        done.append("attention in float32")
+    return done
+
+
+def _one_step(module: nn.Conv3d) -> bool:
+    return module.kernel_size == module.stride and module.groups == 1 and set(module.padding) == {0}
+
+
+class PatchMatmul(nn.Conv3d):
+    """A convolution of single patches [N, C, T, H, W], each of the kernel's size, as the product that it is."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.shape[2:] != self.kernel_size:
+            return super().forward(input)
+        return F.linear(input.flatten(1), self.weight.flatten(1), self.bias)[..., None, None, None]
+
+
+def _register() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(ATTENTION, _sdpa_in_float32)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+def _sdpa_in_float32(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """transformers' sdpa on bfloat16 inputs [B, heads, T, D], computed in float32."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    mask = (
+        attention_mask.float() if attention_mask is not None and attention_mask.is_floating_point() else attention_mask
+    )
+    with torch.autocast("cpu", enabled=False):
+        out, _ = sdpa_attention_forward(module, query.float(), key.float(), value.float(), mask, **options)
+    return out.to(query.dtype), None

@@ -1,0 +1,332 @@
+"""Each fast path equals the plain one: features in place of pixels, shared answers, drafts, rewrites."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+import tiny
+import tiny_families
+from test_families import SHARED
+from vlmtune import compose
+from vlmtune.config import Config, DataConfig, GenerationConfig, ModelConfig, TrainerConfig
+from vlmtune.data import table
+from vlmtune.data.batch import padded, shared
+from vlmtune.data.batches import Batches
+from vlmtune.data.encode import Encoder
+from vlmtune.data.records import Record
+from vlmtune.errors import ConfigError
+from vlmtune.evaluation import Draft
+from vlmtune.generate import generate
+from vlmtune.loss import summed_loss, supervised_logits
+from vlmtune.models import features as kept
+from vlmtune.models.adapters import adapt
+from vlmtune.models.features import Features
+from vlmtune.models.load import load
+from vlmtune.models.parts import find_parts
+from vlmtune.models.rewrites import ATTENTION, PatchMatmul
+from vlmtune.preflight import answers_agree, choose_features
+
+FAMILIES = [*tiny.FAMILIES, *tiny_families.FAMILIES]
+REFUSED = {"idefics": "takes no features in place of pixels"}
+SIZES = ((56, 56), (100, 60), (40, 112))
+
+
+@pytest.fixture(autouse=True)
+def empty() -> None:
+    kept.STORES.clear()
+
+
+@pytest.fixture
+def family_encoder(encoder_of: Callable[[str], Encoder]) -> Any:
+    """An encoder by family that forgets its features after the test: encoders are shared by the session."""
+    used: list[Encoder] = []
+
+    def encoder(family: str) -> Encoder:
+        used.append(encoder_of(family))
+        return used[-1]
+
+    yield encoder
+    for each in used:
+        each.features = None
+
+
+def frozen(model: Any) -> Any:
+    parts = find_parts(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parts.of(name) not in kept.FROZEN)
+    return model
+
+
+def features_of(model: Any, encoder: Encoder, **data: Any) -> Features:
+    return Features(model, find_parts(model), encoder.processor, DataConfig(**data), Accelerator(cpu=True))
+
+
+def loss_and_gradient(model: Any, batch: Any) -> tuple[float, Tensor]:
+    model.zero_grad(set_to_none=True)
+    loss = summed_loss(model, batch)
+    loss.backward()
+    return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def rows(encoder: Encoder) -> list[Record]:
+    found = tiny.records(6, per_image=2, sizes=SIZES)
+    found.append(tiny.record("Which?", "the left", [tiny.image(40, 112, 8), tiny.image(56, 56, 9)], group="two"))
+    return found + ([] if encoder.family.needs_image else [tiny.record("Say yes", "yes", [])])
+
+
+# ---------------------------------------------------------------- features in place of pixels
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_features_equal_pixels(family: str, family_encoder: Any, model_of: Callable[[str], Any]) -> None:
+    encoder, model = family_encoder(family), frozen(model_of(family))
+    if family in REFUSED:
+        assert REFUSED[family] in str(kept.refusal(model, find_parts(model)))
+        return
+    assert kept.refusal(model, find_parts(model)) is None
+    layouts = [padded, *([shared] if family in SHARED else [])]
+    wanted = [loss_and_gradient(model, make(encoder, rows(encoder))) for make in layouts]
+    encoder.features = features_of(model, encoder)
+    for _ in range(2):  # computed, then found
+        for make, (loss, gradient) in zip(layouts, wanted, strict=True):
+            batch = make(encoder, rows(encoder))
+            assert not [key for key in batch.inputs if key.startswith("pixel")]
+            found, other = loss_and_gradient(model, batch)
+            assert found == pytest.approx(loss, rel=1e-5)
+            assert (other - gradient).norm() <= 1e-5 * gradient.norm()
+    assert encoder.features.computed == 4  # three images and a pair
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "llava"])
+def test_features_equal_pixels_under_lora(
+    family: str, quantization: str, family_encoder: Any, checkpoint_of: Callable[[str], Path]
+) -> None:
+    encoder = family_encoder(family)
+    config = tiny.config(checkpoint_of(family), adapter=tiny.LORA)
+    types = {"dtype": torch.float32, "compute_dtype": torch.float32, "device": torch.device("cpu")}
+    model, _ = load(config.model, {"none": tiny.NONE, **tiny.QUANTIZED}[quantization], **types)
+    model = adapt(model, config, find_parts(model), total_steps=2).eval()
+    for parameter in model.parameters():  # B starts as zero, and A would get no gradient
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.02)
+    loss, gradient = loss_and_gradient(model, padded(encoder, rows(encoder)))
+    encoder.features = features_of(model, encoder)
+    found, other = loss_and_gradient(model, padded(encoder, rows(encoder)))
+    assert found == pytest.approx(loss, rel=1e-5)
+    assert (other - gradient).norm() <= 1e-5 * gradient.norm()
+
+
+def chosen(model: Any, encoder: Encoder, wish: str, *, evaluated: bool = True) -> str:
+    engine = Accelerator(cpu=True)
+    batches = Batches(encoder, tiny.records(6, sizes=SIZES), TrainerConfig(batch_size=4), engine)
+    config = Config.__new__(Config)
+    config.data = DataConfig(cache_features=wish)
+    return choose_features(model, find_parts(model), batches, config, engine, evaluated)
+
+
+def test_features_are_chosen_with_the_reason(family_encoder: Any, model_of: Callable[[str], Any]) -> None:
+    encoder, model = family_encoder("llava"), frozen(model_of("llava"))
+    assert "computed each time (data.cache_features=off)" in chosen(model, encoder, "off")
+    assert "each image is needed once" in chosen(model, encoder, "auto", evaluated=False)
+    assert encoder.features is None
+    assert "kept in memory (loss differs by" in chosen(model, encoder, "auto")
+    assert encoder.features is not None
+    encoder.features = None
+    model.requires_grad_(True)
+    assert "the projector and the vision train" in chosen(model, encoder, "auto")
+    with pytest.raises(ConfigError, match=r"data\.cache_features=memory: the projector and the vision train"):
+        chosen(model, encoder, "memory")
+    frozen(model).model.vision_tower.append = nn.Dropout(0.1)
+    assert "gives an image other features each time" in chosen(model, encoder, "auto")
+
+
+def test_the_check_finds_features_of_another_image(
+    family_encoder: Any, model_of: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kept, "content_key", lambda source: "one for all")
+    assert "computed each time (loss differs by" in chosen(frozen(model_of("llava")), family_encoder("llava"), "auto")
+
+
+def test_features_on_disk_come_back_bit_equal(
+    family_encoder: Any, model_of: Callable[[str], Any], tmp_path: Path
+) -> None:
+    encoder, model = family_encoder("qwen3_vl"), model_of("qwen3_vl")
+    found = []
+    for _ in range(2):
+        kept.STORES.clear()
+        encoder.features = features_of(model, encoder, cache_features="disk", cache_folder=str(tmp_path))
+        found.append(padded(encoder, rows(encoder)).inputs)
+    assert encoder.features.computed == 0
+    outputs = [vars(inputs["mm_encoder_outputs"]["image"]) for inputs in found]
+    assert outputs[0].keys() == outputs[1].keys() == {"pooler_output", "deepstack_features"}
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=0)
+    assert torch.equal(found[0]["image_grid_thw"], found[1]["image_grid_thw"])
+
+
+def test_what_features_depend_on_is_in_their_fingerprint(family_encoder: Any, model_of: Callable[[str], Any]) -> None:
+    encoder, model, engine = family_encoder("llava"), model_of("llava"), Accelerator(cpu=True)
+
+    def mark() -> str:
+        return kept.fingerprint(model, find_parts(model), encoder.processor, engine)
+
+    before = mark()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[0, 0] += 1
+        assert mark() == before
+        model.model.multi_modal_projector.linear_1.weight[0, 0] += 1
+    after = mark()
+    assert after != before
+    size = encoder.processor.image_processor.size
+    try:
+        encoder.processor.image_processor.size = {"shortest_edge": 112}
+        assert mark() != after
+    finally:
+        encoder.processor.image_processor.size = size
+
+
+def test_equal_images_share_their_features_by_content(tmp_path: Path) -> None:
+    for name, seed in (("a.png", 1), ("b.png", 1), ("c.png", 2)):
+        tiny.image(seed=seed).save(tmp_path / name)
+    a, b, c = (kept.content_key(tmp_path / name) for name in ("a.png", "b.png", "c.png"))
+    assert a == b != c
+    assert kept.content_key((tmp_path / "a.png").read_bytes()) == a
+    assert kept.content_key(tiny.image(seed=1)) == kept.content_key(lambda: tiny.image(seed=1))
+
+
+# ---------------------------------------------------------------- answers
+
+
+def answers(model: Any, encoder: Encoder, records: list[Record], share: bool, longest: int = 6) -> list[str]:
+    options: dict[str, Any] = {"batch_size": 8, "autocast": nullcontext, "share": share}
+    return generate(model, encoder, records, GenerationConfig(max_new_tokens=longest), **options)
+
+
+@pytest.mark.parametrize("family", sorted(SHARED))
+def test_shared_answers_are_those_of_single_rows(
+    family: str, family_encoder: Any, model_of: Callable[[str], Any]
+) -> None:
+    encoder, model = family_encoder(family), model_of(family)
+    records = tiny.records(7, per_image=3, sizes=SIZES)
+    assert answers(model, encoder, records, share=True) == answers(model, encoder, records, share=False)
+    assert answers_agree(model, encoder, records, Accelerator(cpu=True))
+
+
+def test_shared_answers_end_each_at_its_own_end(
+    family_encoder: Any, model_of: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A head whose choice depends on the token seen, so that branches end after different counts of tokens."""
+    encoder, model = family_encoder("qwen2_vl"), model_of("qwen2_vl")
+    seen: list[list[list[int]]] = []
+    monkeypatch.setattr(encoder, "decode", lambda ids: seen.append(ids) or [""] * len(ids))
+    end = encoder.end_ids[0]
+    torch.manual_seed(0)
+    nn.init.normal_(model.get_output_embeddings().weight, std=1.0)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[end] *= 1.5
+    records = tiny.records(12, per_image=4, sizes=SIZES)
+    for share in (False, True):
+        answers(model, encoder, records, share, longest=24)
+    pad = encoder.tokenizer.pad_token_id
+    plain = [row[: row.index(end) + 1] if end in row else row for batch in seen[:2] for row in batch]
+    branches = [row for batch in seen[2:] for row in batch]
+    assert branches == plain
+    assert len({len(row) for row in branches}) > 1
+    assert pad not in {i for row in branches for i in row}
+
+
+def test_the_check_finds_answers_that_see_other_branches(
+    family_encoder: Any, model_of: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder, model = family_encoder("qwen2_vl"), model_of("qwen2_vl")
+    nn.init.normal_(model.get_output_embeddings().weight, std=1.0)
+    records = tiny.records(8, per_image=4)
+    assert answers_agree(model, encoder, records, Accelerator(cpu=True))
+    monkeypatch.setattr("vlmtune.loss.branch_mask", lambda branches: torch.ones(len(branches), 1, 1, 1).bool())
+    assert not answers_agree(model, encoder, records, Accelerator(cpu=True))
+
+
+@pytest.fixture(scope="module")
+def pico() -> tuple[Any, Encoder, list[Record]]:
+    """The untuned model of the default run, which is right on some of its questions and wrong on others."""
+    config, _ = compose.read("train", ["data.max_train_rows=1", "data.max_eval_rows=40"])
+    types = {"dtype": torch.float32, "compute_dtype": torch.float32, "device": torch.device("cpu")}
+    model, processor = load(config.model, tiny.NONE, **types)
+    records = table.load(config.data, config.task, 0)["validation"].records
+    return model.eval(), Encoder(processor), list(records)
+
+
+@pytest.mark.parametrize("make", [padded, shared])
+def test_drafts_are_what_generation_writes(make: Any, pico: tuple[Any, Encoder, list[Record]]) -> None:
+    model, encoder, records = pico
+    own = answers(model, encoder, records, share=False)
+    assert answers(model, encoder, records, share=True) == own
+    batch = make(encoder, records)
+    logits, _ = supervised_logits(model, batch)
+    drafted = Draft(model, encoder, GenerationConfig(max_new_tokens=6)).answers(records, batch, logits)
+    right = [answer if answer == record.answers[0] else None for answer, record in zip(own, records, strict=True)]
+    assert drafted == right
+    assert 0 < drafted.count(None) < len(records)
+    never = Draft(model, encoder, GenerationConfig(max_new_tokens=1)).answers(records, batch, logits)
+    assert never == [None] * len(records)
+
+
+def test_no_drafts_where_greedy_search_would_take_other_tokens(
+    family_encoder: Any, model_of: Callable[[str], Any]
+) -> None:
+    encoder, model = family_encoder("qwen2_vl"), model_of("qwen2_vl")
+    assert Draft(model, encoder, GenerationConfig()).usable
+    assert not Draft(model, encoder, GenerationConfig(temperature=0.7)).usable
+    model.generation_config.repetition_penalty = 1.05
+    assert not Draft(model, encoder, GenerationConfig()).usable
+
+
+# ---------------------------------------------------------------- rewrites
+
+
+def test_a_convolution_of_single_patches_is_a_matmul() -> None:
+    plain = nn.Conv3d(3, 8, (2, 14, 14), (2, 14, 14), bias=True)
+    fast = nn.Conv3d(3, 8, (2, 14, 14), (2, 14, 14), bias=True)
+    fast.load_state_dict(plain.state_dict())
+    fast.__class__ = PatchMatmul
+    for shape in ((5, 3, 2, 14, 14), (2, 3, 4, 28, 14)):  # one patch each, and the general case
+        pixels = torch.randn(shape)
+        first, second = plain(pixels), fast(pixels)
+        torch.testing.assert_close(second, first, rtol=1e-5, atol=1e-5)
+        for module, out in ((plain, first), (fast, second)):
+            module.zero_grad()
+            out.square().sum().backward()
+        torch.testing.assert_close(fast.weight.grad, plain.weight.grad, rtol=1e-4, atol=1e-3)
+
+
+def test_a_model_on_a_cpu_is_rewritten_and_equal(
+    checkpoint_of: Callable[[str], Path], family_encoder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder, cpu = family_encoder("qwen2_vl"), torch.device("cpu")
+    path = ModelConfig(path=str(checkpoint_of("qwen2_vl")))
+
+    def opened(compute: torch.dtype) -> Any:
+        return load(path, tiny.NONE, dtype=compute, compute_dtype=compute, device=cpu)[0].eval()
+
+    fast, half = opened(torch.float32), opened(torch.bfloat16)
+    monkeypatch.setattr("vlmtune.models.load.rewrite", lambda *_: [])
+    plain, plain_half = opened(torch.float32), opened(torch.bfloat16)
+    assert [type(m.model.visual.patch_embed.proj) for m in (fast, plain)] == [PatchMatmul, nn.Conv3d]
+    assert [m.config._attn_implementation for m in (fast, half, plain_half)] == ["sdpa", ATTENTION, "sdpa"]
+    for make in (padded, shared):
+        batch = make(encoder, rows(encoder))
+        loss, gradient = loss_and_gradient(plain, batch)
+        found, other = loss_and_gradient(fast, batch)
+        assert found == pytest.approx(loss, rel=1e-6)
+        assert (other - gradient).norm() <= 1e-5 * gradient.norm()
+        halves = [summed_loss(model, batch).item() for model in (half, plain_half)]
+        assert halves == pytest.approx([loss, loss], rel=1e-2)
+        assert abs(halves[0] - loss) <= abs(halves[1] - loss) + 1e-3 * loss
