@@ -534,6 +534,18 @@ def test_columns_are_found_by_the_given_names(table: Path) -> None:
             load_table(dataclasses.replace(renamed, columns=columns), TaskConfig(), 0)
 
 
+@proves("trainer.batch_tokens")
+def test_forward_passes_are_filled_by_tokens(train: Train, forwards: dict[str, list[Forward]]) -> None:
+    """A step's rows are as many as fit: 12 rows of some 20 tokens."""
+    counts = {}
+    for tokens in (50, 400):
+        forwards["training"].clear()
+        out = train({"trainer.batch_tokens": tokens, "trainer.share_prefix": "off"})
+        counts[tokens] = [forward.rows for forward in forwards["training"]]
+        assert 0 <= min(out.column("train/padding_share").values()) < 0.5
+    assert max(counts[50]) < max(counts[400])
+
+
 @proves("data.cache_features", "data.cache_gb", "data.cache_folder")
 def test_features_are_kept_where_asked_for(train: Train, tmp_path: Path) -> None:
     """In memory up to a budget, and in a folder that a later run with no memory finds."""

@@ -109,7 +109,7 @@ class Numbers:
     """A batch: `count` supervised tokens whose losses sum to `value * weight`."""
 
     def __init__(self, value: float, count: int = 1):
-        self.value, self.supervised, self.rows, self.tokens = value, count, 1, count
+        self.value, self.supervised, self.rows, self.tokens, self.places = value, count, 1, count, count
 
     def to(self, device: torch.device) -> Numbers:
         return self

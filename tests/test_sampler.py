@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vlmtune.data.sampler import Order, micro_batches
+from vlmtune.data.sampler import ByTokens, Order, micro_batches
 
 GROUPS = ["a", "b", None, "a", "c", None, "a", "b", "c", "c", "d"]
 
@@ -54,3 +54,62 @@ def test_micro_batches_divide_a_step_between_processes() -> None:
 def test_a_short_last_step_loses_no_row() -> None:
     parts = [p for rank in range(3) for p in micro_batches([7, 8, 9], batch_size=2, accumulation=2, rank=rank)]
     assert parts == [[7, 8], [9], [], [], [], []]
+
+
+# ---------------------------------------------------------------- by tokens
+
+LENGTHS = [(16 * (1 + row // 3 % 4), 5 + row % 3) for row in range(300)]
+SHOWN = [row // 3 for row in range(300)]
+
+
+def by_tokens(*, by_group: bool, seed: int = 0, passes_per_step: int = 2, batch_tokens: int = 300) -> ByTokens:
+    return ByTokens(
+        LENGTHS, SHOWN, batch_tokens=batch_tokens, passes_per_step=passes_per_step, seed=seed, by_group=by_group
+    )
+
+
+@pytest.mark.parametrize("by_group", [False, True])
+def test_forward_passes_hold_each_row_once_an_epoch_within_the_tokens(by_group: bool) -> None:
+    order = by_tokens(by_group=by_group)
+    for epoch in range(3):
+        passes = [rows for step in order.epoch(epoch) for rows in step]
+        assert sorted(row for rows in passes for row in rows) == list(range(300))
+        for rows in passes:
+            units = [[row for row in rows if SHOWN[row] == image] for image in {SHOWN[row] for row in rows}]
+            longest = max(map(order.cost, units)) if by_group else max(sum(LENGTHS[row]) for row in rows)
+            assert longest * (len(units) if by_group else len(rows)) <= 300
+    assert order.epoch(0) != order.epoch(1), "other company each epoch"
+
+
+def test_near_lengths_come_together() -> None:
+    order = by_tokens(by_group=False)
+    passes = [rows for step in order.epoch(0) for rows in step]
+    computed = sum(max(sum(LENGTHS[row]) for row in rows) * len(rows) for rows in passes)
+    assert 1 - sum(map(sum, LENGTHS)) / computed < 0.1, "shuffled rows would pad a third"
+    firsts = [sum(LENGTHS[rows[0]]) for rows in passes]
+    assert firsts != sorted(firsts), "short ones don't all come first"
+
+
+def test_steps_by_tokens_count_on_over_epochs() -> None:
+    order = by_tokens(by_group=True, seed=3)
+    total = order.steps_in(3)
+    assert total == sum(len(order.epoch(epoch)) for epoch in range(3))
+    rows = [row for step in range(total) for row in order.step(step)]
+    assert all(rows.count(row) == 3 for row in range(300))
+    assert [step for step in range(1, total + 1) if order.ends_epoch(step)][-1] == total
+    assert sum(order.ends_epoch(step) for step in range(1, total + 1)) == 3
+    assert by_tokens(by_group=True, seed=3).step(total - 1) == order.step(total - 1), "a function of seed and step"
+    assert order.steps_in(0.5) == -(-len(order.epoch(0)) // 2)
+
+
+def test_passes_by_tokens_are_divided_between_processes() -> None:
+    order = by_tokens(by_group=False, passes_per_step=4)
+    for step in range(order.steps_in(1)):
+        parts = [rows for rank in range(2) for rows in order.passes(step, rank, 2)]
+        assert [row for rows in parts for row in rows] == order.step(step)
+
+
+def test_a_group_longer_than_the_tokens_goes_in_pieces_and_a_row_alone() -> None:
+    order = by_tokens(by_group=True, batch_tokens=70)
+    assert max(map(order.cost, order.units)) > 70, "a row of 71 tokens can't be cut"
+    assert all(order.cost(unit) <= 70 or len(unit) == 1 for unit in order.units)

@@ -202,6 +202,18 @@ def test_equal_images_share_their_features_by_content(tmp_path: Path) -> None:
     assert kept.content_key(tiny.image(seed=1)) == kept.content_key(lambda: tiny.image(seed=1))
 
 
+# ---------------------------------------------------------------- batches by tokens
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lengths_are_known_before_images_are_decoded(family: str, encoder_of: Callable[[str], Encoder]) -> None:
+    encoder = encoder_of(family)
+    records = rows(encoder)
+    found = [sum(lengths) for lengths in encoder.lengths(records)]
+    wanted = [len(ids) for ids in encoder.encode(records, answered=True).input_ids]
+    assert found == wanted
+
+
 # ---------------------------------------------------------------- answers
 
 

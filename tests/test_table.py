@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+import tiny
 from vlmtune.config import ColumnsConfig, DataConfig, TaskConfig
 from vlmtune.data import audit
 from vlmtune.data.records import BadRow, Record, Split, Turn
@@ -465,3 +466,17 @@ def test_importing_the_table_is_quick() -> None:
     code = "import sys, vlmtune.data.table; sys.exit(bool({'torch', 'pandas', 'transformers'} & set(sys.modules)))"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
+
+
+def test_copies_of_an_image_are_one_group(tmp_path: Path) -> None:
+    """Rows of one image are found by content, so that they share its tokens and stay on one side of a split."""
+    for name, seed in (("a.png", 1), ("copy.png", 1), ("other.png", 2)):
+        tiny.image(seed=seed).save(tmp_path / name)
+    names = ["a.png", "copy.png", "other.png", '["a.png", "other.png"]', '["copy.png", "other.png"]', ""]
+    table = pd.DataFrame({"image_path": names, "question": "What?", "answer": "red"})
+    split = audit_frame(table, DataConfig(image_root=str(tmp_path)), TaskConfig())
+    groups = [record.group for record in split.records]
+    assert groups[0] == groups[1] != groups[2]
+    assert groups[3] == groups[4] == (groups[0], groups[2])
+    assert groups[5] is None
+    assert [Path(str(record.images[0])).name for record in split.records[:2]] == ["a.png", "copy.png"]

@@ -92,6 +92,9 @@ class TrainerConfig:
     """Optimizer steps; wins over `epochs`."""
     batch_size: int = number(8, least=1)
     """Rows per forward pass on one process."""
+    batch_tokens: int | None = number(None, least=1)
+    """Tokens per forward pass on one process, padding counted, in place of `batch_size` rows: rows of near lengths are
+    put together, as many as fit."""
     gradient_accumulation_steps: int = number(1, least=1)
     """Forward passes per optimizer step on one process."""
     eval_batch_size: int = number(8, least=1)

@@ -47,6 +47,8 @@ class StepReport:
     examples: int
     tokens: int
     seconds: float
+    padding_share: float
+    """Share of the computed tokens that are padding."""
     waited: float
     """Seconds of these in which the step waited for its data."""
 
@@ -132,18 +134,18 @@ def fit(
         progress.tokens += counts["tokens"]
         seconds = time.perf_counter() - began
         progress.seconds += seconds
-        hooks.after_step(
-            StepReport(progress.step, loss, norm, learning_rate, counts["rows"], counts["tokens"], seconds, waited)
-        )
+        rows, tokens, padding = counts["rows"], counts["tokens"], 1 - counts["tokens"] / max(counts["places"], 1)
+        hooks.after_step(StepReport(progress.step, loss, norm, learning_rate, rows, tokens, seconds, padding, waited))
         if hooks.stop():
             return
 
 
 def _count(batches: list[Any], engine: Engine) -> dict[str, int]:
-    """Supervised tokens, rows and tokens of an optimizer step, over all ranks."""
-    own = [sum(getattr(batch, name) for batch in batches) for name in ("supervised", "rows", "tokens")]
+    """Supervised tokens, rows, tokens without and with padding of an optimizer step, over all ranks."""
+    names = ("supervised", "rows", "tokens", "places")
+    own = [sum(getattr(batch, name) for batch in batches) for name in names]
     total = engine.reduce(torch.tensor(own, device=engine.device), "sum").tolist()
-    return dict(zip(("supervised", "rows", "tokens"), total, strict=True))
+    return dict(zip(names, total, strict=True))
 
 
 def _forward_backward(

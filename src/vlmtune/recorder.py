@@ -139,6 +139,7 @@ class Recorder:
                     "train/tokens_per_second": speed["tokens"],
                     "train/examples": self.progress.examples,
                     "train/epoch": step.step / self.batches.order.steps_per_epoch,
+                    "train/padding_share": step.padding_share,
                     "time/step_seconds": step.seconds,
                     "time/data_wait_share": step.waited / step.seconds,
                     "time/elapsed_seconds": time.perf_counter() - self.started,
@@ -161,7 +162,7 @@ class Recorder:
     def _due(self, every: Any, step: int) -> bool:
         if every is None:
             return False
-        return step % (self.batches.order.steps_per_epoch if every == "epoch" else every) == 0
+        return self.batches.order.ends_epoch(step) if every == "epoch" else step % every == 0
 
     def should_stop(self) -> bool:
         """Whether to end after this step, the same answer on every rank."""

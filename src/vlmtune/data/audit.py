@@ -6,6 +6,7 @@ The part of a reason up to its first colon or number names its kind.
 from __future__ import annotations
 
 import base64
+import dataclasses
 import difflib
 import hashlib
 import json
@@ -22,7 +23,7 @@ from PIL import Image
 
 from vlmtune.config import ColumnsConfig, DataConfig, TaskConfig
 from vlmtune.data.conversations import PLACE, as_list, parse, placed
-from vlmtune.data.images import Source, image_size, open_image
+from vlmtune.data.images import Source, content_key, image_size, open_image
 from vlmtune.data.records import BadRow, Record, Split, Turn
 from vlmtune.errors import DataError
 
@@ -60,7 +61,7 @@ def audit_frame(
             "%s: no column %r, and no message carries an image: trained on text alone", file, reader.names["image"]
         )
     lines = frame.index.tolist() if frame.index.name == "line" else [0] * len(frame)
-    good = [record for record, found in zip(records, faults, strict=True) if not found]
+    good = _group_by_content([record for record, found in zip(records, faults, strict=True) if not found])
     bad = [BadRow(file, lines[row], row + 1, "; ".join(found)) for row, found in enumerate(faults) if found]
     return Split(good, frame, bad)
 
@@ -314,6 +315,30 @@ def _add_image_faults(records: list[Record], faults: list[list[str]], config: Da
         fault_of = dict(zip(distinct, results, strict=True))
     for record, found in zip(records, faults, strict=True):
         found += [reason for key in keys_of(record) if (reason := fault_of[key])]
+
+
+def _group_by_content(records: list[Record]) -> list[Record]:
+    """Give rows one group where their image files are copies of each other; files of different sizes aren't read."""
+    files = {key: source for r in records for key, source in zip(keys_of(r), r.images, strict=True)}
+    by_size: dict[int, list[Hashable]] = {}
+    for key, source in files.items():
+        if isinstance(source, Path):
+            by_size.setdefault(source.stat().st_size, []).append(key)
+    first: dict[str, Hashable] = {}
+    same = {
+        key: first.setdefault(content_key(files[key]), key)
+        for keys in by_size.values()
+        if len(keys) > 1
+        for key in keys
+    }
+    if len(set(same.values())) == len(same):
+        return records
+
+    def grouped(record: Record) -> Record:
+        keys = tuple(same.get(key, key) for key in keys_of(record))
+        return dataclasses.replace(record, group=keys if len(keys) > 1 else keys[0]) if keys else record
+
+    return [grouped(record) for record in records]
 
 
 def keys_of(record: Record) -> tuple[Hashable, ...]:

@@ -67,6 +67,11 @@ class Batch:
         """Tokens that are computed, padding not counted."""
         return int((self.attention_mask != 0).sum())
 
+    @property
+    def places(self) -> int:
+        """Tokens that are computed, padding counted."""
+        return self.input_ids.numel()
+
     def without_labels(self) -> Batch:
         """The same batch with nothing supervised: a rank without rows of its own runs it for the others' sake."""
         none = torch.full_like(self.labels, IGNORE)

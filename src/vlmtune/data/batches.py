@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import signal
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -16,7 +15,8 @@ from vlmtune.config import TrainerConfig
 from vlmtune.data.batch import Batch, padded, shared
 from vlmtune.data.encode import Encoder
 from vlmtune.data.records import Record
-from vlmtune.data.sampler import InOrder, Order, micro_batches
+from vlmtune.data.sampler import ByTokens, InOrder, Order, micro_batches
+from vlmtune.errors import ConfigError
 
 
 class Batches(Dataset[list[Batch]]):
@@ -31,14 +31,20 @@ class Batches(Dataset[list[Batch]]):
         self.share = False
         self.share_answers = False
         """Whether evaluation may generate with each image once."""
+        if trainer.batch_tokens and self.streamed:
+            raise ConfigError(
+                "trainer.batch_tokens: the lengths of a stream's rows aren't known; use trainer.batch_size"
+            )
+        self.lengths = encoder.lengths(records) if trainer.batch_tokens else []
         self.order = self._order()
-        self.total_steps = trainer.max_steps or math.ceil(trainer.epochs * self.order.steps_per_epoch)
+        self.total_steps = trainer.max_steps or self.order.steps_in(trainer.epochs)
 
     @property
     def identity(self) -> dict[str, Any]:
         """What must be equal for a resumed run to see the rows that a straight one sees."""
         return {
             "rows per step": self.rows_per_step,
+            "tokens per forward pass": self.trainer.batch_tokens,
             "training rows": len(self.records),
             "data fingerprint": self.fingerprint,
             "seed": self.trainer.seed,
@@ -52,10 +58,19 @@ class Batches(Dataset[list[Batch]]):
             self._fingerprint = environment.fingerprint(self.records)
         return self._fingerprint
 
-    def _order(self) -> Order | InOrder:
+    def _order(self) -> Order | InOrder | ByTokens:
         if self.streamed:
             return InOrder(self.rows_per_step)
         seed = self.trainer.seed
+        if self.trainer.batch_tokens:
+            return ByTokens(
+                self.lengths,
+                self.groups,
+                batch_tokens=self.trainer.batch_tokens,
+                passes_per_step=self.trainer.gradient_accumulation_steps * self.ranks,
+                seed=seed,
+                by_group=self.share,
+            )
         return Order(self.groups, rows_per_step=self.rows_per_step, seed=seed, by_group=self.share)
 
     def sample(self, count: int) -> list[Record]:
@@ -66,6 +81,7 @@ class Batches(Dataset[list[Batch]]):
         """Choose between padded batches and shared ones, which need rows of a group to stay together."""
         self.share = share
         self.order = self._order()
+        self.total_steps = self.trainer.max_steps or self.order.steps_in(self.trainer.epochs)
 
     def repeated(self, most: int) -> list[Record]:
         """Up to `most` rows, at least two each of up to two images that several rows show; empty if there are none."""
@@ -81,9 +97,13 @@ class Batches(Dataset[list[Batch]]):
 
     def __getitem__(self, step: int) -> list[Batch]:
         rows = self.order.step(step)
-        cut = {"batch_size": self.trainer.batch_size, "accumulation": self.trainer.gradient_accumulation_steps}
+        accumulation = self.trainer.gradient_accumulation_steps
         make = shared if self.share else padded
-        own = [part for part in micro_batches(rows, rank=self.rank, **cut) if part]
+        if isinstance(self.order, ByTokens):
+            parts = self.order.passes(step, self.rank, accumulation)
+        else:
+            parts = micro_batches(rows, batch_size=self.trainer.batch_size, accumulation=accumulation, rank=self.rank)
+        own = [part for part in parts if part]
         if own:
             return [make(self.encoder, [self.records[i] for i in part]) for part in own]
         # an epoch's last step may leave this rank without rows, but the others wait for its gradients

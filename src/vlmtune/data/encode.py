@@ -16,7 +16,10 @@ from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from vlmtune.data.images import open_image
+from PIL import Image
+
+from vlmtune import display
+from vlmtune.data.images import image_size, open_image
 from vlmtune.data.records import Record
 from vlmtune.errors import DataError, ModelError
 from vlmtune.models.families import family_of
@@ -341,6 +344,34 @@ class Encoder:
             sizes = [f"{owner[i].place} ({p.width}x{p.height})" for i, p in enumerate(pictures)]
             which = sizes[0] if len(sizes) == 1 else f"one of {', '.join(sizes[:8])}"
             raise DataError(f"{which}: the model's processor refuses the image: {error}") from error
+
+    def lengths(self, records: Sequence[Record]) -> list[tuple[int, int]]:
+        """Tokens of each row's images and of its text, with its answer; images are read as far as their size."""
+        found, chunk, token = [], 1024, self.family.feature_token
+        with display.bar("measuring rows", len(records), show=len(records) > 20 * chunk) as advance:
+            for start in range(0, len(records), chunk):
+                rows = [records[i] for i in range(start, min(start + chunk, len(records)))]
+                sizes = [tuple(image_size(source, self.max_image_pixels) for source in row.images) for row in rows]
+                blank = [self.render(row, answered=True, expansions=[token] * len(row.images))[0] for row in rows]
+                special = not ((bos := self.tokenizer.bos_token) and bos in blank[0])
+                texts = self.tokenizer(blank, add_special_tokens=special)["input_ids"]
+                found += [(self._image_tokens(s), len(ids) - len(s)) for s, ids in zip(sizes, texts, strict=True)]
+                advance(len(rows))
+        return found
+
+    @functools.cached_property
+    def _image_tokens(self) -> Any:
+        """Tokens that images of given sizes, shown together, take in a prompt."""
+
+        @functools.lru_cache(maxsize=100_000)
+        def count(sizes: tuple[tuple[int, int], ...]) -> int:
+            if not sizes:
+                return 0
+            _, expansions = self.family.images([[Image.new("RGB", size) for size in sizes]])
+            ids = self.tokenizer(expansions, add_special_tokens=False)["input_ids"]
+            return sum(map(len, ids))
+
+        return count
 
     def decode(self, ids: Sequence[Sequence[int]]) -> list[str]:
         """Generated ids -> answers: without special tokens, and without the template's separator around them."""

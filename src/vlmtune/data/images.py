@@ -17,7 +17,9 @@ from __future__ import annotations
 import bisect
 import difflib
 import functools
+import hashlib
 import io
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -53,6 +55,21 @@ def image_size(source: Source | str, max_pixels: int) -> tuple[int, int]:
             return width, height
         exif = Image.Image.getexif(image)  # a PNG's own getexif decodes it, to find EXIF written behind the pixels
         return (height, width) if exif.get(ExifTags.Base.Orientation) in (5, 6, 7, 8) else (width, height)
+
+
+def content_key(source: Source) -> str:
+    """Equal for equal images: of their bytes where there are any, else of their pixels."""
+    if isinstance(source, Path):
+        return _file_key(source, os.stat(source).st_mtime_ns)
+    if isinstance(source, bytes):
+        return hashlib.sha256(source).hexdigest()
+    picture = source() if callable(source) else source
+    return hashlib.sha256(f"{picture.size}{picture.mode}".encode() + picture.tobytes()).hexdigest()
+
+
+@functools.lru_cache(maxsize=1_000_000)
+def _file_key(path: Path, modified: int) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @contextmanager

@@ -9,7 +9,6 @@ run sees the numbers of a straight one.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import inspect
 import json
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor
 
 from vlmtune.config import DataConfig
+from vlmtune.data.images import content_key
 from vlmtune.models.parts import Parts, base_of
 
 FROZEN = ("vision", "projector")
@@ -207,21 +207,6 @@ def _varies(module: torch.nn.Module) -> bool:
     chances = ("p", "drop_prob", "attention_dropout", "dropout")
     at_random = any(isinstance(p := getattr(module, name, None), float) and p > 0 for name in chances)
     return at_random or isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
-
-
-def content_key(source: Any) -> str:
-    """Equal for equal images: of their bytes where there are any, else of their pixels."""
-    if isinstance(source, Path):
-        return _file_key(source, os.stat(source).st_mtime_ns)
-    if isinstance(source, bytes):
-        return hashlib.sha256(source).hexdigest()
-    picture = source() if callable(source) else source
-    return hashlib.sha256(f"{picture.size}{picture.mode}".encode() + picture.tobytes()).hexdigest()
-
-
-@functools.lru_cache(maxsize=1_000_000)
-def _file_key(path: Path, modified: int) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def fingerprint(model: Any, parts: Parts, processor: Any, engine: Any) -> str:

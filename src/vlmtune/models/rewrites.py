@@ -23,7 +23,9 @@ def rewrite(model: Any, device: torch.device, compute_dtype: torch.dtype) -> lis
         done.append("patch embedding as one matmul")
     if compute_dtype == torch.bfloat16 and getattr(model.config, "_attn_implementation", "") == "sdpa":
         _register()
-        model.set_attn_implementation(ATTENTION)
+        subs = {key: getattr(model.config, key) for key in model.config.sub_configs}
+        using = [key for key, own in subs.items() if own is not None and own._attn_implementation == "sdpa"]
+        model.set_attn_implementation(dict.fromkeys(["", *using], ATTENTION))
         done.append("attention in float32")
     return done
 
