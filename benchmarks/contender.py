@@ -3,6 +3,9 @@
 `trainer` is transformers' own Trainer with PEFT, written as its documentation shows; `trl` is SFTTrainer; `vlmtune` is
 `vlmtune.train` with evaluation and trackers off. All train the same rows in the same types: LoRA with r=16 on the
 language model over a frozen vision tower, or every weight.
+
+`everything` is vlmtune with W&B (offline), curves logged each step and checkpoints; `bare` is a loop of
+ten lines over the same batches, model and optimizer. The two tell what the harness around the steps costs.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import resource
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +29,7 @@ TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|d
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("contender", choices=["vlmtune", "trainer", "trl"])
+    parser.add_argument("contender", choices=list(CONTENDERS))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--table", default="one")
     parser.add_argument("--mode", choices=["lora", "full"], default="lora")
@@ -33,12 +37,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch", type=int, default=8)
     options = parser.parse_args()
-    steps, loss = {"vlmtune": with_vlmtune, "trainer": with_trainer, "trl": with_trl}[options.contender](options)
+    steps, loss = CONTENDERS[options.contender](options)
     began = float(os.environ.get("BENCH_STARTED", steps[0][0]))
     (first, _), (last, _) = steps[WARM_UP - 1], steps[-1]
     rows = sum(count for _, count in steps[WARM_UP:])
+    third = len(steps) // 3
     figures = {
         "rows_per_second": rows / (last - first),
+        "rows_per_second_at_last": sum(count for _, count in steps[-third:]) / (last - steps[-third - 1][0]),
         "seconds_to_first_step": steps[0][0] - began,
         "peak_rss_megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "first_loss": loss,
@@ -51,7 +57,72 @@ def rows_of(options: argparse.Namespace) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def with_vlmtune(options: argparse.Namespace) -> tuple[list[tuple[float, int]], float]:
+def overrides(options: argparse.Namespace, folder: str) -> list[str]:
+    return [
+        "model=auto",
+        f"model.path={options.folder / 'model'}",
+        f"adapter={'lora' if options.mode == 'lora' else 'none'}",
+        "data=csv",
+        f"data.train={options.folder / options.table}.csv",
+        "data.check_images=header",
+        f"trainer.precision={options.precision}",
+        f"trainer.max_steps={options.steps}",
+        f"trainer.batch_size={options.batch}",
+        "trainer.eval_every=null",
+        "trainer.log_every=1",
+        f"hydra.run.dir={folder}",
+    ]
+
+
+def with_everything(options: argparse.Namespace) -> tuple[list[tuple[float, int]], float]:
+    os.environ["WANDB_MODE"], os.environ["WANDB_SILENT"] = "offline", "true"
+    return with_vlmtune(options, ["tracker=wandb", f"trainer.save_every={options.steps // 3}"])
+
+
+def with_bare(options: argparse.Namespace) -> tuple[list[tuple[float, int]], float]:
+    import torch
+
+    from vlmtune import compose, preflight, session
+    from vlmtune.data import table
+    from vlmtune.data.batches import Batches
+    from vlmtune.data.encode import Encoder
+    from vlmtune.loss import summed_loss
+    from vlmtune.models import adapters, load
+    from vlmtune.models.parts import find_parts
+    from vlmtune.optim import build_optimizer, build_scheduler
+
+    config, _ = compose.read("train", [*overrides(options, tempfile.mkdtemp()), "tracker=none"])
+    engine = session.engine(config)
+    records = table.load(config.data, config.task, 0)["train"].records
+    model, processor = load.load(
+        config.model, config.quantization, device=engine.device, **session.dtypes(config, engine)
+    )
+    parts, encoder = find_parts(model), Encoder(processor)
+    batches = Batches(encoder, records, config.trainer, engine)
+    model = adapters.adapt(model, config, parts, total_steps=options.steps)
+    optimizer = build_optimizer(model, parts, config.trainer, config.optimizer)
+    scheduler = build_scheduler(optimizer, config.trainer, options.steps)
+    preflight.choose_layout(model, batches, engine)
+    preflight.choose_features(model, parts, batches, config, engine, False)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    times, losses = [], []
+    model.train()
+    for [batch] in batches.steps(0):
+        with engine.autocast():
+            loss = summed_loss(model, batch) / batch.supervised
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        scheduler.step()
+        losses.append(loss.item())
+        times.append((time.time(), batch.rows))
+    return times, losses[0]
+
+
+def with_vlmtune(
+    options: argparse.Namespace, extra: Sequence[str] = ("tracker=none", "trainer.save_every=null")
+) -> tuple[list[tuple[float, int]], float]:
     import vlmtune
 
     times: list[tuple[float, int]] = []
@@ -65,36 +136,28 @@ def with_vlmtune(options: argparse.Namespace) -> tuple[list[tuple[float, int]], 
 
     Recorder.after_step = timed  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as run:
-        vlmtune.train(
-            [
-                "model=auto",
-                f"model.path={options.folder / 'model'}",
-                f"adapter={'lora' if options.mode == 'lora' else 'none'}",
-                "data=csv",
-                f"data.train={options.folder / options.table}.csv",
-                "data.check_images=header",
-                "tracker=none",
-                f"trainer.precision={options.precision}",
-                f"trainer.max_steps={options.steps}",
-                f"trainer.batch_size={options.batch}",
-                "trainer.save_every=null",
-                "trainer.eval_every=null",
-                "trainer.log_every=1",
-                f"hydra.run.dir={run}/run",
-            ]
-        )
+        vlmtune.train([*overrides(options, f"{run}/run"), *extra])
         lines = [json.loads(line) for line in Path(run, "run", "metrics.jsonl").read_text().splitlines()]
     return times, next(line["train/loss"] for line in lines if "train/loss" in line)
 
 
-def opened(options: argparse.Namespace) -> tuple[Any, Any]:
+def opened(options: argparse.Namespace, quantized: bool = False, use_cpu: bool = True) -> tuple[Any, Any]:
     import torch
-    from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
+    from transformers import BitsAndBytesConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 
     from vlmtune.models.processors import image_only
 
     dtype = torch.bfloat16 if options.precision == "bf16" and options.mode == "lora" else torch.float32
-    model = Qwen2VLForConditionalGeneration.from_pretrained(options.folder / "model", dtype=dtype)
+    extra: dict[str, Any] = {} if use_cpu else {"device_map": {"": 0}}
+    if quantized:
+        extra["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+            llm_int8_skip_modules=["visual", "lm_head"],
+        )
+    model = Qwen2VLForConditionalGeneration.from_pretrained(options.folder / "model", dtype=dtype, **extra)
     return model, image_only(Qwen2VLProcessor).from_pretrained(options.folder / "model")
 
 
@@ -116,7 +179,7 @@ def clock(options: argparse.Namespace) -> tuple[Any, list[tuple[float, int]]]:
     return Clock(), times
 
 
-def arguments(options: argparse.Namespace) -> dict[str, Any]:
+def arguments(options: argparse.Namespace, use_cpu: bool = True) -> dict[str, Any]:
     return {
         "output_dir": tempfile.mkdtemp(),
         "per_device_train_batch_size": options.batch,
@@ -124,7 +187,7 @@ def arguments(options: argparse.Namespace) -> dict[str, Any]:
         "learning_rate": 2e-4,
         "lr_scheduler_type": "cosine",
         "bf16": options.precision == "bf16",
-        "use_cpu": True,
+        "use_cpu": use_cpu,
         "report_to": "none",
         "save_strategy": "no",
         "logging_steps": 1,
@@ -134,12 +197,14 @@ def arguments(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def with_trainer(options: argparse.Namespace) -> tuple[list[tuple[float, int]], float]:
+def with_trainer(
+    options: argparse.Namespace, quantized: bool = False, use_cpu: bool = True
+) -> tuple[list[tuple[float, int]], float]:
     from peft import get_peft_model
     from PIL import Image
     from transformers import Trainer, TrainingArguments
 
-    model, processor = opened(options)
+    model, processor = opened(options, quantized, use_cpu)
     if options.mode == "lora":
         model = get_peft_model(model, lora())
     start = processor.tokenizer("<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]
@@ -163,7 +228,7 @@ def with_trainer(options: argparse.Namespace) -> tuple[list[tuple[float, int]], 
     callback, times = clock(options)
     trainer = Trainer(
         model=model,
-        args=TrainingArguments(**arguments(options)),
+        args=TrainingArguments(**arguments(options, use_cpu)),
         train_dataset=rows_of(options),  # type: ignore[arg-type]
         data_collator=collate,
         callbacks=[callback],
@@ -195,6 +260,14 @@ def with_trl(options: argparse.Namespace) -> tuple[list[tuple[float, int]], floa
     trainer.train()
     return times, next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
 
+
+CONTENDERS = {
+    "vlmtune": with_vlmtune,
+    "trainer": with_trainer,
+    "trl": with_trl,
+    "bare": with_bare,
+    "everything": with_everything,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -19,38 +19,44 @@ TABLES = {"one": "one question an image", "whole": "all questions of an image (9
 
 
 def prepare(folder: Path, rows: int) -> None:
-    """Write the model and both tables into `folder`, unless they are there."""
+    """Write the model and both tables into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "model").exists():
-        _write_model(folder / "model")
-    for name in TABLES:
-        with (folder / f"{name}.csv").open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["image_path", "question", "answer"])
-            writer.writerows(list(_rows(name))[:rows])
+        write_model(folder / "model")
+    for name, most in (("one", 1), ("whole", 1000)):
+        write_table(folder / f"{name}.csv", rows, most)
 
 
-def _rows(name: str) -> Iterator[tuple[str, str, str]]:
+def write_table(path: Path, rows: int, per_image: int) -> None:
+    """`rows` of easy-VQA, of each image at most `per_image`."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image_path", "question", "answer"])
+        writer.writerows(list(_rows(per_image))[:rows])
+
+
+def _rows(per_image: int) -> Iterator[tuple[str, str, str]]:
     questions, answers, images = easy_vqa.get_train_questions()
     paths = easy_vqa.get_train_image_paths()
     by_image: dict[int, list[int]] = {}
     for row, image in enumerate(images):
         by_image.setdefault(image, []).append(row)
     for own in by_image.values():
-        for row in own[:1] if name == "one" else own:
+        for row in own[:per_image]:
             yield paths[images[row]], questions[row], answers[row]
 
 
-def _write_model(folder: Path) -> None:
-    """pico's sizes with Qwen2-VL's own patches, untrained."""
+def write_model(folder: Path, side: int = SIDE, layers: int = 4) -> None:
+    """pico's sizes with Qwen2-VL's own patches, untrained. `layers`: of the vision tower and of the decoder each."""
     tokenizer = pico._tokenizer()
     small = pico._config(tokenizer).to_dict()
-    vision = {**small["vision_config"], "patch_size": PATCH, "spatial_merge_size": MERGE}
+    vision = {**small["vision_config"], "patch_size": PATCH, "spatial_merge_size": MERGE, "depth": layers}
+    text = {**small["text_config"], "num_hidden_layers": layers, "layer_types": None}
     torch.manual_seed(0)
-    model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(**{**small, "vision_config": vision}))
+    model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(**{**small, "vision_config": vision, "text_config": text}))
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     images = ImageProcessor(
-        patch_size=PATCH, merge_size=MERGE, size={"shortest_edge": SIDE**2, "longest_edge": SIDE**2}
+        patch_size=PATCH, merge_size=MERGE, size={"shortest_edge": side**2, "longest_edge": side**2}
     )
     processor = image_only(Qwen2VLProcessor)(images, tokenizer, None, chat_template=pico.CHAT_TEMPLATE)
     model.save_pretrained(folder)

@@ -45,6 +45,7 @@ from vlmtune.data.batches import Batches
 from vlmtune.data.table import load as load_table
 from vlmtune.errors import ConfigError, DataError, ModelError, TrainingError
 from vlmtune.models import adapters
+from vlmtune.models.families import Family
 from vlmtune.models.features import STORES
 from vlmtune.models.load import load
 from vlmtune.models.parts import Parts, find_parts
@@ -544,6 +545,26 @@ def test_forward_passes_are_filled_by_tokens(train: Train, forwards: dict[str, l
         counts[tokens] = [forward.rows for forward in forwards["training"]]
         assert 0 <= min(out.column("train/padding_share").values()) < 0.5
     assert max(counts[50]) < max(counts[400])
+
+
+@proves("data.fast_jpeg")
+def test_large_jpegs_are_decoded_small_unless_that_is_off(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny.write_csv(tmp_path, [("What color is it?", "Red")])
+    tiny.image(1000, 800).save(tmp_path / "0.png", "JPEG")
+    sizes: set[tuple[int, int]] = set()
+    make = Family.images
+
+    def noting(self: Family, pictures: list[list[Any]]) -> Any:
+        sizes.update(picture.size for group in pictures for picture in group)
+        return make(self, pictures)
+
+    monkeypatch.setattr(Family, "images", noting)
+    for fast, size in ((True, (250, 200)), (False, (1000, 800))):
+        sizes.clear()
+        train({"data.train": str(path), "data.fast_jpeg": fast, "trainer.batch_size": 1, "trainer.max_steps": 1})
+        assert sizes == {size}
 
 
 @proves("data.cache_features", "data.cache_gb", "data.cache_folder")

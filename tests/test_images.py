@@ -7,10 +7,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
-from vlmtune.data.images import image_size, open_image
+from vlmtune.data.images import Enough, image_size, open_image
 from vlmtune.errors import DataError
 
 MOST = 10_000
@@ -231,3 +232,45 @@ def test_a_function_that_fails_or_gives_no_image() -> None:
 
     assert "cell 7" in refusal(broken)
     assert "must return a PIL image" in refusal(lambda: "a.png")
+
+
+# ---------------------------------------------------------------- large JPEGs
+
+
+def smooth(width: int, height: int) -> Image.Image:
+    """A picture with nothing finer than eight pixels."""
+    random = np.random.default_rng(0)
+    small = random.integers(0, 256, (height // 32, width // 32, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize(
+    ("enough", "size"),
+    [
+        (Enough(pixels=200 * 150), (400, 300)),  # a quarter has 4 times the pixels, an eighth just as many
+        (Enough(side=400), (800, 600)),
+        (Enough(side=450), (1600, 1200)),
+        (Enough(pixels=1600 * 1200), (1600, 1200)),
+        (Enough(), (200, 150)),
+        (None, (1600, 1200)),
+    ],
+)
+def test_a_large_jpeg_is_decoded_as_small_as_its_use_allows(enough: Enough | None, size: tuple[int, int]) -> None:
+    file = io.BytesIO()
+    smooth(1600, 1200).save(file, "JPEG", quality=95)
+    found = open_image(file.getvalue(), 10**8, enough)
+    assert found.size == size
+    target = (100, 75)
+    whole = open_image(file.getvalue(), 10**8).resize(target, Image.Resampling.BICUBIC)
+    small = found.resize(target, Image.Resampling.BICUBIC)
+    assert np.abs(np.asarray(whole, float) - np.asarray(small, float)).mean() < 2
+
+
+def test_a_turned_jpeg_is_reduced_and_upright_and_other_formats_stay_whole() -> None:
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
+    file, other = io.BytesIO(), io.BytesIO()
+    smooth(800, 400).save(file, "JPEG", exif=turned)
+    smooth(800, 400).save(other, "PNG")
+    assert open_image(file.getvalue(), 10**8, Enough(side=100)).size == (200, 400)
+    assert open_image(other.getvalue(), 10**8, Enough(side=100)).size == (800, 400)

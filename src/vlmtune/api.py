@@ -111,6 +111,7 @@ class Predictor:
             system_prompt=config.model.system_prompt,
             max_image_pixels=config.data.max_image_pixels,
             supervise=config.data.supervise,
+            fast_jpeg=config.data.fast_jpeg,
         )
 
     def predict(self, frame: pd.DataFrame) -> pd.DataFrame:

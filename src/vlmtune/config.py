@@ -182,6 +182,9 @@ class DataConfig:
     """With on_bad_row=drop: the share of bad rows above which the run stops all the same."""
     check_images: str = one_of("decode", "header")
     """Before the model loads, decode each image once, or read only its header (for very large sets)."""
+    fast_jpeg: bool = True
+    """Decode a JPEG that the model sees much smaller at a half, a quarter or an eighth of its size. Pixels then differ
+    a little from those of the whole image scaled down."""
     cache_features: str = one_of("auto", "off", "memory", "disk")
     """Keep what a frozen vision tower and projector make of each image: in memory, or on disk as well, where later
     runs find it. `auto`: in memory on a CPU, where images are needed more than once."""

@@ -51,6 +51,7 @@ def train(config: Config, folder: Path | None) -> dict[str, Any]:
         system_prompt=config.model.system_prompt,
         max_image_pixels=config.data.max_image_pixels,
         supervise=config.data.supervise,
+        fast_jpeg=config.data.fast_jpeg,
     )
     batches = Batches(encoder, splits["train"].records, config.trainer, engine)
     model = adapters.adapt(model, config, parts, total_steps=batches.total_steps)

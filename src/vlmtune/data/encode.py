@@ -23,6 +23,7 @@ from vlmtune.data.images import image_size, open_image
 from vlmtune.data.records import Record
 from vlmtune.errors import DataError, ModelError
 from vlmtune.models.families import family_of
+from vlmtune.models.image_budget import enough
 
 if TYPE_CHECKING:
     from vlmtune.models.features import Features
@@ -97,11 +98,13 @@ class Encoder:
         system_prompt: str | None = None,
         max_image_pixels: int = 100_000_000,
         supervise: str = "last",
+        fast_jpeg: bool = True,
     ):
         self.processor = processor
         self.system_prompt = system_prompt
         self.max_image_pixels = max_image_pixels
         self.supervise = supervise
+        self.enough = enough(processor) if fast_jpeg else None
         if not getattr(processor, "chat_template", None):
             raise ModelError(
                 f"{type(processor).__name__} has no chat template, so prompts can't be written as it expects"
@@ -248,7 +251,7 @@ class Encoder:
     def by_the_processor(self, record: Record) -> Any:
         """What the family's processor makes of an answered row by itself, called as its documentation does."""
         text, _ = self.render(record, answered=True)
-        pictures = [open_image(source, self.max_image_pixels) for source in record.images]
+        pictures = [open_image(source, self.max_image_pixels, self.enough) for source in record.images]
         bos, own = self.tokenizer.bos_token, self.processor.tokenizer
         self.processor.tokenizer = self.tokenizer  # reads a user's markers as text
         try:
@@ -330,7 +333,7 @@ class Encoder:
 
         def opened(index: int) -> Any:
             try:
-                return open_image(sources[index], self.max_image_pixels)
+                return open_image(sources[index], self.max_image_pixels, self.enough)
             except DataError as error:
                 raise DataError(f"{owner[index].place}: {error}") from error
 

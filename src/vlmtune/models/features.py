@@ -126,7 +126,7 @@ class Features:
         self.model, self.engine = base_of(model), engine
         self.budget = config.cache_gb * 1e9
         folder = None
-        mark = fingerprint(self.model, parts, processor, engine)
+        mark = fingerprint(self.model, parts, processor, engine, config.fast_jpeg)
         if config.cache_features == "disk":
             folder = Path(config.cache_folder or default_folder()).expanduser() / "features" / mark
         self.store = STORES.setdefault((mark, folder), Store(folder))
@@ -209,7 +209,7 @@ def _varies(module: torch.nn.Module) -> bool:
     return at_random or isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
 
 
-def fingerprint(model: Any, parts: Parts, processor: Any, engine: Any) -> str:
+def fingerprint(model: Any, parts: Parts, processor: Any, engine: Any, fast_jpeg: bool = True) -> str:
     """A hash of all that an image's features depend on, the image excepted."""
     import transformers
 
@@ -223,6 +223,7 @@ def fingerprint(model: Any, parts: Parts, processor: Any, engine: Any) -> str:
         json.dumps({k: v for k, v in vars(processor).items() if isinstance(v, int | float | str | bool)}, default=str),
         str(engine.mixed_precision),
         engine.device.type,
+        str(fast_jpeg),
     ]
     digest = hashlib.sha256("\n".join(described).encode())
     for name, value in sorted(model.state_dict().items()):
