@@ -1,4 +1,4 @@
-"""Time to prepare large images with and without reduced decoding of JPEGs: `python benchmarks/images.py`, one thread."""
+"""Time to prepare large images, with JPEGs decoded whole and reduced, on one thread: `python benchmarks/images.py`."""
 
 from __future__ import annotations
 

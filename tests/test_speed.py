@@ -16,6 +16,7 @@ import tiny
 import tiny_families
 from test_families import SHARED
 from vlmtune import compose
+from vlmtune import loss as losses
 from vlmtune.config import Config, DataConfig, GenerationConfig, ModelConfig, TrainerConfig
 from vlmtune.data import table
 from vlmtune.data.batch import padded, shared
@@ -200,6 +201,32 @@ def test_equal_images_share_their_features_by_content(tmp_path: Path) -> None:
     assert a == b != c
     assert kept.content_key((tmp_path / "a.png").read_bytes()) == a
     assert kept.content_key(tiny.image(seed=1)) == kept.content_key(lambda: tiny.image(seed=1))
+
+
+# ---------------------------------------------------------------- logits in chunks
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_chunks_of_logits_give_the_whole_loss(
+    family: str, encoder_of: Callable[[str], Encoder], model_of: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder, model = encoder_of(family), model_of(family)
+    for make in [padded, *([shared] if family in SHARED else [])]:
+        batch = make(encoder, rows(encoder))
+        monkeypatch.setattr(losses, "MOST_LOGITS", 2**40)
+        loss, gradient = loss_and_gradient(model, batch)
+        widest: list[int] = []
+        head = model.get_output_embeddings()
+        hook = head.register_forward_hook(lambda m, args, out, seen=widest: seen.append(out.shape[:-1].numel()))
+        monkeypatch.setattr(losses, "MOST_LOGITS", 3 * head.weight.shape[0])
+        found, other = loss_and_gradient(model, batch)
+        hook.remove()
+        assert found == pytest.approx(loss, rel=1e-5)
+        assert (other - gradient).norm() <= 1e-5 * gradient.norm()
+        capped = losses._after_the_head(model.config)
+        assert capped == (family in {"paligemma2", "aya_vision"})
+        assert (batch.supervised in widest) == capped
+        assert (widest.count(3) >= batch.supervised // 3) == (not capped)
 
 
 # ---------------------------------------------------------------- batches by tokens
