@@ -18,7 +18,8 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,10 @@ def main() -> None:
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--profile", action="store_true", help="print where the time goes; for few steps")
     options = parser.parse_args()
-    steps, loss = CONTENDERS[options.contender](options)
+    with profiled() if options.profile else nullcontext():
+        steps, loss = CONTENDERS[options.contender](options)
     began = float(os.environ.get("BENCH_STARTED", steps[0][0]))
     (first, _), (last, _) = steps[WARM_UP - 1], steps[-1]
     rows = sum(count for _, count in steps[WARM_UP:])
@@ -50,6 +53,15 @@ def main() -> None:
         "first_loss": loss,
     }
     print(json.dumps(figures))
+
+
+@contextmanager
+def profiled() -> Iterator[None]:
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        yield
+    print(found.key_averages().table(sort_by="self_cpu_time_total", row_limit=25), file=sys.stderr)
 
 
 def rows_of(options: argparse.Namespace) -> list[dict[str, str]]:
