@@ -104,12 +104,12 @@ class Encoder:
         self.system_prompt = system_prompt
         self.max_image_pixels = max_image_pixels
         self.supervise = supervise
-        self.enough = enough(processor) if fast_jpeg else None
         if not getattr(processor, "chat_template", None):
             raise ModelError(
                 f"{type(processor).__name__} has no chat template, so prompts can't be written as it expects"
             )
         self.family = family_of(processor)
+        self.enough = enough(processor) if fast_jpeg else None
         self.features: Features | None = None
         """Computes frozen features in place of pixels, once it is set."""
         self.tokenizer, self.stand_ins = with_stand_ins(processor.tokenizer, self.markers())
