@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
@@ -21,7 +22,7 @@ from vlmtune.config import Config, DataConfig, GenerationConfig, ModelConfig, Tr
 from vlmtune.data import table
 from vlmtune.data.batch import padded, shared
 from vlmtune.data.batches import Batches
-from vlmtune.data.encode import Encoder
+from vlmtune.data.encode import IGNORE, Encoder
 from vlmtune.data.records import Record
 from vlmtune.errors import ConfigError
 from vlmtune.evaluation import Draft
@@ -57,6 +58,23 @@ def family_encoder(encoder_of: Callable[[str], Encoder]) -> Any:
     yield encoder
     for each in used:
         each.features = None
+
+
+@pytest.fixture
+def adapted(checkpoint_of: Callable[[str], Path]) -> Callable[[str, str], Any]:
+    """A family's model with LoRA, B drawn too: it starts as zero, and A would get no gradient."""
+
+    def model(family: str, quantization: str) -> Any:
+        config = tiny.config(checkpoint_of(family), adapter=tiny.LORA)
+        types = {"dtype": torch.float32, "compute_dtype": torch.float32, "device": torch.device("cpu")}
+        opened, _ = load(config.model, {"none": tiny.NONE, **tiny.QUANTIZED}[quantization], **types)
+        made = adapt(opened, config, find_parts(opened), total_steps=2).eval()
+        for parameter in made.parameters():
+            if parameter.requires_grad:
+                nn.init.normal_(parameter, std=0.02)
+        return made
+
+    return model
 
 
 def frozen(model: Any) -> Any:
@@ -109,16 +127,9 @@ def test_features_equal_pixels(family: str, family_encoder: Any, model_of: Calla
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 @pytest.mark.parametrize("family", ["qwen2_vl", "llava"])
 def test_features_equal_pixels_under_lora(
-    family: str, quantization: str, family_encoder: Any, checkpoint_of: Callable[[str], Path]
+    family: str, quantization: str, family_encoder: Any, adapted: Callable[..., Any]
 ) -> None:
-    encoder = family_encoder(family)
-    config = tiny.config(checkpoint_of(family), adapter=tiny.LORA)
-    types = {"dtype": torch.float32, "compute_dtype": torch.float32, "device": torch.device("cpu")}
-    model, _ = load(config.model, {"none": tiny.NONE, **tiny.QUANTIZED}[quantization], **types)
-    model = adapt(model, config, find_parts(model), total_steps=2).eval()
-    for parameter in model.parameters():  # B starts as zero, and A would get no gradient
-        if parameter.requires_grad:
-            nn.init.normal_(parameter, std=0.02)
+    encoder, model = family_encoder(family), adapted(family, quantization)
     loss, gradient = loss_and_gradient(model, padded(encoder, rows(encoder)))
     encoder.features = features_of(model, encoder)
     found, other = loss_and_gradient(model, padded(encoder, rows(encoder)))
@@ -201,6 +212,62 @@ def test_equal_images_share_their_features_by_content(tmp_path: Path) -> None:
     assert a == b != c
     assert kept.content_key((tmp_path / "a.png").read_bytes()) == a
     assert kept.content_key(tiny.image(seed=1)) == kept.content_key(lambda: tiny.image(seed=1))
+
+
+# ---------------------------------------------------------------- the last layer, where labels need it
+
+
+def whole_loss(model: Any, batch: Any) -> tuple[float, Tensor]:
+    """As `loss_and_gradient`, from the logits of every place, as transformers computes them."""
+    model.zero_grad(set_to_none=True)
+    logits = model(**losses.model_inputs(model, batch)).logits[:, :-1].float()
+    loss = F.cross_entropy(logits.flatten(0, 1), batch.labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum")
+    loss.backward()
+    return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_last_layer_serves_supervised_tokens_only(
+    family: str, encoder_of: Callable[[str], Encoder], model_of: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder, model = encoder_of(family), model_of(family).train()
+    narrowed = losses.last_token_wise(model)
+    assert len(narrowed) == 2
+    for make in [padded, *([shared] if family in SHARED else [])]:
+        batch = make(encoder, rows(encoder))
+        loss, gradient = whole_loss(model, batch)
+        seen: list[int] = []
+
+        def note(module: Any, args: Any, out: Any, seen: list[int] = seen) -> None:
+            seen.append(args[0].shape[:-1].numel())
+
+        hooks = [module.register_forward_hook(note) for module in narrowed]
+        found, other = loss_and_gradient(model, batch)
+        for hook in hooks:
+            hook.remove()
+        assert seen == [batch.supervised] * 2
+        assert found == pytest.approx(loss, rel=1e-5)
+        assert (other - gradient).norm() <= 1e-5 * gradient.norm()
+    with monkeypatch.context() as planted:  # an earlier layer's tokens are read by the last one's attention
+        first = model.get_decoder().layers[0]
+        planted.setattr(losses, "last_token_wise", lambda base: [first.mlp])
+        found, other = loss_and_gradient(model, batch)
+        assert (other - gradient).norm() > 1e-3 * gradient.norm()
+    model.get_decoder().layers[-1].gradient_checkpointing = True
+    assert losses.last_token_wise(model) == []
+    assert len(losses.last_token_wise(model.eval())) == 2
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_the_last_layer_under_lora(
+    quantization: str, encoder_of: Callable[[str], Encoder], adapted: Callable[..., Any]
+) -> None:
+    encoder, model = encoder_of("qwen2_vl"), adapted("qwen2_vl", quantization)
+    batch = shared(encoder, rows(encoder))
+    loss, gradient = whole_loss(model, batch)
+    found, other = loss_and_gradient(model, batch)
+    assert found == pytest.approx(loss, rel=1e-5)
+    assert (other - gradient).norm() <= 1e-5 * gradient.norm()
 
 
 # ---------------------------------------------------------------- logits in chunks
