@@ -99,22 +99,22 @@ def with_bare(options: argparse.Namespace) -> tuple[list[tuple[float, int]], flo
     from vlmtune.data.batches import Batches
     from vlmtune.data.encode import Encoder
     from vlmtune.loss import summed_loss
-    from vlmtune.models import adapters, load
+    from vlmtune.models import adapters, load, rewrites
     from vlmtune.models.parts import find_parts
     from vlmtune.optim import build_optimizer, build_scheduler
 
     config, _ = compose.read("train", [*overrides(options, tempfile.mkdtemp()), "tracker=none"])
     engine = session.engine(config)
     records = table.load(config.data, config.task, 0)["train"].records
-    model, processor = load.load(
-        config.model, config.quantization, device=engine.device, **session.dtypes(config, engine)
-    )
+    dtypes = session.dtypes(config, engine)
+    model, processor = load.load(config.model, config.quantization, device=engine.device, **dtypes)
     parts, encoder = find_parts(model), Encoder(processor)
+    encoder.pad_to_multiple_of = rewrites.length_multiple(engine.device, dtypes["compute_dtype"])
     batches = Batches(encoder, records, config.trainer, engine)
     model = adapters.adapt(model, config, parts, total_steps=options.steps)
     optimizer = build_optimizer(model, parts, config.trainer, config.optimizer)
     scheduler = build_scheduler(optimizer, config.trainer, options.steps)
-    preflight.choose_layout(model, batches, engine)
+    preflight.choose_layout(model, batches, engine, False)
     preflight.choose_features(model, parts, batches, config, engine, False)
     trained = [p for p in model.parameters() if p.requires_grad]
     times, losses = [], []

@@ -17,7 +17,8 @@ import vlmtune
 from vlmtune.data import table
 from vlmtune.evaluation import evaluate
 from vlmtune.generate import generate
-from vlmtune.models.features import STORES, Features
+from vlmtune.models.features import Features
+from vlmtune.models.image_cache import STORES
 from vlmtune.models.parts import find_parts
 
 
@@ -39,11 +40,11 @@ def main() -> None:
 
     def evaluated() -> list[str]:
         STORES.clear()  # each round computes its features
-        encoder.features = Features(model, find_parts(model), encoder.processor, data, engine)
+        encoder.image_cache = Features(model, find_parts(model), encoder.processor, data, engine)
         try:
             found = evaluate(model, encoder, rows, config, engine, title="", share=True, share_answers=True)
         finally:
-            encoder.features = None
+            encoder.image_cache = None
         return found.predictions
 
     ways: dict[str, Callable[[], list[str]]] = {

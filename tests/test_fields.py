@@ -10,6 +10,7 @@ import ast
 import csv
 import dataclasses
 import functools
+import importlib
 import json
 import math
 import os
@@ -46,7 +47,7 @@ from vlmtune.data.table import load as load_table
 from vlmtune.errors import ConfigError, DataError, ModelError, TrainingError
 from vlmtune.models import adapters
 from vlmtune.models.families import Family
-from vlmtune.models.features import STORES
+from vlmtune.models.image_cache import STORES
 from vlmtune.models.load import load
 from vlmtune.models.parts import Parts, find_parts
 from vlmtune.optim import build_optimizer
@@ -545,6 +546,23 @@ def test_forward_passes_are_filled_by_tokens(train: Train, forwards: dict[str, l
         counts[tokens] = [forward.rows for forward in forwards["training"]]
         assert 0 <= min(out.column("train/padding_share").values()) < 0.5
     assert max(counts[50]) < max(counts[400])
+
+
+@pytest.mark.parametrize("share", ["off", "on"])
+def test_schedules_end_with_the_steps_of_the_layout_that_was_chosen(
+    train: Train, monkeypatch: pytest.MonkeyPatch, share: str
+) -> None:
+    """Of 12 rows of some 50 tokens, four fit into 220; of the four images with three rows each, one."""
+    told: list[int] = []
+    allocator = importlib.import_module("peft.tuners.adalora.layer").RankAllocator
+    monkeypatch.setattr(allocator, "set_total_step", lambda self, steps: told.append(steps))
+    changes = {"trainer.max_steps": None, "trainer.epochs": 2.0, "trainer.batch_tokens": 220}
+    adapter = {"method": "adalora", "parts": ["language"], "target_modules": ["q_proj"], "tinit": 1, "tfinal": 1}
+    out = train({**changes, "trainer.share_prefix": share, "adapter": {**adapter, "init_r": 4, "target_r": 2}})
+    rates = out.column("train/learning_rate")
+    assert told == [out.result["steps"]] == [max(rates)]
+    assert 0 < rates[max(rates)] < min(rate for step, rate in rates.items() if 1 < step < max(rates))
+    assert told == [{"off": 6, "on": 8}[share]]
 
 
 @proves("data.fast_jpeg")

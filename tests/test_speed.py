@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -23,17 +24,20 @@ from vlmtune.data import table
 from vlmtune.data.batch import padded, shared
 from vlmtune.data.batches import Batches
 from vlmtune.data.encode import IGNORE, Encoder
+from vlmtune.data.images import content_key
 from vlmtune.data.records import Record
-from vlmtune.errors import ConfigError
+from vlmtune.errors import ConfigError, DataError
 from vlmtune.evaluation import Draft
 from vlmtune.generate import generate
 from vlmtune.loss import summed_loss, supervised_logits
 from vlmtune.models import features as kept
+from vlmtune.models import image_cache
 from vlmtune.models.adapters import adapt
 from vlmtune.models.features import Features
+from vlmtune.models.image_cache import Pixels, pixels_mark
 from vlmtune.models.load import load
 from vlmtune.models.parts import find_parts
-from vlmtune.models.rewrites import ATTENTION, PatchMatmul
+from vlmtune.models.rewrites import ATTENTION, PatchMatmul, keep_freed_memory, length_multiple
 from vlmtune.preflight import answers_agree, choose_features
 
 FAMILIES = [*tiny.FAMILIES, *tiny_families.FAMILIES]
@@ -43,7 +47,7 @@ SIZES = ((56, 56), (100, 60), (40, 112))
 
 @pytest.fixture(autouse=True)
 def empty() -> None:
-    kept.STORES.clear()
+    image_cache.STORES.clear()
 
 
 @pytest.fixture
@@ -57,7 +61,7 @@ def family_encoder(encoder_of: Callable[[str], Encoder]) -> Any:
 
     yield encoder
     for each in used:
-        each.features = None
+        each.image_cache = None
 
 
 @pytest.fixture
@@ -113,7 +117,7 @@ def test_features_equal_pixels(family: str, family_encoder: Any, model_of: Calla
     assert kept.refusal(model, find_parts(model)) is None
     layouts = [padded, *([shared] if family in SHARED else [])]
     wanted = [loss_and_gradient(model, make(encoder, rows(encoder))) for make in layouts]
-    encoder.features = features_of(model, encoder)
+    encoder.image_cache = features_of(model, encoder)
     for _ in range(2):  # computed, then found
         for make, (loss, gradient) in zip(layouts, wanted, strict=True):
             batch = make(encoder, rows(encoder))
@@ -121,7 +125,7 @@ def test_features_equal_pixels(family: str, family_encoder: Any, model_of: Calla
             found, other = loss_and_gradient(model, batch)
             assert found == pytest.approx(loss, rel=1e-5)
             assert (other - gradient).norm() <= 1e-5 * gradient.norm()
-    assert encoder.features.computed == 4  # three images and a pair
+    assert encoder.image_cache.computed == 4  # three images and a pair
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
@@ -131,7 +135,7 @@ def test_features_equal_pixels_under_lora(
 ) -> None:
     encoder, model = family_encoder(family), adapted(family, quantization)
     loss, gradient = loss_and_gradient(model, padded(encoder, rows(encoder)))
-    encoder.features = features_of(model, encoder)
+    encoder.image_cache = features_of(model, encoder)
     found, other = loss_and_gradient(model, padded(encoder, rows(encoder)))
     assert found == pytest.approx(loss, rel=1e-5)
     assert (other - gradient).norm() <= 1e-5 * gradient.norm()
@@ -149,14 +153,12 @@ def test_features_are_chosen_with_the_reason(family_encoder: Any, model_of: Call
     encoder, model = family_encoder("llava"), frozen(model_of("llava"))
     assert "computed each time (data.cache_features=off)" in chosen(model, encoder, "off")
     assert "each image is needed once" in chosen(model, encoder, "auto", evaluated=False)
-    assert encoder.features is None
+    assert encoder.image_cache is None
     assert "kept in memory (loss differs by" in chosen(model, encoder, "auto")
-    assert encoder.features is not None
-    encoder.features = None
+    assert encoder.image_cache is not None
+    encoder.image_cache = None
     model.requires_grad_(True)
     assert "the projector and the vision train" in chosen(model, encoder, "auto")
-    with pytest.raises(ConfigError, match=r"data\.cache_features=memory: the projector and the vision train"):
-        chosen(model, encoder, "memory")
     frozen(model).model.vision_tower.append = nn.Dropout(0.1)
     assert "gives an image other features each time" in chosen(model, encoder, "auto")
 
@@ -164,7 +166,7 @@ def test_features_are_chosen_with_the_reason(family_encoder: Any, model_of: Call
 def test_the_check_finds_features_of_another_image(
     family_encoder: Any, model_of: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kept, "content_key", lambda source: "one for all")
+    monkeypatch.setattr(image_cache, "_key", lambda source, opened: "one for all")
     assert "computed each time (loss differs by" in chosen(frozen(model_of("llava")), family_encoder("llava"), "auto")
 
 
@@ -174,10 +176,10 @@ def test_features_on_disk_come_back_bit_equal(
     encoder, model = family_encoder("qwen3_vl"), model_of("qwen3_vl")
     found = []
     for _ in range(2):
-        kept.STORES.clear()
-        encoder.features = features_of(model, encoder, cache_features="disk", cache_folder=str(tmp_path))
+        image_cache.STORES.clear()
+        encoder.image_cache = features_of(model, encoder, cache_features="disk", cache_folder=str(tmp_path))
         found.append(padded(encoder, rows(encoder)).inputs)
-    assert encoder.features.computed == 0
+    assert encoder.image_cache.computed == 0
     outputs = [vars(inputs["mm_encoder_outputs"]["image"]) for inputs in found]
     assert outputs[0].keys() == outputs[1].keys() == {"pooler_output", "deepstack_features"}
     torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=0)
@@ -208,10 +210,71 @@ def test_what_features_depend_on_is_in_their_fingerprint(family_encoder: Any, mo
 def test_equal_images_share_their_features_by_content(tmp_path: Path) -> None:
     for name, seed in (("a.png", 1), ("b.png", 1), ("c.png", 2)):
         tiny.image(seed=seed).save(tmp_path / name)
-    a, b, c = (kept.content_key(tmp_path / name) for name in ("a.png", "b.png", "c.png"))
+    a, b, c = (content_key(tmp_path / name) for name in ("a.png", "b.png", "c.png"))
     assert a == b != c
-    assert kept.content_key((tmp_path / "a.png").read_bytes()) == a
-    assert kept.content_key(tiny.image(seed=1)) == kept.content_key(lambda: tiny.image(seed=1))
+    assert content_key((tmp_path / "a.png").read_bytes()) == a
+
+
+def test_pictures_are_told_apart_by_their_pixels_as_opened() -> None:
+    keys = [
+        image_cache._key(source, lambda seed=seed: tiny.image(seed=seed))
+        for source, seed in (("a", 1), ("b", 1), ("a", 2))
+    ]
+    assert keys[0] == keys[1] != keys[2]  # one function may give another picture each time
+
+
+def test_a_file_that_vanished_is_told_with_its_row(
+    family_encoder: Any, model_of: Callable[[str], Any], tmp_path: Path
+) -> None:
+    encoder = family_encoder("llava")
+    encoder.image_cache = features_of(model_of("llava"), encoder)
+    record = tiny.record("What?", "this", [tmp_path / "gone.png"])
+    with pytest.raises(DataError, match=f"{record.place}: no such image: .*gone.png"):
+        padded(encoder, [record])
+
+
+def test_one_mark_is_kept_at_a_time(family_encoder: Any, model_of: Callable[[str], Any]) -> None:
+    encoder, model = family_encoder("llava"), model_of("llava")
+    first = features_of(model, encoder)
+    assert features_of(model, encoder).store is first.store
+    with torch.no_grad():
+        model.model.multi_modal_projector.linear_1.weight[0, 0] += 1
+    features_of(model, encoder)
+    assert len(image_cache.STORES) == 1
+    assert features_of(model_of("llava"), encoder).store is not first.store
+
+
+# ---------------------------------------------------------------- pixels, where features can't be kept
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kept_pixels_equal_those_made_anew(family: str, family_encoder: Any, tmp_path: Path) -> None:
+    encoder = family_encoder(family)
+    layouts = [padded, *([shared] if family in SHARED else [])]
+    wanted = [make(encoder, rows(encoder)) for make in layouts]
+    for _ in range(2):  # written, then read
+        image_cache.STORES.clear()
+        config = DataConfig(cache_features="disk", cache_folder=str(tmp_path))
+        encoder.image_cache = Pixels(pixels_mark(encoder.processor, True), config)
+        for _ in range(2):
+            for make, plain in zip(layouts, wanted, strict=True):
+                batch = make(encoder, rows(encoder))
+                torch.testing.assert_close(vars(batch), vars(plain), rtol=0, atol=0)
+    assert encoder.image_cache.computed == 0
+
+
+def test_pixels_are_kept_on_demand_where_the_tower_trains(
+    family_encoder: Any, model_of: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder, model = family_encoder("llava"), model_of("llava")
+    assert "computed each time (the projector and the vision train)" in chosen(model, encoder, "auto")
+    assert "but pixels are, in memory (bit-equal" in chosen(model, encoder, "memory")
+    assert type(encoder.image_cache) is Pixels
+    encoder.image_cache = None
+    image_cache.STORES.clear()
+    monkeypatch.setattr(image_cache, "_key", lambda source, opened: "one for all")
+    with pytest.raises(ConfigError, match="pixels differ from those made anew; use auto or off"):
+        chosen(model, encoder, "memory")
 
 
 # ---------------------------------------------------------------- the last layer, where labels need it
@@ -376,12 +439,12 @@ def test_drafts_are_what_generation_writes(make: Any, pico: tuple[Any, Encoder, 
     own = answers(model, encoder, records, share=False)
     assert answers(model, encoder, records, share=True) == own
     batch = make(encoder, records)
-    logits, _ = supervised_logits(model, batch)
-    drafted = Draft(model, encoder, GenerationConfig(max_new_tokens=6)).answers(records, batch, logits)
+    likely = supervised_logits(model, batch)[0].argmax(-1).tolist()
+    drafted = Draft(model, encoder, GenerationConfig(max_new_tokens=6)).answers(records, batch, likely)
     right = [answer if answer == record.answers[0] else None for answer, record in zip(own, records, strict=True)]
     assert drafted == right
     assert 0 < drafted.count(None) < len(records)
-    never = Draft(model, encoder, GenerationConfig(max_new_tokens=1)).answers(records, batch, logits)
+    never = Draft(model, encoder, GenerationConfig(max_new_tokens=1)).answers(records, batch, likely)
     assert never == [None] * len(records)
 
 
@@ -411,6 +474,26 @@ def test_a_convolution_of_single_patches_is_a_matmul() -> None:
             module.zero_grad()
             out.square().sum().backward()
         torch.testing.assert_close(fast.weight.grad, plain.weight.grad, rtol=1e-4, atol=1e-3)
+
+
+def test_lengths_are_rounded_up_where_new_shapes_cost(family_encoder: Any, model_of: Callable[[str], Any]) -> None:
+    encoder, model, cpu = family_encoder("qwen2_vl"), model_of("qwen2_vl"), torch.device("cpu")
+    assert length_multiple(cpu, torch.float32) == length_multiple(torch.device("cuda"), torch.bfloat16) == 1
+    for make in (padded, shared):
+        plain = make(encoder, rows(encoder))
+        encoder.pad_to_multiple_of = length_multiple(cpu, torch.bfloat16)
+        longer = make(encoder, rows(encoder))
+        encoder.pad_to_multiple_of = 1
+        assert longer.input_ids.shape[1] % 16 == 0
+        assert 0 < longer.input_ids.shape[1] - plain.input_ids.shape[1] < 16
+        loss, gradient = loss_and_gradient(model, plain)
+        found, other = loss_and_gradient(model, longer)
+        assert found == pytest.approx(loss, rel=1e-5)
+        assert (other - gradient).norm() <= 1e-5 * gradient.norm()
+
+
+def test_freed_memory_is_kept_by_this_c_library() -> None:
+    assert keep_freed_memory() == (platform.libc_ver()[0] == "glibc")
 
 
 def test_a_model_on_a_cpu_is_rewritten_and_equal(

@@ -379,5 +379,5 @@ def assemble(config: Config, rows: Sequence[Record]) -> Run:
     session.prepare_checkpointing(model, config.trainer)
     optimizer = build_optimizer(model, parts, config.trainer, config.optimizer)
     scheduler = build_scheduler(optimizer, config.trainer, batches.total_steps)
-    preflight.choose_layout(model, batches, engine)
+    preflight.choose_layout(model, batches, engine, True)
     return Run(config, engine, model, processor, parts, encoder, batches, optimizer, scheduler)

@@ -93,15 +93,12 @@ class Draft:
         self.never = arguments["suppress_tokens"]
         self.longest = generation.max_new_tokens
 
-    def answers(self, records: Sequence[Record], batch: Batch, logits: torch.Tensor) -> list[str | None]:
-        """The answer of each record of `batch`, None where it must be generated. `logits` [N, V] are those of
-        `supervised_logits`.
+    def answers(self, records: Sequence[Record], batch: Batch, likely: list[int]) -> list[str | None]:
+        """The answer of each record of `batch`, None where it must be generated. `likely`: of each supervised token,
+        row by row, the one that greedy search would write there.
         """
         if not self.usable:
             return [None] * len(records)
-        logits = logits.clone()
-        logits[:, self.never] = -math.inf
-        likely = logits.argmax(-1).tolist()
         rows = torch.arange(len(batch.labels))[:, None].expand_as(batch.labels)
         owners = rows if batch.branches is None else rows * (int(batch.branches.max()) + 1) + batch.branches.cpu()
         labels = batch.labels[:, 1:].cpu()
@@ -119,6 +116,10 @@ class Draft:
         if not whole or self.ends & set(targets[:-1]) or any(target != token for target, token in pairs):
             return None
         return self.encoder.decode([targets])[0]
+
+
+PIECE = 256
+"""Tokens whose logits are held in float32 at once."""
 
 
 @torch.no_grad()
@@ -142,9 +143,14 @@ def loss_and_drafts(
         batch = make(encoder, rows).to(engine.device)
         with engine.autocast():
             logits, targets = supervised_logits(model, batch)
-        loss += float(F.cross_entropy(logits.float(), targets, reduction="sum"))
-        tokens += batch.supervised
-        answers += draft.answers(rows, batch, logits)
+        likely: list[int] = []
+        for part, wanted in zip(logits.split(PIECE), targets.split(PIECE), strict=True):
+            values = part.float()
+            loss += float(F.cross_entropy(values, wanted, reduction="sum"))
+            values[:, draft.never] = -math.inf
+            likely += values.argmax(-1).tolist()
+        tokens += len(likely)
+        answers += draft.answers(rows, batch, likely)
         advance(batch.rows)
     model.train(was_training)
     return loss, tokens, answers

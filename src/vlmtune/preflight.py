@@ -140,7 +140,7 @@ def check_gradients(model: Any, encoder: Encoder, records: Sequence[Record], eng
     return f"gradients  reach {trained - len(without)} of {trained} trainable tensors and no frozen one{note}"
 
 
-def choose_layout(model: Any, batches: Batches, engine: Any) -> str:
+def choose_layout(model: Any, batches: Batches, engine: Any, evaluated: bool) -> str:
     """Choose between padded and shared batches by `trainer.share_prefix`; returns the choice with its reason.
 
     `auto` compares loss and gradients of both on a few rows of the user's own, on his own model. Families whose
@@ -157,7 +157,7 @@ def choose_layout(model: Any, batches: Batches, engine: Any) -> str:
     if not fits and wish == "on":
         raise ConfigError(f"trainer.share_prefix=on: {evidence}; use auto or off")
     batches.use_layout(share=fits)
-    if fits:
+    if fits and evaluated:
         batches.share_answers = session.all_ranks(answers_agree(model, batches.encoder, probe, engine), engine)
     return f"batches    {'shared, each image once' if fits else 'padded, one row each'} ({evidence})"
 
@@ -183,45 +183,76 @@ def layouts_agree(model: Any, encoder: Encoder, records: list[Record], engine: A
 
 
 def choose_features(model: Any, parts: Parts, batches: Batches, config: Config, engine: Any, evaluated: bool) -> str:
-    """Let the encoder keep image features by `data.cache_features`; returns the choice with its reason.
+    """Let the encoder keep image features by `data.cache_features`, or the processor's pixels where features can't be
+    kept and a cache is asked for; returns the choice with its reason.
 
     Raises ConfigError where it is asked for and this model or run can't.
     """
     from vlmtune.models.features import Features, refusal
+    from vlmtune.models.image_cache import Pixels, pixels_mark
 
     wish, encoder = config.data.cache_features, batches.encoder
-    passes = batches.total_steps / batches.order.steps_per_epoch
-    reason = refusal(model, parts)
     sample = [record for record in batches.sample(4) if record.images]
-    if reason is None and batches.streamed:
-        reason = "rows of a stream are seen once"
-    elif reason is None and not sample:
-        reason = "these rows have no images"
-    if wish == "auto" and reason is None:
-        if engine.device.type != "cpu":
-            reason = "auto: only on a CPU"
-        elif passes <= 1 and not evaluated:
-            reason = "auto: each image is needed once"
+    if reason := _needs_no_cache(wish, batches, sample, engine, evaluated):
+        return _uncached(wish, reason)
+    refused = refusal(model, parts)
+    if refused and wish == "auto":
+        return _uncached(wish, refused)
+    cache = Pixels(pixels_mark(encoder.processor, config.data.fast_jpeg), config.data)
+    if refused is None:
+        cache = Features(model, parts, encoder.processor, config.data, engine)
+
+    def plain() -> Batch:
+        return padded(encoder, sample)
+
+    def kept() -> Batch:
+        encoder.image_cache = cache
+        try:
+            return padded(encoder, sample)
+        finally:
+            encoder.image_cache = None
+
+    if refused is None:
+        fits, evidence = _agree(model, engine, plain, kept, "features in place of pixels")
+    else:
+        fits, evidence = _same_inputs(plain, kept)
+    if not session.all_ranks(fits, engine):
+        return _uncached(wish, evidence)
+    encoder.image_cache = cache
+    where = "on disk" if wish == "disk" else "in memory"
+    return f"features   {f'not kept ({refused}), but pixels are, ' if refused else 'kept '}{where} ({evidence})"
+
+
+def _needs_no_cache(wish: str, batches: Batches, sample: Sequence[Record], engine: Any, evaluated: bool) -> str | None:
+    """Why nothing is kept of the images, whatever the model; None where something may be."""
     if wish == "off":
-        reason = "data.cache_features=off"
-    if reason is None:
-        features = Features(model, parts, encoder.processor, config.data, engine)
+        return "data.cache_features=off"
+    if batches.streamed:
+        return "rows of a stream are seen once"
+    if not sample:
+        return "these rows have no images"
+    if wish == "auto" and engine.device.type != "cpu":
+        return "auto: only on a CPU"
+    if wish == "auto" and not evaluated and batches.total_steps <= batches.order.steps_per_epoch:
+        return "auto: each image is needed once"
+    return None
 
-        def kept() -> Batch:
-            encoder.features = features
-            try:
-                return padded(encoder, sample)
-            finally:
-                encoder.features = None
 
-        fits, evidence = _agree(model, engine, lambda: padded(encoder, sample), kept, "features in place of pixels")
-        if session.all_ranks(fits, engine):
-            encoder.features = features
-            return f"features   kept {'on disk' if wish == 'disk' else 'in memory'} ({evidence})"
-        reason = evidence
+def _uncached(wish: str, reason: str) -> str:
     if wish in ("memory", "disk"):
         raise ConfigError(f"data.cache_features={wish}: {reason}; use auto or off")
     return f"features   computed each time ({reason})"
+
+
+def _same_inputs(plain: Callable[[], Batch], kept: Callable[[], Batch]) -> tuple[bool, str]:
+    """Whether two forms of the same rows are bit-equal inputs of the model, and the evidence."""
+    first = plain().inputs
+    try:
+        second = kept().inputs
+    except (ValueError, TypeError, RuntimeError, AttributeError) as error:
+        return False, f"pixels of single images can't be joined ({str(error).splitlines()[0]})"
+    same = first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+    return same, "bit-equal to those made anew" if same else "pixels differ from those made anew"
 
 
 def _agree(

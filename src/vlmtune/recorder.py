@@ -288,8 +288,8 @@ class Recorder:
         runfolder.write_json(self.folder / "result.json", result)
         self.tracker.finish(result)
         report.write(self.folder, self._image, self._texts)
-        if self.encoder.features is not None:
-            log.info(self.encoder.features.report())
+        if self.encoder.image_cache is not None:
+            log.info(self.encoder.image_cache.report())
         log.info(runfolder.closing_table(self.folder, result))
 
     def _restore_best(self) -> bool:

@@ -31,7 +31,7 @@ def train(config: Config, folder: Path | None) -> dict[str, Any]:
     from vlmtune.data.encode import Encoder
     from vlmtune.loop import fit
     from vlmtune.loss import summed_loss
-    from vlmtune.models import adapters, load
+    from vlmtune.models import adapters, load, rewrites
     from vlmtune.models.parts import find_parts
     from vlmtune.optim import build_optimizer, build_scheduler
     from vlmtune.recorder import Recorder
@@ -53,11 +53,11 @@ def train(config: Config, folder: Path | None) -> dict[str, Any]:
         supervise=config.data.supervise,
         fast_jpeg=config.data.fast_jpeg,
     )
+    encoder.pad_to_multiple_of = rewrites.length_multiple(engine.device, dtypes["compute_dtype"])
     batches = Batches(encoder, splits["train"].records, config.trainer, engine)
     model = adapters.adapt(model, config, parts, total_steps=batches.total_steps)
     session.prepare_checkpointing(model, config.trainer)
     optimizer = build_optimizer(model, parts, config.trainer, config.optimizer)
-    scheduler = build_scheduler(optimizer, config.trainer, batches.total_steps)
 
     # proof before time is spent
     preflight.check_rows(encoder, [split.records for split in splits.values()])
@@ -67,12 +67,15 @@ def train(config: Config, folder: Path | None) -> dict[str, Any]:
     log.info(preflight.check_inputs(encoder, sample))
     log.info(preflight.check_images(encoder, sample, config.model.image))
     log.info(preflight.check_gradients(model, encoder, sample, engine))
-    log.info(preflight.choose_layout(model, batches, engine))
-    log.info(preflight.choose_features(model, parts, batches, config, engine, "validation" in splits))
+    evaluated = bool(splits.keys() & {"validation", "test"})
+    log.info(preflight.choose_layout(model, batches, engine, evaluated))
+    log.info(preflight.choose_features(model, parts, batches, config, engine, evaluated))
     if config.preflight == "only":
         return {"status": "preflight", "steps": 0}
 
-    # the run
+    # the run, whose steps are counted now that the layout is known
+    scheduler = build_scheduler(optimizer, config.trainer, batches.total_steps)
+    adapters.set_total_steps(model, config, batches.total_steps)
     prepared, optimizer = engine.prepare(model, optimizer)
     recorder = Recorder(config, folder, engine, model, encoder, splits, batches)
     progress = recorder.open(optimizer, scheduler, processor)

@@ -319,18 +319,18 @@ def _add_image_faults(records: list[Record], faults: list[list[str]], config: Da
 
 def _group_by_content(records: list[Record]) -> list[Record]:
     """Give rows one group where their image files are copies of each other; files of different sizes aren't read."""
-    files = {key: source for r in records for key, source in zip(keys_of(r), r.images, strict=True)}
+    files: dict[Hashable, Any] = {
+        key: source for r in records for key, source in zip(keys_of(r), r.images, strict=True)
+    }
     by_size: dict[int, list[Hashable]] = {}
     for key, source in files.items():
         if isinstance(source, Path):
             by_size.setdefault(source.stat().st_size, []).append(key)
+    alike = [key for keys in by_size.values() if len(keys) > 1 for key in keys]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        contents = list(pool.map(content_key, [files[key] for key in alike]))
     first: dict[str, Hashable] = {}
-    same = {
-        key: first.setdefault(content_key(files[key]), key)
-        for keys in by_size.values()
-        if len(keys) > 1
-        for key in keys
-    }
+    same = {key: first.setdefault(content, key) for key, content in zip(alike, contents, strict=True)}
     if len(set(same.values())) == len(same):
         return records
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -81,14 +82,15 @@ class Batch:
 def padded(encoder: Encoder, records: Sequence[Record], *, answered: bool = True, side: str = "right") -> Batch:
     """One row per record. Training pads on the right, generation on the left."""
     encoded = encoder.encode(records, answered=answered)
-    ids = _stack(encoded.input_ids, encoder.tokenizer.pad_token_id or 0, side)
+    stack = partial(_stack, side=side, multiple=encoder.pad_to_multiple_of)
+    ids = stack(encoded.input_ids, encoder.tokenizer.pad_token_id or 0)
     inputs = encoder.family.arrange(encoded.image_inputs, ids, encoded.images_of)
     if encoded.token_types is not None:
-        inputs = {**inputs, encoded.token_types_name: _stack(encoded.token_types, 0, side)}
+        inputs = {**inputs, encoded.token_types_name: stack(encoded.token_types, 0)}
     return Batch(
         ids,
-        _stack([[1] * len(row) for row in encoded.input_ids], 0, side),
-        _stack(encoded.labels, IGNORE, side),
+        stack([[1] * len(row) for row in encoded.input_ids], 0),
+        stack(encoded.labels, IGNORE),
         inputs,
         rows=len(records),
     )
@@ -104,13 +106,14 @@ def shared(encoder: Encoder, records: Sequence[Record], *, answered: bool = True
     runs = [[i for i, _ in run] for _, run in groupby(enumerate(records), key=_group_key)]
     rows = [_branched(encoded, run) for run in runs]
     inputs = dict(encoded.image_inputs)
-    branches = _stack([row["branches"] for row in rows], PADDING, "right")
+    stack = partial(_stack, side="right", multiple=encoder.pad_to_multiple_of)
+    branches = stack([row["branches"] for row in rows], PADDING)
     if encoded.token_types is not None:
-        inputs[encoded.token_types_name] = _stack([row["token_types"] for row in rows], 0, "right")
+        inputs[encoded.token_types_name] = stack([row["token_types"] for row in rows], 0)
     return Batch(
-        _stack([row["input_ids"] for row in rows], encoder.tokenizer.pad_token_id or 0, "right"),
+        stack([row["input_ids"] for row in rows], encoder.tokenizer.pad_token_id or 0),
         (branches != PADDING).long(),
-        _stack([row["labels"] for row in rows], IGNORE, "right"),
+        stack([row["labels"] for row in rows], IGNORE),
         inputs,
         branches,
         len(records),
@@ -184,7 +187,7 @@ def branch_positions(prefix_positions: Tensor, branches: Tensor) -> Tensor:
     return torch.where(in_prefix, prefix_positions, last + 1 + since_start)
 
 
-def _stack(rows: list[list[int]], value: int, side: str) -> Tensor:
-    length = max(map(len, rows))
+def _stack(rows: list[list[int]], value: int, *, side: str, multiple: int) -> Tensor:
+    length = -(-max(map(len, rows)) // multiple) * multiple
     pad = [[value] * (length - len(row)) for row in rows]
     return torch.tensor([p + row if side == "left" else row + p for p, row in zip(pad, rows, strict=True)])

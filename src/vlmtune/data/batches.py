@@ -112,7 +112,7 @@ class Batches(Dataset[list[Batch]]):
     def steps(self, first: int) -> Iterator[list[Batch]]:
         """Micro-batches of all steps from `first` on, prepared ahead by worker processes where that pays."""
         workers = self.trainer.num_workers
-        if self.streamed or self.encoder.features is not None:  # workers would each read a part, or keep their own
+        if self.streamed or self.encoder.image_cache is not None:  # workers would each read a part, or keep their own
             workers = 0
         if workers is None:
             workers = 0 if self.on_cpu else 4  # on a CPU they would take the cores that compute

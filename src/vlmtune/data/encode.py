@@ -26,7 +26,7 @@ from vlmtune.models.families import family_of
 from vlmtune.models.image_budget import enough
 
 if TYPE_CHECKING:
-    from vlmtune.models.features import Features
+    from vlmtune.models.image_cache import Pixels
 
 IGNORE = -100
 TEXT = "\u2402text{}\u2402"
@@ -110,8 +110,10 @@ class Encoder:
             )
         self.family = family_of(processor)
         self.enough = enough(processor) if fast_jpeg else None
-        self.features: Features | None = None
-        """Computes frozen features in place of pixels, once it is set."""
+        self.image_cache: Pixels | None = None
+        """Where images become model inputs once, if it is set."""
+        self.pad_to_multiple_of = 1
+        """Batches are as long as a multiple of this."""
         self.tokenizer, self.stand_ins = with_stand_ins(processor.tokenizer, self.markers())
         self._marker = re.compile("|".join(sorted(map(re.escape, self.markers()), key=len, reverse=True)))
         self.pieces = functools.cache(self._pieces)
@@ -331,6 +333,7 @@ class Encoder:
         owner = {index: record for record, own in zip(records, images_of, strict=True) for index in own}
         shown = list({tuple(own): None for own in images_of if own})
 
+        @functools.cache
         def opened(index: int) -> Any:
             try:
                 return open_image(sources[index], self.max_image_pixels, self.enough)
@@ -338,9 +341,9 @@ class Encoder:
                 raise DataError(f"{owner[index].place}: {error}") from error
 
         try:
-            if self.features is not None:
+            if self.image_cache is not None:
                 groups = [([sources[i] for i in own], [partial(opened, i) for i in own]) for own in shown]
-                return self.features.of(groups, self.family.images)
+                return self.image_cache.of(groups, self.family.images)
             return self.family.images([[opened(i) for i in own] for own in shown])
         except ValueError as error:  # a shape that the family can't take, such as a strip
             pictures = map(opened, range(len(sources)))

@@ -19,7 +19,6 @@ import difflib
 import functools
 import hashlib
 import io
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -81,14 +80,13 @@ def image_size(source: Source | str, max_pixels: int) -> tuple[int, int]:
         return (height, width) if exif.get(ExifTags.Base.Orientation) in (5, 6, 7, 8) else (width, height)
 
 
-def content_key(source: Source) -> str:
-    """Equal for equal images: of their bytes where there are any, else of their pixels."""
-    if isinstance(source, Path):
-        return _file_key(source, os.stat(source).st_mtime_ns)
-    if isinstance(source, bytes):
-        return hashlib.sha256(source).hexdigest()
-    picture = source() if callable(source) else source
-    return hashlib.sha256(f"{picture.size}{picture.mode}".encode() + picture.tobytes()).hexdigest()
+def content_key(source: Path | bytes) -> str:
+    """Equal for equal bytes of an image's file. Raises OSError where it can't be read."""
+    return (
+        hashlib.sha256(source).hexdigest()
+        if isinstance(source, bytes)
+        else _file_key(source, source.stat().st_mtime_ns)
+    )
 
 
 @functools.lru_cache(maxsize=1_000_000)

@@ -50,6 +50,13 @@ def adapt(model: Any, config: Config, parts: Parts, *, total_steps: int) -> Any:
         raise ConfigError(f"adapter={config.adapter['method']}: PEFT refuses it here: {error}") from error
 
 
+def set_total_steps(model: Any, config: Config, steps: int) -> None:
+    """Tell AdaLoRA how long the run is, where `adapter.total_step` doesn't: its ranks shrink by that."""
+    allocator = getattr(getattr(model, "base_model", None), "rankallocator", None)
+    if allocator is not None and config.adapter.get("total_step") is None:
+        allocator.set_total_step(steps)
+
+
 def expand_targets(model: nn.Module, parts: Parts, wanted: Any, scope: list[str], key: str) -> list[str]:
     """Full names of the modules that `wanted` means inside the parts `scope`.
 

@@ -15,7 +15,7 @@ def rewrite(model: Any, device: torch.device, compute_dtype: torch.dtype) -> lis
     """Rewrite `model` in place where that is faster on `device`; returns what was done."""
     if device.type != "cpu":
         return []
-    done = []
+    done = ["freed memory kept"] if compute_dtype == torch.bfloat16 and keep_freed_memory() else []
     patches = [module for module in model.modules() if type(module) is nn.Conv3d and _one_step(module)]
     for module in patches:
         module.__class__ = PatchMatmul
@@ -28,6 +28,27 @@ def rewrite(model: Any, device: torch.device, compute_dtype: torch.dtype) -> lis
         model.set_attn_implementation(dict.fromkeys(["", *using], ATTENTION))
         done.append("attention in float32")
     return done
+
+
+def length_multiple(device: torch.device, compute_dtype: torch.dtype) -> int:
+    """What batches' lengths are rounded up to. bfloat16 products on a CPU are set up anew for each new shape, which
+    takes longer than a few more tokens and holds memory for each.
+    """
+    return 16 if device.type == "cpu" and compute_dtype == torch.bfloat16 else 1
+
+
+def keep_freed_memory() -> bool:
+    """Let glibc keep freed blocks below 32 MB for the next ones, instead of handing their pages back and taking others,
+    which the system clears each time. Returns False where the C library is another.
+    """
+    import ctypes
+
+    mmap_threshold, trim_threshold = -3, -1  # of malloc.h
+    try:
+        set_option = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return False
+    return bool(set_option(mmap_threshold, 2**25) and set_option(trim_threshold, 2**26))
 
 
 def _one_step(module: nn.Conv3d) -> bool:
