@@ -60,7 +60,8 @@ def whole(folder: Path) -> Iterator[Path]:
 
 def trained_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
     """Everything in a model that training changes: trainable weights and saved buffers."""
-    buffers = {name: b for name, b in model.named_buffers() if name in _persistent(model)}
+    saved = _persistent(model)
+    buffers = {name: b for name, b in model.named_buffers() if name in saved}
     return {name: p for name, p in model.named_parameters() if p.requires_grad} | buffers
 
 

@@ -70,7 +70,7 @@ def check_inputs(encoder: Encoder, records: Sequence[Record]) -> str:
             f"{name}: also returns {', '.join(missing)} for a prompt, which the generic way does not make; this family "
             "needs a class of its own (docs/add_a_model.md)"
         )
-    if theirs["input_ids"].tolist() != ours.input_ids.tolist():
+    if theirs["input_ids"].tolist() != encoder.encode([record], answered=True).input_ids:
         raise ModelError(f"{record.place}: {name} writes this row in other tokens than ours; please report this model")
     return f"inputs     the tokens and tensors of {name}: {', '.join(sorted(made))}"
 
