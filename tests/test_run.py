@@ -20,6 +20,9 @@ from safetensors.torch import load_file
 import tiny
 import vlmtune
 import wandb_offline
+from vlmtune import generate, preflight
+from vlmtune.api import evaluate_run
+from vlmtune.generate import greedy_branches
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # PEFT 0.21 asks for it
 
@@ -118,6 +121,34 @@ def test_predict_script_and_api_agree(overrides: Overrides, tmp_path: Path, tabl
     with (tmp_path / "run" / "predictions.csv").open() as file:
         by_run = [row["answer_predictions"] for row in csv.DictReader(file)]
     assert by_run[:3] == by_script["answer_predictions"][:3].tolist()
+
+
+def test_images_are_shown_once_for_the_answers_of_a_finished_run(
+    overrides: Overrides, tmp_path: Path, table: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where rows share an image, and only while that gives the answers of single rows."""
+    vlmtune.train(overrides("trainer.eval_baseline=false"))
+    shared_batches: list[int] = []
+
+    def noting(model: Any, batch: Any, **options: Any) -> Any:
+        shared_batches.append(batch.rows)
+        return greedy_branches(model, batch, **options)
+
+    monkeypatch.setattr(generate, "greedy_branches", noting)
+    frame = pd.read_csv(table, dtype=str, keep_default_na=False)
+    predictor = vlmtune.load(tmp_path / "run", overrides=[f"data.image_root={table.parent}"])
+    answers = predictor.predict(frame)["answer_predictions"].tolist()
+    assert sum(shared_batches) >= len(frame)
+    alone = frame.drop_duplicates("image_path")
+    shared_batches.clear()
+    assert predictor.predict(alone)["answer_predictions"].tolist() == [answers[i] for i in alone.index]
+    assert not shared_batches
+    evaluate_run(str(tmp_path / "run"), predictor.config, None)
+    assert shared_batches
+    shared_batches.clear()
+    monkeypatch.setattr(preflight, "answers_agree", lambda *_: False)
+    assert predictor.predict(frame)["answer_predictions"].tolist() == answers
+    assert not shared_batches
 
 
 def test_wandb_gets_curves_config_and_images(overrides: Overrides, tmp_path: Path) -> None:

@@ -169,8 +169,19 @@ class Predictor:
                 self.config.generation,
                 batch_size=size,
                 autocast=self.engine.autocast,
+                share=self.shares_answers(records),
                 advance=advance,
             )
+
+    def shares_answers(self, records: Sequence[Any]) -> bool:
+        """Whether neighbouring rows that show the same image are answered with the image once: where a few of them get
+        the answers that they get one by one.
+        """
+        from vlmtune.data.batches import groups_of, repeated
+        from vlmtune.preflight import answers_agree
+
+        probe = repeated(records, groups_of(records), most=6)
+        return answers_agree(self.model, self.encoder, probe, self.engine)
 
 
 def predict_file(folder: str, config: Config, output: str) -> int:
@@ -240,7 +251,15 @@ def evaluate_run(folder: str, config: Config, output: str | None) -> str:
     with display.logging_to(None):
         rows = table.load(config.data, config.task, config.trainer.seed, (split,))[split]
         predictor = Predictor(Path(folder), config)
-        found = evaluate(predictor.model, predictor.encoder, rows.records, config, predictor.engine, title="evaluating")
+        found = evaluate(
+            predictor.model,
+            predictor.encoder,
+            rows.records,
+            config,
+            predictor.engine,
+            title="evaluating",
+            share_answers=predictor.shares_answers(rows.records),
+        )
     if target is not None:
         write_predictions(target, rows, found, config.task.metrics[0])
     title = f"{len(rows)} {split} rows" + (f", {len(rows.bad)} more left out" if rows.bad else "")

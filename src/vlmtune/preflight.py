@@ -163,7 +163,12 @@ def choose_layout(model: Any, batches: Batches, engine: Any, evaluated: bool) ->
 
 
 def answers_agree(model: Any, encoder: Encoder, records: list[Record], engine: Any) -> bool:
-    """Whether this model, with a cache, writes the same tokens for records that share their image as for each alone."""
+    """Whether this model, with a cache, writes the same tokens for records that share their image as for each alone.
+
+    False where there are none.
+    """
+    if not records:
+        return False
     options = {"batch_size": len(records), "autocast": engine.autocast}
     short = GenerationConfig(max_new_tokens=4)
     try:

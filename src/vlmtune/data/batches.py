@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,8 +26,8 @@ class Batches(Dataset[list[Batch]]):
         self.encoder, self.records, self.trainer = encoder, records, trainer
         self.rank, self.ranks, self.on_cpu = engine.process_index, engine.num_processes, engine.device.type == "cpu"
         self.rows_per_step = trainer.batch_size * trainer.gradient_accumulation_steps * self.ranks
-        self.streamed = getattr(records, "in_order", False)
-        self.groups = [] if self.streamed else getattr(records, "groups", None) or [r.group for r in records]
+        self.streamed = is_streamed(records)
+        self.groups = groups_of(records)
         self.share = False
         self.share_answers = False
         """Whether evaluation may generate with each image once."""
@@ -84,13 +84,8 @@ class Batches(Dataset[list[Batch]]):
         self.total_steps = self.trainer.max_steps or self.order.steps_in(self.trainer.epochs)
 
     def repeated(self, most: int) -> list[Record]:
-        """Up to `most` rows, at least two each of up to two images that several rows show; empty if there are none."""
-        counts = Counter(group for group in self.groups if group is not None).most_common(2)
-        found = []
-        for group, _ in [(group, n) for group, n in counts if n > 1]:
-            rows = [i for i, other in enumerate(self.groups) if other == group]
-            found += [self.records[i] for i in rows[: max(most // 2, 2)]]
-        return found[: max(most, 2)]
+        """As `repeated`, of the training rows."""
+        return repeated(self.records, self.groups, most)
 
     def __len__(self) -> int:
         return self.total_steps
@@ -126,6 +121,26 @@ class Batches(Dataset[list[Batch]]):
             generator=torch.Generator(),  # or it draws its seed from the random state that a resume restored
         )
         return iter(loader)
+
+
+def is_streamed(records: Sequence[Record]) -> bool:
+    """Whether rows are read when their turn comes."""
+    return bool(getattr(records, "in_order", False))
+
+
+def groups_of(records: Sequence[Record]) -> list[Hashable]:
+    """What each row shows, as far as known without reading a stream."""
+    return [] if is_streamed(records) else getattr(records, "groups", None) or [r.group for r in records]
+
+
+def repeated(records: Sequence[Record], groups: Sequence[Hashable], most: int) -> list[Record]:
+    """Up to `most` rows, at least two each of up to two images that several rows show; empty if there are none."""
+    counts = Counter(group for group in groups if group is not None).most_common(2)
+    found = []
+    for group, _ in [(group, n) for group, n in counts if n > 1]:
+        rows = [i for i, other in enumerate(groups) if other == group]
+        found += [records[i] for i in rows[: max(most // 2, 2)]]
+    return found[: max(most, 2)]
 
 
 def _ignore_signals(worker: int) -> None:
