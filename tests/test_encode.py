@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerFast
 import tiny
 import tiny_families
 from vlmtune.data.batch import padded
-from vlmtune.data.encode import IGNORE, Encoder, with_stand_ins
+from vlmtune.data.encode import IGNORE, Encoder
+from vlmtune.data.template import with_stand_ins
 from vlmtune.errors import DataError, ModelError
 
 FAMILIES = [*tiny.FAMILIES, *tiny_families.FAMILIES]

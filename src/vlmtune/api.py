@@ -84,7 +84,7 @@ def load(folder: str | Path, *, overrides: Sequence[str] = ()) -> Predictor:
     Raises CheckpointError: no run there; ModelError: its base model can't be opened.
     """
     from vlmtune.compose import normalise, saved_config
-    from vlmtune.config import strict
+    from vlmtune.strict import strict
 
     path = Path(folder).expanduser()
     path = path.parent if path.name == "model" and (path.parent / "config.yaml").exists() else path

@@ -151,7 +151,7 @@ def train(composed: Any) -> int:
     """The job of train.py."""
     from hydra.core.hydra_config import HydraConfig
 
-    from vlmtune.config import strict
+    from vlmtune.strict import strict
 
     resumed = composed.get("resume")
     config = strict(compose.saved_config(resumed, overrides_given()) if resumed else composed)

@@ -11,8 +11,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from vlmtune.config import SCHEMA, Config, home, strict
+from vlmtune.config import SCHEMA, Config, home
 from vlmtune.errors import CheckpointError, ConfigError, UsageError, nearest
+from vlmtune.strict import strict
 
 NOT_ONE_RUN = "means several runs; put -m in front of it, or quote the value if it is one text"
 PACKAGE = Path(__file__).resolve().parent

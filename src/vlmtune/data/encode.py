@@ -7,7 +7,6 @@ in the token sequence by character offsets, which hold for every tokenizer.
 
 from __future__ import annotations
 
-import copy
 import functools
 import re
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from PIL import Image
 from vlmtune import display
 from vlmtune.data.images import image_size, open_image
 from vlmtune.data.records import Record
+from vlmtune.data.template import TEXT, Pieces, Shape, Turnout, content_of, conversation, with_stand_ins
 from vlmtune.errors import DataError, ModelError
 from vlmtune.models.families import family_of
 from vlmtune.models.image_budget import enough
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from vlmtune.models.image_cache import Pixels
 
 IGNORE = -100
-TEXT = "\u2402text{}\u2402"
 
 
 @dataclass
@@ -47,39 +46,6 @@ class Encoded:
     """Indices into the image tensors."""
     image_inputs: dict[str, Any] = field(default_factory=dict)
     """What the processor returned about the images, one call for all of them."""
-
-
-@dataclass(frozen=True)
-class Turnout:
-    """How the template surrounds one answer."""
-
-    separator: str
-    """What it puts between the generation prompt and the answer."""
-    tail: str
-    """What ends the answer, up to and with its end token; empty where nothing does."""
-
-
-@dataclass(frozen=True)
-class Pieces:
-    """A rendered conversation around its texts, `parts[0] + texts[0] + parts[1] + ...`, up to where the last answer
-    begins."""
-
-    parts: tuple[str, ...]
-    answers: tuple[Turnout, ...]
-
-    @property
-    def separator(self) -> str:
-        """Of the last answer."""
-        return self.answers[-1].separator
-
-    @property
-    def tail(self) -> str:
-        """Of the last answer."""
-        return self.answers[-1].tail
-
-
-Shape = tuple[bool, tuple[str, ...]]
-"""Whether there is a system prompt; and per question the order of its images (`i`) and pieces of text (`t`)."""
 
 
 class Encoder:
@@ -209,7 +175,7 @@ class Encoder:
         if placed not in (0, len(record.images)):
             raise DataError(f"{record.place}: {len(record.images)} images for {placed} places in the text")
         leading = "i" * (len(record.images) - placed)
-        orders = ["".join(kind for kind, _ in _content(turn)) for turn in record.turns]
+        orders = ["".join(kind for kind, _ in content_of(turn)) for turn in record.turns]
         return self._system(record) is not None, (leading + orders[0], *orders[1:])
 
     def _system(self, record: Record) -> str | None:
@@ -232,7 +198,7 @@ class Encoder:
         if system is not None:
             out += self.literal(system) + next(rest)
         for number, (turn, around) in enumerate(zip(record.turns, pieces.answers, strict=True)):
-            for kind, text in _content(turn):
+            for kind, text in content_of(turn):
                 if kind == "t":
                     out += self.literal(text) + next(rest)
             answer = self.literal(turn.answers[0] if turn.answers else "")
@@ -383,62 +349,6 @@ class Encoder:
         """Generated ids -> answers: without special tokens, and without the template's separator around them."""
         texts = self.processor.tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return [text.strip() for text in texts]
-
-
-def conversation(shape: Shape) -> tuple[list[dict[str, Any]], list[str]]:
-    """Messages in transformers' form with stand-ins for the texts, and what each text is, in order."""
-    with_system, turns = shape
-    kinds: list[str] = []
-
-    def text(kind: str) -> dict[str, str]:
-        kinds.append(kind)
-        return {"type": "text", "text": TEXT.format(len(kinds) - 1)}
-
-    messages: list[dict[str, Any]] = []
-    if with_system:
-        messages.append({"role": "system", "content": [text("system")]})
-    for order in turns:
-        content = [{"type": "image"} if kind == "i" else text("question") for kind in order]
-        messages.append({"role": "user", "content": content})
-        messages.append({"role": "assistant", "content": [text("answer")]})
-    return messages, kinds
-
-
-def _content(turn: Any) -> list[tuple[str, str]]:
-    """A question's images and pieces of text in order: ("i", "") and ("t", text). Empty pieces beside an image go."""
-    if not turn.image_at:
-        return [("t", turn.question)]
-    cuts = [0, *turn.image_at, len(turn.question)]
-    out: list[tuple[str, str]] = []
-    for number, (begin, end) in enumerate(pairwise(cuts)):
-        out += [("i", "")] * (number > 0) + [("t", turn.question[begin:end])] * (end > begin)
-    return out
-
-
-def with_stand_ins(tokenizer: Any, markers: list[str]) -> tuple[Any, dict[str, str]]:
-    """A copy of `tokenizer` that turns noncharacters back into the first characters of `markers`, and the mapping.
-
-    Special tokens are matched before normalization, so a character restored by the normalizer can't start one; those
-    declared the other way (`normalized`, in old Llama files) are declared anew. One character stands for one, so
-    offsets stay right.
-    """
-    from tokenizers import AddedToken, normalizers
-
-    firsts = sorted({marker[0] for marker in markers})
-    stand_ins = {first: chr(0xFDD0 + n) for n, first in enumerate(firsts)}  # noncharacters: never in exchanged text
-    tokenizer = copy.deepcopy(tokenizer)
-    backend = tokenizer.backend_tokenizer
-    late = [token for token in backend.get_added_tokens_decoder().values() if token.normalized]
-    backend.add_special_tokens(
-        [
-            AddedToken(t.content, single_word=t.single_word, lstrip=t.lstrip, rstrip=t.rstrip, normalized=False)
-            for t in late
-            if t.content in markers
-        ]
-    )
-    steps = [normalizers.Replace(stand_in, first) for first, stand_in in stand_ins.items()]
-    backend.normalizer = normalizers.Sequence([*steps, *([backend.normalizer] if backend.normalizer else [])])
-    return tokenizer, stand_ins
 
 
 def _distinct_images(records: Sequence[Record], once: bool) -> tuple[list[Any], list[list[int]]]:

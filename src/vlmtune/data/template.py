@@ -1,0 +1,100 @@
+"""A chat template taken apart around the texts of a conversation."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+TEXT = "\u2402text{}\u2402"
+"""Stands for a text while the template is rendered."""
+
+
+@dataclass(frozen=True)
+class Turnout:
+    """How the template surrounds one answer."""
+
+    separator: str
+    """What it puts between the generation prompt and the answer."""
+    tail: str
+    """What ends the answer, up to and with its end token; empty where nothing does."""
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """A rendered conversation around its texts, `parts[0] + texts[0] + parts[1] + ...`, up to where the last answer
+    begins."""
+
+    parts: tuple[str, ...]
+    answers: tuple[Turnout, ...]
+
+    @property
+    def separator(self) -> str:
+        """Of the last answer."""
+        return self.answers[-1].separator
+
+    @property
+    def tail(self) -> str:
+        """Of the last answer."""
+        return self.answers[-1].tail
+
+
+Shape = tuple[bool, tuple[str, ...]]
+"""Whether there is a system prompt; and per question the order of its images (`i`) and pieces of text (`t`)."""
+
+
+def conversation(shape: Shape) -> tuple[list[dict[str, Any]], list[str]]:
+    """Messages in transformers' form with stand-ins for the texts, and what each text is, in order."""
+    with_system, turns = shape
+    kinds: list[str] = []
+
+    def text(kind: str) -> dict[str, str]:
+        kinds.append(kind)
+        return {"type": "text", "text": TEXT.format(len(kinds) - 1)}
+
+    messages: list[dict[str, Any]] = []
+    if with_system:
+        messages.append({"role": "system", "content": [text("system")]})
+    for order in turns:
+        content = [{"type": "image"} if kind == "i" else text("question") for kind in order]
+        messages.append({"role": "user", "content": content})
+        messages.append({"role": "assistant", "content": [text("answer")]})
+    return messages, kinds
+
+
+def content_of(turn: Any) -> list[tuple[str, str]]:
+    """A question's images and pieces of text in order: ("i", "") and ("t", text). Empty pieces beside an image go."""
+    if not turn.image_at:
+        return [("t", turn.question)]
+    cuts = [0, *turn.image_at, len(turn.question)]
+    out: list[tuple[str, str]] = []
+    for number, (begin, end) in enumerate(pairwise(cuts)):
+        out += [("i", "")] * (number > 0) + [("t", turn.question[begin:end])] * (end > begin)
+    return out
+
+
+def with_stand_ins(tokenizer: Any, markers: list[str]) -> tuple[Any, dict[str, str]]:
+    """A copy of `tokenizer` that turns noncharacters back into the first characters of `markers`, and the mapping.
+
+    Special tokens are matched before normalization, so a character restored by the normalizer can't start one; those
+    declared the other way (`normalized`, in old Llama files) are declared anew. One character stands for one, so
+    offsets stay right.
+    """
+    from tokenizers import AddedToken, normalizers
+
+    firsts = sorted({marker[0] for marker in markers})
+    stand_ins = {first: chr(0xFDD0 + n) for n, first in enumerate(firsts)}  # noncharacters: never in exchanged text
+    tokenizer = copy.deepcopy(tokenizer)
+    backend = tokenizer.backend_tokenizer
+    late = [token for token in backend.get_added_tokens_decoder().values() if token.normalized]
+    backend.add_special_tokens(
+        [
+            AddedToken(t.content, single_word=t.single_word, lstrip=t.lstrip, rstrip=t.rstrip, normalized=False)
+            for t in late
+            if t.content in markers
+        ]
+    )
+    steps = [normalizers.Replace(stand_in, first) for first, stand_in in stand_ins.items()]
+    backend.normalizer = normalizers.Sequence([*steps, *([backend.normalizer] if backend.normalizer else [])])
+    return tokenizer, stand_ins
