@@ -4,7 +4,7 @@
 `vlmtune.train` with evaluation and trackers off. All train the same rows in the same types: LoRA with r=16 on the
 language model over a frozen vision tower, or every weight.
 
-`everything` is vlmtune with W&B (offline), curves logged each step and checkpoints; `bare` is a loop of
+`everything` is vlmtune with W&B (offline), curves logged as usual (every ten steps) and checkpoints; `bare` is a loop of
 ten lines over the same batches, model and optimizer. The two tell what the harness around the steps costs.
 """
 
@@ -88,7 +88,7 @@ def overrides(options: argparse.Namespace, folder: str) -> list[str]:
 
 def with_everything(options: argparse.Namespace) -> tuple[list[tuple[float, int]], float]:
     os.environ["WANDB_MODE"], os.environ["WANDB_SILENT"] = "offline", "true"
-    return with_vlmtune(options, ["tracker=wandb", f"trainer.save_every={options.steps // 3}"])
+    return with_vlmtune(options, ["tracker=wandb", "trainer.log_every=10", f"trainer.save_every={options.steps // 3}"])
 
 
 def with_bare(options: argparse.Namespace) -> tuple[list[tuple[float, int]], float]:

@@ -1,4 +1,4 @@
-"""Time the ways to answer easy-VQA by generation: `python benchmarks/evaluation.py [RUN]`.
+"""Time the ways to answer easy-VQA by generation: `python benchmarks/evaluation.py RUN`.
 
 Rows one by one and in batches with transformers' `generate`, in batches that share images, and as an evaluation does it
 (loss and answers, with the references as drafts and features kept). Alternating rounds; medians; answers must be equal.

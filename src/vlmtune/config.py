@@ -180,9 +180,10 @@ class DataConfig:
     a little from those of the whole image scaled down."""
     cache_features: str = one_of("auto", "off", "memory", "disk")
     """Keep what a frozen vision tower and projector make of each image: in memory, or on disk as well, where later
-    runs find it. `auto`: in memory on a CPU, where images are needed more than once."""
+    runs find it. `auto`: in memory on a CPU, where images are needed more than once. `memory` and `disk` keep the
+    processor's pixels where the tower trains or the model takes no features."""
     cache_gb: float = number(4.0, least=0)
-    """Gigabytes of features in memory, per process; images beyond that are computed each time."""
+    """Gigabytes of features or pixels in memory, per process; images beyond that are computed each time."""
     cache_folder: str | None = None
     """Folder for cache_features=disk; null: vlmtune in the user's cache folder."""
     max_image_pixels: int = number(100_000_000, least=1)
