@@ -4,8 +4,8 @@
 `vlmtune.train` with evaluation and trackers off. All train the same rows in the same types: LoRA with r=16 on the
 language model over a frozen vision tower, or every weight.
 
-`everything` is vlmtune with W&B (offline), curves logged as by default (every ten steps) and checkpoints; `bare` is a loop
-of ten lines over the same batches, model and optimizer. The two tell what the harness around the steps costs.
+`everything` is vlmtune with W&B (offline), curves logged as by default (every ten steps) and checkpoints; `bare` is a
+loop of ten lines over the same batches, model and optimizer. The two tell what the harness around the steps costs.
 """
 
 from __future__ import annotations
