@@ -30,8 +30,8 @@ from vlmtune.errors import ConfigError, DataError
 from vlmtune.evaluation import Draft
 from vlmtune.generate import generate
 from vlmtune.loss import summed_loss, supervised_logits
+from vlmtune.models import adapters, image_cache, lora
 from vlmtune.models import features as kept
-from vlmtune.models import image_cache
 from vlmtune.models.adapters import adapt
 from vlmtune.models.features import Features
 from vlmtune.models.image_cache import Pixels, pixels_mark
@@ -456,6 +456,62 @@ def test_no_drafts_where_greedy_search_would_take_other_tokens(
     assert not Draft(model, encoder, GenerationConfig(temperature=0.7)).usable
     model.generation_config.repetition_penalty = 1.05
     assert not Draft(model, encoder, GenerationConfig()).usable
+
+
+# ---------------------------------------------------------------- LoRA in one step
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lora_in_one_step_equals_pefts_own(
+    family: str, encoder_of: Callable[[str], Encoder], adapted: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder, model = encoder_of(family), adapted(family, "none").train()
+    taken: list[bool] = []
+
+    def noting(layer: Any, x: Tensor) -> Any:
+        out = lora.in_one_step(layer, x)
+        taken.append(out is not None)
+        return out
+
+    for make in [padded, *([shared] if family in SHARED else [])]:
+        batch = make(encoder, rows(encoder))
+        monkeypatch.setattr(adapters, "in_one_step", lambda layer, x: None)
+        loss, gradient = loss_and_gradient(model, batch)
+        with torch.autocast("cpu", torch.bfloat16):
+            half, half_gradient = loss_and_gradient(model, batch)
+        monkeypatch.setattr(adapters, "in_one_step", noting)
+        found, other = loss_and_gradient(model, batch)
+        assert found == pytest.approx(loss, rel=1e-5)
+        assert (other - gradient).norm() <= 1e-5 * gradient.norm()
+        with torch.autocast("cpu", torch.bfloat16):
+            found, other = loss_and_gradient(model, batch)
+        assert found == pytest.approx(half, rel=1e-2)
+        assert (other - gradient).norm() <= 1.2 * (half_gradient - gradient).norm() + 1e-2 * gradient.norm()
+    assert taken
+    assert all(taken)
+
+
+def test_lora_is_left_to_peft_where_it_is_more_than_the_product(
+    encoder_of: Callable[[str], Encoder], adapted: Callable[..., Any]
+) -> None:
+    model = adapted("qwen2_vl", "none")
+    layer = next(module for module in model.modules() if type(module).__name__ == "OneStep")
+    x = torch.randn(2, 3, layer.in_features)
+    assert lora.in_one_step(layer, x) is not None
+    assert lora.in_one_step(layer, x.bfloat16()) is None
+    layer.lora_dropout["default"] = nn.Dropout(0.5)
+    assert lora.in_one_step(layer.train(), x) is None
+    torch.testing.assert_close(lora.in_one_step(layer.eval(), x), super(type(layer), layer).forward(x))
+    with model.disable_adapter():
+        assert lora.in_one_step(layer, x) is None
+        torch.testing.assert_close(layer(x), layer.base_layer(x))
+    layer.lora_B["default"].bias = nn.Parameter(torch.ones(layer.out_features))
+    assert lora.in_one_step(layer, x) is None
+    layer.lora_B["default"].bias = None
+    layer.base_layer.weight.requires_grad_(True)
+    assert lora.in_one_step(layer, x) is None
+    quantized = adapted("qwen2_vl", "nf4")
+    assert not [module for module in quantized.modules() if type(module).__name__ == "OneStep"]
 
 
 # ---------------------------------------------------------------- rewrites

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,11 @@ from torch import nn
 
 from vlmtune.config import Config
 from vlmtune.errors import CheckpointError, ConfigError, nearest
+from vlmtune.models.lora import in_one_step
 from vlmtune.models.parts import Parts, modules_in
 from vlmtune.signatures import adapter_fields
+
+log = logging.getLogger("vlmtune")
 
 
 def adapt(model: Any, config: Config, parts: Parts, *, total_steps: int) -> Any:
@@ -45,9 +49,27 @@ def adapt(model: Any, config: Config, parts: Parts, *, total_steps: int) -> Any:
     model.requires_grad_(False)
     try:
         peft_config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(config.adapter["method"].upper())](**fields)
-        return get_peft_model(model, peft_config)
+        adapted = get_peft_model(model, peft_config)
     except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
         raise ConfigError(f"adapter={config.adapter['method']}: PEFT refuses it here: {error}") from error
+    if on_cpu and lora_in_one_step(adapted):
+        log.info("on a CPU: LoRA in one step")
+    return adapted
+
+
+def lora_in_one_step(model: Any) -> int:
+    """Let PEFT's plain LoRA layers compute as `models.lora` does, wherever that is the same; returns how many."""
+    from peft.tuners.lora.layer import Linear
+
+    class OneStep(Linear):  # type: ignore[misc]
+        def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            out = None if args or kwargs else in_one_step(self, x)
+            return super().forward(x, *args, **kwargs) if out is None else out
+
+    layers = [module for module in model.modules() if type(module) is Linear]
+    for layer in layers:
+        layer.__class__ = OneStep
+    return len(layers)
 
 
 def set_total_steps(model: Any, config: Config, steps: int) -> None:
