@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,6 @@ from vlmtune.errors import CheckpointError, ConfigError, nearest
 from vlmtune.models.lora import in_one_step
 from vlmtune.models.parts import Parts, modules_in
 from vlmtune.signatures import adapter_fields
-
-log = logging.getLogger("vlmtune")
 
 
 def adapt(model: Any, config: Config, parts: Parts, *, total_steps: int) -> Any:
@@ -52,13 +49,13 @@ def adapt(model: Any, config: Config, parts: Parts, *, total_steps: int) -> Any:
         adapted = get_peft_model(model, peft_config)
     except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
         raise ConfigError(f"adapter={config.adapter['method']}: PEFT refuses it here: {error}") from error
-    if on_cpu and lora_in_one_step(adapted):
-        log.info("on a CPU: LoRA in one step")
-    return adapted
+    return with_lora_in_one_step(adapted)
 
 
-def lora_in_one_step(model: Any) -> int:
-    """Let PEFT's plain LoRA layers compute as `models.lora` does, wherever that is the same; returns how many."""
+def with_lora_in_one_step(model: Any) -> Any:
+    """`model`, whose plain LoRA layers compute as `models.lora` does on a CPU, wherever that is the same."""
+    if next(model.parameters()).device.type != "cpu":
+        return model
     from peft.tuners.lora.layer import Linear
 
     class OneStep(Linear):  # type: ignore[misc]
@@ -66,10 +63,10 @@ def lora_in_one_step(model: Any) -> int:
             out = None if args or kwargs else in_one_step(self, x)
             return super().forward(x, *args, **kwargs) if out is None else out
 
-    layers = [module for module in model.modules() if type(module) is Linear]
-    for layer in layers:
-        layer.__class__ = OneStep
-    return len(layers)
+    for module in model.modules():
+        if type(module) is Linear:
+            module.__class__ = OneStep
+    return model
 
 
 def set_total_steps(model: Any, config: Config, steps: int) -> None:
@@ -127,7 +124,7 @@ def load_adapter(model: Any, folder: Path) -> Any:
         homeless = sorted(set(file.keys()) - set(get_peft_model_state_dict(adapted)))
     if homeless:
         raise CheckpointError(f"{folder}: the adapter does not fit this model: no place for {', '.join(homeless[:3])}")
-    return adapted
+    return with_lora_in_one_step(adapted)
 
 
 def adapter_state(model: Any) -> dict[str, torch.Tensor]:
