@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ def engine(config: Config) -> Any:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()  # what matters of it is raised or logged by us
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, and it tells of kernels to install
     for package in ("transformers", "peft", "bitsandbytes", "torch"):  # their deprecations are for us, not for users
         warnings.filterwarnings("ignore", category=FutureWarning, module=package)
     if not display.console.is_terminal:
