@@ -163,6 +163,16 @@ def test_features_are_chosen_with_the_reason(family_encoder: Any, model_of: Call
     assert "gives an image other features each time" in chosen(model, encoder, "auto")
 
 
+def test_the_next_trial_finds_the_features_of_the_one_before(
+    family_encoder: Any, model_of: Callable[[str], Any]
+) -> None:
+    encoder = family_encoder("llava")
+    for trial in range(2):
+        chosen(frozen(model_of("llava")), encoder, "auto")
+        assert encoder.image_cache.computed > 0 if trial == 0 else encoder.image_cache.computed == 0
+        encoder.image_cache = None
+
+
 def test_the_check_finds_features_of_another_image(
     family_encoder: Any, model_of: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -203,8 +203,9 @@ def choose_features(model: Any, parts: Parts, batches: Batches, config: Config, 
     refused = refusal(model, parts)
     if refused and wish == "auto":
         return _uncached(wish, refused)
-    cache = Pixels(pixels_mark(encoder.processor, config.data.fast_jpeg), config.data)
-    if refused is None:
+    if refused:
+        cache = Pixels(pixels_mark(encoder.processor, config.data.fast_jpeg), config.data)
+    else:
         cache = Features(model, parts, encoder.processor, config.data, engine)
 
     def plain() -> Batch:

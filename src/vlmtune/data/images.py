@@ -82,11 +82,9 @@ def image_size(source: Source | str, max_pixels: int) -> tuple[int, int]:
 
 def content_key(source: Path | bytes) -> str:
     """Equal for equal bytes of an image's file. Raises OSError where it can't be read."""
-    return (
-        hashlib.sha256(source).hexdigest()
-        if isinstance(source, bytes)
-        else _file_key(source, source.stat().st_mtime_ns)
-    )
+    if isinstance(source, bytes):
+        return hashlib.sha256(source).hexdigest()
+    return _file_key(source, source.stat().st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=1_000_000)
