@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 import tiny
 import tiny_families
 from vlmtune.data.batch import padded
-from vlmtune.data.encode import IGNORE, Encoder
+from vlmtune.data.encode import IGNORE, Encoder, Shortened
 from vlmtune.data.template import with_stand_ins
 from vlmtune.errors import DataError, ModelError
 
@@ -207,6 +207,25 @@ def test_equal_to_the_processors_own_template_and_call(encoder: Encoder, images:
         theirs = wanted[key][:, :end] if value.shape[:2] == batch.input_ids.shape else wanted[key]
         ours = value[:, :end] if value.shape[:2] == batch.input_ids.shape else value
         torch.testing.assert_close(ours.to(theirs.dtype), theirs, rtol=0, atol=0)
+
+
+def test_runs_of_feature_tokens_are_tokenized_once(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = tiny.record("What color is it?", "Red", [tiny.image(56, 56, 0), tiny.image(112, 56, 1)])
+    token = encoder.family.feature_token
+    assert encoder._shortened(token * 9) == Shortened(token, [9])
+    short = encoder.encode([row], answered=True)
+    monkeypatch.setattr(encoder, "_shortened", lambda expansion: Shortened(expansion, []))
+    long = encoder.encode([row], answered=True)
+    assert (short.input_ids, short.labels, short.token_types) == (long.input_ids, long.labels, long.token_types)
+
+
+def test_as_many_places_as_runs_of_feature_tokens(encoder_of: Any) -> None:
+    encoder = encoder_of("qwen2_vl")
+    [token] = encoder.tokenizer(encoder.family.feature_token)["input_ids"]
+    ids, labels = encoder._repeated([5, token, 6, token], [IGNORE, IGNORE, 6, IGNORE], [3, 1])
+    assert (ids, labels) == ([5, token, token, token, 6, token], [*[IGNORE] * 4, 6, IGNORE])
+    with pytest.raises(ModelError, match="1 places for image features in a prompt that shows 2 runs"):
+        encoder._repeated([5, token], [IGNORE, IGNORE], [3, 1])
 
 
 def test_a_bos_that_the_template_writes_is_not_doubled(encoder_of: Any) -> None:

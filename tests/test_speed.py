@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
+from transformers.activations import QuickGELUActivation
 
 import tiny
 import tiny_families
@@ -37,7 +38,7 @@ from vlmtune.models.features import Features
 from vlmtune.models.image_cache import Pixels, pixels_mark
 from vlmtune.models.load import load
 from vlmtune.models.parts import find_parts
-from vlmtune.models.rewrites import ATTENTION, PatchMatmul, keep_freed_memory, length_multiple
+from vlmtune.models.rewrites import ATTENTION, PatchMatmul, QuickGELU, keep_freed_memory, length_multiple
 from vlmtune.preflight import answers_agree, choose_features
 
 FAMILIES = [*tiny.FAMILIES, *tiny_families.FAMILIES]
@@ -542,6 +543,16 @@ def test_a_convolution_of_single_patches_is_a_matmul() -> None:
         torch.testing.assert_close(fast.weight.grad, plain.weight.grad, rtol=1e-4, atol=1e-3)
 
 
+def test_quick_gelu_in_one_step() -> None:
+    plain, fast = QuickGELUActivation(), QuickGELU()
+    x, up = (8 * torch.randn(64, 32, dtype=torch.float64)).requires_grad_(), torch.randn(64, 32, dtype=torch.float64)
+    first, second = plain(x), fast(x)
+    torch.testing.assert_close(second, first, rtol=1e-12, atol=1e-12)
+    gradients = [torch.autograd.grad(out, x, up)[0] for out in (first, second)]
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(fast, torch.randn(3, 4, dtype=torch.float64, requires_grad=True))
+
+
 def test_lengths_are_rounded_up_where_new_shapes_cost(family_encoder: Any, model_of: Callable[[str], Any]) -> None:
     encoder, model, cpu = family_encoder("qwen2_vl"), model_of("qwen2_vl"), torch.device("cpu")
     assert length_multiple(cpu, torch.float32) == length_multiple(torch.device("cuda"), torch.bfloat16) == 1
@@ -575,6 +586,7 @@ def test_a_model_on_a_cpu_is_rewritten_and_equal(
     monkeypatch.setattr("vlmtune.models.load.rewrite", lambda *_: [])
     plain, plain_half = opened(torch.float32), opened(torch.bfloat16)
     assert [type(m.model.visual.patch_embed.proj) for m in (fast, plain)] == [PatchMatmul, nn.Conv3d]
+    assert [type(m.model.visual.blocks[0].mlp.act) for m in (fast, plain)] == [QuickGELU, QuickGELUActivation]
     assert [m.config._attn_implementation for m in (fast, half, plain_half)] == ["sdpa", ATTENTION, "sdpa"]
     for make in (padded, shared):
         batch = make(encoder, rows(encoder))

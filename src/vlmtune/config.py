@@ -57,7 +57,7 @@ class ModelConfig:
     """Run Python code that the model's repository carries. Off unless you have read that code."""
     dtype: str = one_of("auto", "fp32", "bf16", "fp16")
     """Type of the weights in memory; `auto`: the compute type where they are frozen, fp32 where they are trained."""
-    attention: str = one_of("auto", "sdpa", "eager", "flash_attention_2", "flex_attention")
+    attention: str = one_of("auto", "sdpa", "eager")
     """Attention implementation of transformers."""
     save_layout: str = one_of("native", "original")
     """Layout of the whole model that a run saves; `original`: as InternVL2's own code reads it."""

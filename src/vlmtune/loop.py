@@ -105,13 +105,13 @@ def fit(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     iterator = iter(steps)
     in_a_row = 0
+    model.train()  # evaluation between steps puts it back into this mode
     while True:
         began = time.perf_counter()
         batches = next(iterator, None)
         if batches is None:
             return
         waited = time.perf_counter() - began
-        model.train()
         counts = _count(batches, engine)
         loss = _forward_backward(model, batches, counts["supervised"], engine, summed_loss, hooks.penalty)
         norm = _gradient_norm(parameters, max_grad_norm, engine)

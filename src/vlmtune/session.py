@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from functools import cache, partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ def engine(config: Config) -> Any:
 
     transformers_logging.set_verbosity_error()  # what matters of it is raised or logged by us
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, and it tells of kernels to install
+    import_bitsandbytes()
     for package in ("transformers", "peft", "bitsandbytes", "torch"):  # their deprecations are for us, not for users
         warnings.filterwarnings("ignore", category=FutureWarning, module=package)
     if not display.console.is_terminal:
@@ -50,6 +52,24 @@ def engine(config: Config) -> Any:
         mixed_precision="no" if precision == "fp32" else precision,
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
     )
+
+
+def import_bitsandbytes() -> None:
+    """Import it, with the functions that it has torch compile set up at their first call: torch's compiler takes a
+    second to import, and PEFT imports bitsandbytes whether a run quantizes or not.
+    """
+
+    def compiled_later(function: Any = None, **options: Any) -> Any:
+        if function is None:
+            return partial(compiled_later, **options)
+        compiled = cache(partial(set_up, function, **options))
+        return wraps(function)(lambda *args, **kwargs: compiled()(*args, **kwargs))
+
+    set_up, torch.compile = torch.compile, compiled_later  # type: ignore[assignment]
+    try:
+        import bitsandbytes  # noqa: F401
+    finally:
+        torch.compile = set_up
 
 
 def dtypes(config: Config, engine: Any) -> dict[str, torch.dtype]:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from PIL import Image
 
@@ -46,6 +46,14 @@ class Encoded:
     """Indices into the image tensors."""
     image_inputs: dict[str, Any] = field(default_factory=dict)
     """What the processor returned about the images, one call for all of them."""
+
+
+class Shortened(NamedTuple):
+    """An image's expansion with each run of feature tokens as one of them."""
+
+    text: str
+    counts: list[int]
+    """Tokens of each run."""
 
 
 class Encoder:
@@ -250,12 +258,16 @@ class Encoder:
             self.check(record)
         sources, images_of = _distinct_images(records, images_once)
         image_inputs, expansions = self._process_images(records, sources, images_of)
+        short = [self._shortened(expansion) for expansion in expansions]
         texts, spans = [], []
         for record, own in zip(records, images_of, strict=True):
-            text, supervised = self.render(record, answered=answered, expansions=[expansions[i] for i in own])
+            text, supervised = self.render(record, answered=answered, expansions=[short[i].text for i in own])
             texts.append(text)
             spans.append(supervised)
         ids, labels = self._tokens(texts, spans)
+        for n, own in enumerate(images_of):
+            counts = [count for i in own for count in short[i].counts]
+            ids[n], labels[n] = self._repeated(ids[n], labels[n], counts)
         name, types = self.family.token_types(ids, labels) or ("", None)
         return Encoded(ids, labels, types, name, images_of, image_inputs)
 
@@ -275,6 +287,32 @@ class Encoder:
             else:
                 row = [i if _within(place, own) else IGNORE for i, place in zip(ids[n], offsets, strict=True)]
             labels.append(row)
+        return ids, labels
+
+    def _shortened(self, expansion: str) -> Shortened:
+        """One token in place of each run of the token that stands for an image feature: tokenizing thousands of them
+        takes long, and added tokens are split off before anything else, however many there are.
+        """
+        token = self.family.feature_token
+        if self._feature_id is None:
+            return Shortened(expansion, [])
+        run = re.compile(f"(?:{re.escape(token)})+")
+        return Shortened(run.sub(token, expansion), [len(found) // len(token) for found in run.findall(expansion)])
+
+    @functools.cached_property
+    def _feature_id(self) -> int | None:
+        return self.tokenizer.get_added_vocab().get(self.family.feature_token)
+
+    def _repeated(self, ids: list[int], labels: list[int], counts: list[int]) -> tuple[list[int], list[int]]:
+        """One row's tokens and labels with each feature token as often as `counts` say, in order."""
+        places = [n for n, i in enumerate(ids) if i == self._feature_id] if counts else []
+        if len(places) != len(counts):
+            raise ModelError(
+                f"{len(places)} places for image features in a prompt that shows {len(counts)} runs of them"
+            )
+        for place, count in zip(reversed(places), reversed(counts), strict=True):
+            ids[place : place + 1] = [ids[place]] * count
+            labels[place : place + 1] = [IGNORE] * count
         return ids, labels
 
     def _apart(self, text: str, spans: list[tuple[int, int]], special: bool) -> tuple[list[int], list[int]]:

@@ -7,12 +7,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 ATTENTION = "sdpa_in_float32"
 
 
 def rewrite(model: Any, device: torch.device, compute_dtype: torch.dtype) -> list[str]:
     """Rewrite `model` in place where that is faster on `device`; returns what was done."""
+    from transformers.activations import QuickGELUActivation
+
     if device.type != "cpu":
         return []
     done = ["freed memory kept"] if compute_dtype == torch.bfloat16 and keep_freed_memory() else []
@@ -21,6 +24,11 @@ def rewrite(model: Any, device: torch.device, compute_dtype: torch.dtype) -> lis
         module.__class__ = PatchMatmul
     if patches:
         done.append("patch embedding as one matmul")
+    activations = [module for module in model.modules() if type(module) is QuickGELUActivation]
+    for module in activations:
+        module.__class__ = QuickGELU
+    if activations:
+        done.append("quick GELU in one step")
     if compute_dtype == torch.bfloat16 and getattr(model.config, "_attn_implementation", "") == "sdpa":
         _register()
         subs = {key: getattr(model.config, key) for key in model.config.sub_configs}
@@ -62,6 +70,29 @@ class PatchMatmul(nn.Conv3d):
         if input.shape[2:] != self.kernel_size:
             return super().forward(input)
         return F.linear(input.flatten(1), self.weight.flatten(1), self.bias)[..., None, None, None]
+
+
+class QuickGELU(nn.Module):
+    """x sigmoid(1.702 x), as silu(1.702 x) / 1.702."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        out: Tensor = _QuickGELU.apply(input)
+        return out
+
+
+class _QuickGELU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        steep = x * 1.702
+        ctx.save_for_backward(steep)
+        return F.silu(steep).div_(1.702)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[misc]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (steep,) = ctx.saved_tensors
+        out: Tensor = torch.ops.aten.silu_backward(grad, steep)  # the two factors of 1.702 cancel out
+        return out
 
 
 def _register() -> None:
