@@ -142,6 +142,54 @@ def test_features_equal_pixels_under_lora(
     assert (other - gradient).norm() <= 1e-5 * gradient.norm()
 
 
+def processed(encoder: Encoder) -> list[Any]:
+    """Of nine images in three shapes, and of two pairs."""
+    single = [encoder.family.images([[tiny.image(*SIZES[n % 3], n)]]) for n in range(9)]
+    pair = [encoder.family.images([[tiny.image(56, 56, n), tiny.image(40, 112, n)]]) for n in (1, 2)]
+    return single + pair
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in REFUSED])
+def test_images_are_encoded_together_where_that_is_bit_equal(
+    family: str, encoder_of: Callable[[str], Encoder], model_of: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder, model = encoder_of(family), frozen(model_of(family))
+    images = processed(encoder)
+    features = features_of(model, encoder)
+    alone = [entry for image in images for entry in features.compute([image])]
+    assert features.exact == {}
+    calls: list[int] = []
+    encoded = features._encoded
+    monkeypatch.setattr(features, "_encoded", lambda some: calls.append(len(some)) or encoded(some))
+    for _ in range(2):  # tried, then done as found best
+        calls.clear()
+        for found, wanted in zip(features.compute(images), alone, strict=True):
+            assert kept._equal(found, wanted)
+            assert found.expansions == wanted.expansions
+            assert found.inputs.keys() == wanted.inputs.keys()
+            assert all(torch.equal(found.inputs[key], wanted.inputs[key]) for key in wanted.inputs)
+    assert sum(calls) == len(images)
+    assert max(calls) == (max((count for (_, count), same in features.exact.items() if same), default=1))
+    assert max(calls) <= kept.TOGETHER
+
+
+def test_an_encoder_that_mixes_images_sees_each_alone(
+    encoder_of: Callable[[str], Encoder], model_of: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder, model = encoder_of("llava"), frozen(model_of("llava"))
+    features, images = features_of(model, encoder), processed(encoder)
+    encode = model.base_model.get_image_features
+
+    def mixing(pixel_values: Tensor, **options: Any) -> Any:
+        return encode(pixel_values=pixel_values + 0.1 * pixel_values.mean(), **options)
+
+    monkeypatch.setattr(model.base_model, "get_image_features", mixing)
+    alone = [entry for image in images for entry in features.compute([image])]
+    for _ in range(2):
+        assert all(map(kept._equal, features.compute(images), alone))
+    assert set(features.exact.values()) == {False}
+
+
 def chosen(model: Any, encoder: Encoder, wish: str, *, evaluated: bool = True) -> str:
     engine = Accelerator(cpu=True)
     batches = Batches(encoder, tiny.records(6, sizes=SIZES), TrainerConfig(batch_size=4), engine)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlmtune.config import DataConfig
-from vlmtune.models.image_cache import Entry, Pixels, pixels_mark
+from vlmtune.models.image_cache import Entry, Pixels, joined, pixels_mark
 from vlmtune.models.parts import Parts, base_of
 
 FROZEN = ("vision", "projector")
@@ -28,25 +29,77 @@ class Features(Pixels):
 
     def __init__(self, model: Any, parts: Parts, processor: Any, config: DataConfig, engine: Any):
         self.model, self.engine = base_of(model), engine
+        self.exact: dict[Any, bool] = {}
+        """Whether so many images of a shape come out together as they do alone, bit by bit."""
         super().__init__(fingerprint(self.model, parts, processor, engine, config.fast_jpeg), config)
 
+    def compute(self, processed: Sequence[tuple[dict[str, Any], list[str]]]) -> list[Entry]:
+        """Entries from the processor's tensors and expansions of each group, those of equal shapes together."""
+        alike: dict[Any, list[int]] = {}
+        for n, (inputs, _) in enumerate(processed):
+            alike.setdefault(_shape(inputs), []).append(n)
+        made: dict[int, Entry] = {}
+        for shape, places in alike.items():
+            for start in range(0, len(places), TOGETHER):
+                part = places[start : start + TOGETHER]
+                made |= zip(part, self._alike(shape, [processed[n] for n in part]), strict=True)
+        return [made[n] for n in range(len(processed))]
+
+    def _alike(self, shape: Any, images: Sequence[tuple[dict[str, Any], list[str]]]) -> list[Entry]:
+        """Encode images of one shape together, if the first try with so many was bit-equal to one by one."""
+        kind = (shape, len(images))
+        if len(images) == 1 or self.exact.get(kind):
+            return self._encoded(images)
+        alone = [entry for image in images for entry in self._encoded([image])]
+        if kind not in self.exact:
+            together = self._encoded(images)
+            self.exact[kind] = all(_equal(a, b) for a, b in zip(alone, together, strict=True))
+        return alone
+
     @torch.no_grad()
-    def compute(self, inputs: dict[str, Any], expansions: list[str]) -> Entry:
-        """One entry from the processor's tensors."""
+    def _encoded(self, images: Sequence[tuple[dict[str, Any], list[str]]]) -> list[Entry]:
+        """Entries of images of one shape from one call of the encoder."""
         encode = self.model.base_model.get_image_features
         taken = inspect.signature(encode).parameters
+        inputs, _ = joined([Entry(*image) for image in images])
         arguments = {key: value.to(self.engine.device) for key, value in inputs.items() if key in taken}
         with self.engine.autocast():
             output = encode(**arguments, return_dict=True)
         pooled, deepstack = output.pooler_output, getattr(output, "deepstack_features", None) or []
         stacked = isinstance(pooled, Tensor)
-        return Entry(
-            {key: value for key, value in inputs.items() if key.endswith("_grid_thw")},
-            expansions,
-            [_kept(t) for t in ([pooled] if stacked else pooled)],
-            stacked,
-            [[_kept(t) for t in layer] for layer in deepstack],
-        )
+        return [
+            Entry(
+                {key: value for key, value in own.items() if key.endswith("_grid_thw")},
+                expansions,
+                [_kept(t) for t in ([_share(pooled, n, len(images))] if stacked else _share(pooled, n, len(images)))],
+                stacked,
+                [[_kept(t) for t in _share(layer, n, len(images))] for layer in deepstack],
+            )
+            for n, (own, expansions) in enumerate(images)
+        ]
+
+
+TOGETHER = 4
+"""Images that are encoded in one call at most; more are no faster, and take more memory."""
+
+
+def _shape(inputs: dict[str, Tensor]) -> Any:
+    """Equal for images that take the same way through the encoder: shapes, and grids, sizes and masks whole."""
+    return tuple(
+        (key, *value.shape, None if value.is_floating_point() else value.contiguous().numpy().tobytes())
+        for key, value in inputs.items()
+    )
+
+
+def _share(values: Any, n: int, count: int) -> Any:
+    """The n-th of `count` equal shares of a tensor's rows or a list's items."""
+    each = len(values) // count
+    return values[n * each : (n + 1) * each]
+
+
+def _equal(a: Entry, b: Entry) -> bool:
+    pairs = zip([a.pooled, *a.deepstack], [b.pooled, *b.deepstack], strict=True)
+    return all(len(x) == len(y) and all(map(torch.equal, x, y)) for x, y in pairs)
 
 
 def _kept(tensor: Tensor) -> Tensor:

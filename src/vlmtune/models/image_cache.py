@@ -1,9 +1,9 @@
 """What images become on their way to the language model, made once per image and kept: the processor's tensors
 (`Pixels`), or features of a frozen encoder (features.py).
 
-Entries lie under the image's content and a mark of everything else that they depend on. Each image is worked on by
-itself, so that what is kept does not depend on the batch in which it came first, and a resumed run sees the numbers of
-a straight one.
+Entries lie under the image's content and a mark of everything else that they depend on. Each image is worked on as if
+by itself, so that what is kept does not depend on the batch in which it came first, and a resumed run sees the numbers
+of a straight one.
 """
 
 from __future__ import annotations
@@ -152,25 +152,28 @@ class Pixels:
         """Inputs and expansions of images in groups of what a prompt shows together: their sources, and functions that
         open them. `images` makes the processor's tensors of opened groups.
         """
-        return joined([self._entry(sources, opened, images) for sources, opened in shown])
-
-    def _entry(self, sources: Sequence[Any], opened: Sequence[Callable[[], Any]], images: Callable[..., Any]) -> Entry:
-        keys = [_key(source, each) for source, each in zip(sources, opened, strict=True)]
-        key = keys[0] if len(keys) == 1 else hashlib.sha256("".join(keys).encode()).hexdigest()
-        entry = self.store.get(key, self.budget)
-        if entry is not None:
-            self.found += 1
-            return entry
+        found: dict[str, Entry] = {}
+        missing: dict[str, Sequence[Callable[[], Any]]] = {}
+        keys = [_group_key(sources, opened) for sources, opened in shown]
+        for key, (_, opened) in zip(keys, shown, strict=True):
+            entry = found.get(key) or self.store.get(key, self.budget)
+            if entry is None:
+                missing.setdefault(key, opened)
+            else:
+                found[key] = entry
         began = time.perf_counter()
-        entry = self.compute(*images([[each() for each in opened]]))
-        self.store.put(key, entry, self.budget)
-        self.computed += 1
+        made = self.compute([images([[each() for each in opened]]) for opened in missing.values()])
+        for key, entry in zip(missing, made, strict=True):
+            self.store.put(key, entry, self.budget)
+            found[key] = entry
         self.seconds += time.perf_counter() - began
-        return entry
+        self.computed += len(missing)
+        self.found += len(keys) - len(missing)
+        return joined([found[key] for key in keys])
 
-    def compute(self, inputs: dict[str, Any], expansions: list[str]) -> Entry:
-        """One entry from the processor's tensors."""
-        return Entry(inputs, expansions)
+    def compute(self, processed: Sequence[tuple[dict[str, Any], list[str]]]) -> list[Entry]:
+        """Entries from the processor's tensors and expansions of each group."""
+        return [Entry(*each) for each in processed]
 
     def report(self) -> str:
         """What the cache cost and gained."""
@@ -180,6 +183,11 @@ class Pixels:
             f"image {self.kind}: {self.computed} computed in {self.seconds:.1f} s, {self.found} times found again "
             f"(about {each * self.found:.0f} s saved), {size:.0f} MB in memory"
         )
+
+
+def _group_key(sources: Sequence[Any], opened: Sequence[Callable[[], Any]]) -> str:
+    keys = [_key(source, each) for source, each in zip(sources, opened, strict=True)]
+    return keys[0] if len(keys) == 1 else hashlib.sha256("".join(keys).encode()).hexdigest()
 
 
 def _key(source: Any, opened: Callable[[], Any]) -> str:
