@@ -173,14 +173,17 @@ def test_images_are_encoded_together_where_that_is_bit_equal(
     assert max(calls) <= kept.TOGETHER
 
 
-def test_an_encoder_that_mixes_images_sees_each_alone(
-    encoder_of: Callable[[str], Encoder], model_of: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("refuses", [False, True])
+def test_an_encoder_that_mixes_or_refuses_several_images_sees_each_alone(
+    refuses: bool, encoder_of: Callable[[str], Encoder], model_of: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoder, model = encoder_of("llava"), frozen(model_of("llava"))
     features, images = features_of(model, encoder), processed(encoder)
     encode = model.base_model.get_image_features
 
     def mixing(pixel_values: Tensor, **options: Any) -> Any:
+        if refuses and len(pixel_values) > 2:
+            raise RuntimeError("takes no more than a pair")
         return encode(pixel_values=pixel_values + 0.1 * pixel_values.mean(), **options)
 
     monkeypatch.setattr(model.base_model, "get_image_features", mixing)

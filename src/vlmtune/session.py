@@ -29,7 +29,6 @@ def engine(config: Config) -> Any:
 
     transformers_logging.set_verbosity_error()  # what matters of it is raised or logged by us
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, and it tells of kernels to install
-    import_bitsandbytes()
     for package in ("transformers", "peft", "bitsandbytes", "torch"):  # their deprecations are for us, not for users
         warnings.filterwarnings("ignore", category=FutureWarning, module=package)
     if not display.console.is_terminal:
@@ -47,11 +46,13 @@ def engine(config: Config) -> Any:
     cpu = not torch.cuda.is_available()  # or a launcher's CPU ranks would each believe to be alone
     # a tower that trains gets no gradient from rows without images
     unused = not config.uses_adapter or config.adapter["parts"] != ["language"]
-    return Accelerator(
+    accelerator = Accelerator(
         cpu=cpu,
         mixed_precision="no" if precision == "fp32" else precision,
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
     )
+    import_bitsandbytes()  # asks the device what it can do, so not before a rank has its own
+    return accelerator
 
 
 def import_bitsandbytes() -> None:

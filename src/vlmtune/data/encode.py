@@ -95,7 +95,8 @@ class Encoder:
     def markers(self) -> list[str]:
         """Strings that mean something else than their letters to the tokenizer or the processor."""
         added = self.processor.tokenizer.added_tokens_decoder.values()
-        own = {t.content for t in added if t.special} | {self.family.image_token or "<image>"}
+        own = {t.content for t in added if t.special}
+        own |= {self.family.image_token or "<image>", self.family.feature_token}
         return sorted(own | set(self.family.ends))
 
     def literal(self, text: str) -> str:
@@ -312,7 +313,7 @@ class Encoder:
             )
         for place, count in zip(reversed(places), reversed(counts), strict=True):
             ids[place : place + 1] = [ids[place]] * count
-            labels[place : place + 1] = [IGNORE] * count
+            labels[place : place + 1] = [labels[place]] * count
         return ids, labels
 
     def _apart(self, text: str, spans: list[tuple[int, int]], special: bool) -> tuple[list[int], list[int]]:

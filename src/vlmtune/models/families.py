@@ -8,7 +8,6 @@ prompt, which it reads in both directions, from the answer by token types.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import islice
 from typing import Any
 
 import torch
@@ -66,9 +65,7 @@ class Family:
         if not getattr(self.processor, "return_mm_token_type_ids", False):
             return None
         name = "token_type_ids" if "token_type_ids" in self.processor.model_input_names else "mm_token_type_ids"
-        [flat] = self.processor.create_mm_token_type_ids([[i for row in ids for i in row]])
-        types = iter(flat)  # each token by itself, so all rows in one call
-        return name, [list(islice(types, len(row))) for row in ids]
+        return name, self.processor.create_mm_token_type_ids(ids)
 
     def arrange(self, inputs: dict[str, Any], ids: Tensor, images_of: Sequence[Sequence[int]]) -> dict[str, Any]:
         """`inputs` of the images, and what else the model needs for the padded rows `ids` [B, T]."""
