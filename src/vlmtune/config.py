@@ -58,7 +58,7 @@ class ModelConfig:
     dtype: str = one_of("auto", "fp32", "bf16", "fp16")
     """Type of the weights in memory; `auto`: the compute type where they are frozen, fp32 where they are trained."""
     attention: str = one_of("auto", "sdpa", "eager")
-    """Attention implementation of transformers."""
+    """Attention implementation of transformers; `auto`: its own choice, sdpa where the family has it."""
     save_layout: str = one_of("native", "original")
     """Layout of the whole model that a run saves; `original`: as InternVL2's own code reads it."""
     freeze: list[str] = field(default_factory=list)
