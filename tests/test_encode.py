@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerFast
 import tiny
 import tiny_families
 from vlmtune.data.batch import padded
-from vlmtune.data.encode import IGNORE, Encoder, Shortened
+from vlmtune.data.encode import IGNORE, Encoder
+from vlmtune.data.feature_tokens import Shortened
 from vlmtune.data.template import with_stand_ins
 from vlmtune.errors import DataError, ModelError
 
@@ -222,10 +223,11 @@ def test_runs_of_feature_tokens_are_tokenized_once(encoder: Encoder, monkeypatch
 def test_as_many_places_as_runs_of_feature_tokens(encoder_of: Any) -> None:
     encoder = encoder_of("qwen2_vl")
     [token] = encoder.tokenizer(encoder.family.feature_token)["input_ids"]
-    ids, labels = encoder._repeated([5, token, 6, token], [IGNORE, IGNORE, 6, IGNORE], [3, 1])
+    ids, labels = [5, token, 6, token], [IGNORE, IGNORE, 6, IGNORE]
+    encoder._repeat(ids, labels, [3, 1])
     assert (ids, labels) == ([5, token, token, token, 6, token], [*[IGNORE] * 4, 6, IGNORE])
     with pytest.raises(ModelError, match="1 places for image features in a prompt that shows 2 runs"):
-        encoder._repeated([5, token], [IGNORE, IGNORE], [3, 1])
+        encoder._repeat([5, token], [IGNORE, IGNORE], [3, 1])
 
 
 def test_a_bos_that_the_template_writes_is_not_doubled(encoder_of: Any) -> None:

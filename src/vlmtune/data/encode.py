@@ -13,11 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
 from vlmtune import display
+from vlmtune.data.feature_tokens import Shortened, repeat, shortened
 from vlmtune.data.images import image_size, open_image
 from vlmtune.data.records import Record
 from vlmtune.data.template import TEXT, Pieces, Shape, Turnout, content_of, conversation, with_stand_ins
@@ -46,14 +47,6 @@ class Encoded:
     """Indices into the image tensors."""
     image_inputs: dict[str, Any] = field(default_factory=dict)
     """What the processor returned about the images, one call for all of them."""
-
-
-class Shortened(NamedTuple):
-    """An image's expansion with each run of feature tokens as one of them."""
-
-    text: str
-    counts: list[int]
-    """Tokens of each run."""
 
 
 class Encoder:
@@ -266,9 +259,8 @@ class Encoder:
             texts.append(text)
             spans.append(supervised)
         ids, labels = self._tokens(texts, spans)
-        for n, own in enumerate(images_of):
-            counts = [count for i in own for count in short[i].counts]
-            ids[n], labels[n] = self._repeated(ids[n], labels[n], counts)
+        for row, its_labels, own in zip(ids, labels, images_of, strict=True):
+            self._repeat(row, its_labels, [count for i in own for count in short[i].counts])
         name, types = self.family.token_types(ids, labels) or ("", None)
         return Encoded(ids, labels, types, name, images_of, image_inputs)
 
@@ -291,30 +283,23 @@ class Encoder:
         return ids, labels
 
     def _shortened(self, expansion: str) -> Shortened:
-        """One token in place of each run of the token that stands for an image feature: tokenizing thousands of them
-        takes long, and added tokens are split off before anything else, however many there are.
-        """
-        token = self.family.feature_token
         if self._feature_id is None:
             return Shortened(expansion, [])
-        run = re.compile(f"(?:{re.escape(token)})+")
-        return Shortened(run.sub(token, expansion), [len(found) // len(token) for found in run.findall(expansion)])
+        return shortened(expansion, self.family.feature_token)
 
     @functools.cached_property
     def _feature_id(self) -> int | None:
         return self.tokenizer.get_added_vocab().get(self.family.feature_token)
 
-    def _repeated(self, ids: list[int], labels: list[int], counts: list[int]) -> tuple[list[int], list[int]]:
-        """One row's tokens and labels with each feature token as often as `counts` say, in order."""
+    def _repeat(self, ids: list[int], labels: list[int], counts: list[int]) -> None:
+        """Have each feature token of one row stand as often as `counts` say, in order."""
         places = [n for n, i in enumerate(ids) if i == self._feature_id] if counts else []
         if len(places) != len(counts):
             raise ModelError(
                 f"{len(places)} places for image features in a prompt that shows {len(counts)} runs of them"
             )
-        for place, count in zip(reversed(places), reversed(counts), strict=True):
-            ids[place : place + 1] = [ids[place]] * count
-            labels[place : place + 1] = [labels[place]] * count
-        return ids, labels
+        repeat(ids, places, counts)
+        repeat(labels, places, counts)
 
     def _apart(self, text: str, spans: list[tuple[int, int]], special: bool) -> tuple[list[int], list[int]]:
         """Tokens and labels of one text, tokenized in pieces that begin and end where spans do."""

@@ -68,17 +68,13 @@ class Features(Pixels):
         with self.engine.autocast():
             output = encode(**arguments, return_dict=True)
         pooled, deepstack = output.pooler_output, getattr(output, "deepstack_features", None) or []
-        stacked = isinstance(pooled, Tensor)
-        return [
-            Entry(
-                {key: value for key, value in own.items() if key.endswith("_grid_thw")},
-                expansions,
-                [_kept(t) for t in ([_share(pooled, n, len(images))] if stacked else _share(pooled, n, len(images)))],
-                stacked,
-                [[_kept(t) for t in _share(layer, n, len(images))] for layer in deepstack],
-            )
-            for n, (own, expansions) in enumerate(images)
-        ]
+        stacked, entries = isinstance(pooled, Tensor), []
+        for n, (own, expansions) in enumerate(images):
+            grids = {key: value for key, value in own.items() if key.endswith("_grid_thw")}
+            features, *layers = (_share(values, n, len(images)) for values in [pooled, *deepstack])
+            kept = [_kept(t) for t in ([features] if stacked else features)]
+            entries.append(Entry(grids, expansions, kept, stacked, [[_kept(t) for t in layer] for layer in layers]))
+        return entries
 
 
 TOGETHER = 4
