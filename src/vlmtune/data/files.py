@@ -13,6 +13,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlmtune.data.arrow import values
+from vlmtune.data.cells import from_json
 from vlmtune.data.images import whats_there
 from vlmtune.errors import DataError
 
@@ -56,7 +58,7 @@ def read_json(path: Path) -> pd.DataFrame:
     """Read a JSON list of objects."""
     text = _text(path)
     try:
-        rows = json.loads(text)
+        rows = from_json(text)
     except json.JSONDecodeError as error:
         lines = text.lstrip().startswith("{")
         hint = "; a file with one object per line ends in .jsonl" if lines and "Extra data" in error.msg else ""
@@ -73,7 +75,7 @@ def read_json_lines(path: Path) -> pd.DataFrame:
         if not line.strip():
             continue
         try:
-            rows.append(json.loads(line))
+            rows.append(from_json(line))
             lines.append(number)
         except json.JSONDecodeError as error:
             problems.append(f"{path}, line {number}: is not JSON: {error.msg}")
@@ -90,14 +92,17 @@ def read_parquet(path: Path) -> pd.DataFrame:
     if not path.is_file():
         raise DataError(f"{path}: no such file; {whats_there(path)}")
     try:
-        frame = pd.read_parquet(path)
+        from pyarrow import parquet
+
+        table = parquet.ParquetFile(path).read()
     except ImportError:
         raise DataError(f"{path}: reading Parquet needs pyarrow: pip install 'vlmtune[datasets]'") from None
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: is no Parquet file: {str(error).splitlines()[0]}") from None
-    if frame.empty:
+    if table.num_rows == 0:
         raise DataError(f"{path}: has no rows")
-    frame = frame.reset_index(drop=True)
+    names = [name for name in table.column_names if not name.startswith("__index_level_")]
+    frame = pd.DataFrame({name: pd.Series(values(table, name), dtype=object) for name in names})
     frame.attrs["file"] = str(path)
     return frame
 
