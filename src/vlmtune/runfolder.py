@@ -121,7 +121,7 @@ def write_table(path: Path, frame: Any) -> None:
     def flat(cell: Any) -> Any:
         cell = as_list(cell)
         if isinstance(cell, list | dict):
-            return to_json(cell, lambda value: f"<{type(value).__name__}>")
+            return to_json(cell, lambda value: value if isinstance(value, str) else f"<{type(value).__name__}>")
         return text_of(cell, "cell") if isinstance(cell, bool) else cell
 
     objects = [name for name in frame.columns if frame[name].dtype == object]

@@ -31,7 +31,7 @@ def answers_of(cell: Any, lists: str) -> tuple[tuple[str, ...], bool]:
         assert found is not None
         if any(is_blank(item) for item in found):
             raise DataError("empty answer: one in the list is blank")
-        return tuple(map(str, found)), True
+        return tuple(text_of(item, "answer") for item in found), True
     if lists == "references" and found and (problem := _doubtful(found)):
         raise DataError(f"{problem}; data.answer_lists=text trains on the list itself")
     if isinstance(cell, list | tuple):

@@ -72,24 +72,14 @@ def audit_frame(
     lines = frame.index.tolist() if frame.index.name == "line" else [0] * len(frame)
     good = _group_by_content([record for record, found in zip(records, faults, strict=True) if not found])
     reader.tell()
-    if reader.names["image"] not in frame.columns:
-        warn_without_images(good, reader)
+    reader.tell_images(good, frame.columns)
     bad = [BadRow(file, lines[row], row + 1, "; ".join(found)) for row, found in enumerate(faults) if found]
     return Split(good, frame, bad)
 
 
-def warn_without_images(records: Sequence[Record], reader: Reader) -> None:
-    """Say that rows of conversations show no image, where none does."""
-    if len(records) and not any(record.images for record in records):
-        log.warning(
-            "%s: no column %r, and none of its %d usable rows carries an image: %s on text alone",
-            *(reader.file or "data", reader.names["image"], len(records)),
-            "trained" if reader.answers_required else "answered",
-        )
-
-
 def _cells(frame: pd.DataFrame, name: str) -> list[Any]:
-    return column_values(frame[name]) if name in frame.columns else [None] * len(frame)
+    places = [place for place, other in enumerate(frame.columns) if str(other) == name]
+    return column_values(frame.iloc[:, places[0]]) if places else [None] * len(frame)
 
 
 # ---------------------------------------------------------------- rows
@@ -137,6 +127,13 @@ class Reader:
         """Say in the log what was not read, and how lists were."""
         self.unread.tell(self.file or "data")
         self.lists.tell(self.file or "data")
+
+    def tell_images(self, records: Sequence[Record], present: Iterable[Any]) -> None:
+        """Warn where there is no image column and none of the usable `records` shows an image."""
+        name, done = self.names["image"], "trained" if self.answers_required else "answered"
+        if name not in map(str, present) and len(records) and not any(record.images for record in records):
+            none = f"none of its {len(records)} usable rows carries an image"
+            log.warning("%s: no column %r, and %s: %s on text alone", self.file or "data", name, none, done)
 
     def _refusals(self, cells: Sequence[Any]) -> list[str]:
         """Why the cells of columns that nothing reads make this a bad row."""
@@ -201,7 +198,9 @@ class Reader:
             )
         if self.answers_required and (problem := self._untrained(found.turns)):
             raise DataError(problem)
-        return self._record(found.turns, placed_images or images, row, found.system or system), []
+        return self._record(
+            found.turns, placed_images or images, row, system if found.system is None else found.system
+        ), []
 
     def _untrained(self, turns: Sequence[Turn]) -> str | None:
         """Why a conversation has no answer to train on, by the weights of its messages."""
@@ -226,7 +225,7 @@ class Reader:
     def locate(self, cell: Any) -> tuple[Source, Hashable]:
         """One image and its key: equal for equal images."""
         if isinstance(cell, dict) and {"bytes", "path"} & cell.keys():  # an image as Hugging Face's data sets store it
-            self.unread.check(cell, frozenset(("bytes", "path")), PARTS, "an image: ")
+            self.unread.check(cell, frozenset(("bytes", "path")), PARTS, "an image's ")
             path = cell.get("path")
             if not cell.get("bytes") and "://" in str(path):  # in an archive, or on a hub
                 return partial(_from_data_set, cell), str(path)

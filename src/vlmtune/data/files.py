@@ -101,8 +101,8 @@ def read_parquet(path: Path) -> pd.DataFrame:
         raise DataError(f"{path}: is no Parquet file: {str(error).splitlines()[0]}") from None
     if table.num_rows == 0:
         raise DataError(f"{path}: has no rows")
-    names = [name for name in table.column_names if not name.startswith("__index_level_")]
-    frame = pd.DataFrame({name: pd.Series(values(table, name), dtype=object) for name in names})
+    columns = {name: cells for name, cells in values(table).items() if not name.startswith("__index_level_")}
+    frame = pd.DataFrame({name: pd.Series(cells, dtype=object) for name, cells in columns.items()})
     frame.attrs["file"] = str(path)
     return frame
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from vlmtune.config import DataConfig, TaskConfig
 from vlmtune.data.arrow import of_feature
-from vlmtune.data.audit import Reader, keys_of, warn_without_images
+from vlmtune.data.audit import Reader, keys_of
 from vlmtune.data.columns import SAMPLE, column_problems, columns_with_text, tell_unread
 from vlmtune.data.images import image_size, open_image
 from vlmtune.data.records import BadRow, Record, Split
@@ -164,8 +164,7 @@ class HubTable:
                 advance(1)
         reader.tell()
         split.records = HubRows(self.dataset, reader, good, groups, digest.hexdigest())
-        if reader.names["image"] not in self.dataset.column_names:
-            warn_without_images(split.records, reader)
+        reader.tell_images(split.records, self.dataset.column_names)
         return split
 
 

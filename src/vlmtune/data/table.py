@@ -187,7 +187,8 @@ def _refusals(name: str, split: Split, config: DataConfig) -> list[str]:
 
 
 def _kinds(bad: Sequence[BadRow]) -> str:
-    kinds = Counter(re.split(r"[:\d]", row.reason)[0].strip() for row in bad)
+    reasons = (re.sub(r"^message \d+: ", "", row.reason) for row in bad)
+    kinds = Counter(re.split(r"[:\d]", reason)[0].strip() for reason in reasons)
     return ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common())
 
 
