@@ -118,6 +118,8 @@ def write_predictions(path: Path, split: Split, found: Evaluation, metric: str) 
 def write_table(path: Path, frame: Any) -> None:
     """Write a frame as CSV, lists and objects in its cells as JSON."""
 
+    import pandas as pd
+
     def flat(cell: Any) -> Any:
         cell = as_list(cell)
         if isinstance(cell, list | dict):
@@ -125,7 +127,9 @@ def write_table(path: Path, frame: Any) -> None:
         return text_of(cell, "cell") if isinstance(cell, bool) else cell
 
     objects = [name for name in frame.columns if frame[name].dtype == object]
-    write_whole(path, frame.assign(**{name: frame[name].map(flat) for name in objects}).to_csv(index=False))
+    # Series.map would infer a type, and make floats of integers beside a missing value
+    cells = {name: pd.Series([*map(flat, frame[name])], frame.index, dtype=object) for name in objects}
+    write_whole(path, frame.assign(**cells).to_csv(index=False))
 
 
 def write_failure(folder: Path, error: BaseException) -> None:

@@ -239,7 +239,8 @@ class Reader:
         if is_blank(cell):
             raise DataError("not an image: an image in the list is missing")
         if not isinstance(cell, str | Path) or isinstance(cell, Number):
-            raise DataError(f"not an image: the cell is {type(cell).__name__}; give a path, bytes or a PIL image")
+            kind = "a number" if isinstance(cell, Number) else type(cell).__name__
+            raise DataError(f"not an image: the cell is {kind}; give a path, bytes or a PIL image")
         text = str(cell)
         if text not in self.paths:
             if re.match(r"\w[\w+.-]+://|data:", text):

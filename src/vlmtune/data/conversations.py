@@ -163,10 +163,11 @@ class Reader:
         if isinstance(content, list | tuple):
             text, at = self._joined(content, images)
         else:
-            if isinstance(content, dict | bytes) or content is None:
-                shown = "an object" if isinstance(content, dict) else type(content).__name__
+            if content is None:
                 keys = ", ".join(sorted(map(str, message)))
-                raise DataError(f"content is {shown}; a text or a list of parts is needed (the keys are {keys})")
+                raise DataError(f"has no content: its keys are {keys}; read is content, or value")
+            if isinstance(content, dict):
+                raise DataError("content is an object; a text or a list of parts is needed")
             text, at = placed(text_of(content, "content"))
             images += [None] * len(at)
         if role == "user" and (mark := media_mark(text, self.unread.media)):
