@@ -24,7 +24,8 @@ from PIL import Image
 from vlmtune.config import ColumnsConfig, DataConfig, TaskConfig
 from vlmtune.data.conversations import PLACE, as_list, parse, placed
 from vlmtune.data.images import Source, content_key, image_size, open_image
-from vlmtune.data.records import BadRow, Record, Split, Turn
+from vlmtune.data.records import Record, Split, Turn
+from vlmtune.data.rows import places
 from vlmtune.errors import DataError
 
 if TYPE_CHECKING:
@@ -42,28 +43,30 @@ def audit_frame(
 
     An image cell holds a path, a PIL image, bytes, a function that returns a PIL image, a list of these, or nothing (a
     text-only row). In a row with a list, `<image>` in the question says where each stands. Relative paths start from
-    `data.image_root`, else from the folder of `file`. `Record.row` is the position in `frame`. Without
-    `answers_required`, as in prediction, answers may be missing and rows may repeat.
+    `data.image_root`, else from the folder of the row's file: `file`, where the frame's own index does not name one.
+    `Record.row` is the position in `frame`. Without `answers_required`, as in prediction, answers may be missing.
 
     Raises DataError when a column is missing; bad rows raise nothing.
     """
     if problems := column_problems(frame.columns, config.columns, file, answers_required):
         raise DataError(problems)
-    reader = Reader(config, task, file, answers_required)
+    at = list(places(frame, file))
+    readers = {name: Reader(config, task, name, answers_required) for name in dict.fromkeys(place.file for place in at)}
+    reader = next(iter(readers.values()), Reader(config, task, file, answers_required))
     columns = [_cells(frame, reader.names[role]) for role in reader.roles]
-    read = [reader.read(row, *cells) for row, cells in enumerate(zip(*columns, strict=True))]
-    records, faults = [record for record, _ in read], [found for _, found in read]
+    records, faults = [], []
+    for row, (place, *cells) in enumerate(zip(at, *columns, strict=True)):
+        record, found = readers[place.file].read(row, *cells)
+        records.append(dataclasses.replace(record, line=place.line, number=place.row))
+        faults.append([place.fault] if place.fault else found)
     _add_image_faults(records, faults, config)
-    if answers_required:
-        _add_duplicates(records, faults)
     if reader.names["image"] not in frame.columns and not any(record.images for record in records):
         log.warning(
             "%s: no column %r, and no message carries an image: trained on text alone", file, reader.names["image"]
         )
-    lines = frame.index.tolist() if frame.index.name == "line" else [0] * len(frame)
     good = _group_by_content([record for record, found in zip(records, faults, strict=True) if not found])
-    bad = [BadRow(file, lines[row], row + 1, "; ".join(found)) for row, found in enumerate(faults) if found]
-    return Split(good, frame, bad)
+    bad = [record.refused("; ".join(found)) for record, found in zip(records, faults, strict=True) if found]
+    return Split(good, frame, bad, repeats_of(good) if answers_required else [])
 
 
 # ---------------------------------------------------------------- columns
@@ -314,7 +317,7 @@ def _add_image_faults(records: list[Record], faults: list[list[str]], config: Da
         results = _with_progress(pool.map(fault, distinct.values()), len(distinct))
         fault_of = dict(zip(distinct, results, strict=True))
     for record, found in zip(records, faults, strict=True):
-        found += [reason for key in keys_of(record) if (reason := fault_of[key])]
+        found += dict.fromkeys(reason for key in keys_of(record) if (reason := fault_of[key]))
 
 
 def _group_by_content(records: list[Record]) -> list[Record]:
@@ -355,11 +358,8 @@ def _with_progress(results: Iterable[str | None], total: int) -> Iterable[str | 
     return progress
 
 
-def _add_duplicates(records: list[Record], faults: list[list[str]]) -> None:
+def repeats_of(records: Iterable[Record]) -> list[tuple[int, int]]:
+    """Positions of records that say the same of the same images as an earlier one, each with that one's."""
     first: dict[Hashable, int] = {}
-    for record, found in zip(records, faults, strict=True):
-        if (
-            not found
-            and (original := first.setdefault((record.group, record.turns, record.system), record.row)) != record.row
-        ):
-            found.append(f"duplicate of row {original + 1}")
+    numbered = enumerate((record.group, record.turns, record.system) for record in records)
+    return [(at, original) for at, said in numbered if (original := first.setdefault(said, at)) != at]
