@@ -133,13 +133,15 @@ class TrainerConfig:
 class ColumnsConfig:
     image: str = "image_path"
     """Column with the path of each row's image, or a list of paths."""
-    question: str = "question"
-    """Column with the question; rows without one are captions."""
+    question: str | None = "question"
+    """Column with the question; rows with an empty one are captions. null, or task=caption: all rows are."""
     answer: str = "answer"
     """Column with the answer to learn, or to compare with."""
     conversation: str | None = None
     """Column with whole conversations, in LLaVA's or OpenAI's form; the columns of question and answer are then not
     read."""
+    system: str | None = "system"
+    """Column with a system prompt of the row's own, in place of model.system_prompt, if there is such a column."""
 
 
 @dataclass
@@ -171,6 +173,12 @@ class DataConfig:
     """Rows from which each streamed row is drawn at random; 1 keeps the order of the source."""
     image_separator: str | None = None
     """What stands between the paths of several images in one cell, for instance `;`. A JSON list needs none."""
+    answer_lists: str = one_of("references", "text")
+    """What a list of texts in an answer is: several references, of which the first is trained on, or the answer itself,
+    as JSON."""
+    ignore: list[str] = field(default_factory=list)
+    """Columns and keys of messages to leave unread on purpose, where a row that holds something there would otherwise
+    be refused, for instance [rejected, bbox]."""
     supervise: str = one_of("last", "all")
     """Answers of a conversation that are trained on."""
     on_bad_row: str = one_of("fail", "drop")

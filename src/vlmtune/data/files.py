@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlmtune.data.arrow import values
 from vlmtune.data.csv_files import read_csv
 from vlmtune.data.images import whats_there
 from vlmtune.data.json_files import read_json, read_json_lines
@@ -68,13 +69,17 @@ def read_parquet(path: Path) -> pd.DataFrame:
     if not path.is_file():
         raise DataError(f"{path}: no such file; {whats_there(path)}")
     try:
-        frame = pd.read_parquet(path)
+        from pyarrow import parquet
+
+        table = parquet.ParquetFile(path).read()
     except ImportError:
         raise DataError(f"{path}: reading Parquet needs pyarrow: pip install 'vlmtune[datasets]'") from None
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: is no Parquet file: {str(error).splitlines()[0]}") from None
-    if frame.empty:
+    if table.num_rows == 0:
         raise DataError(f"{path}: has no rows")
+    names = [name for name in table.column_names if not name.startswith("__index_level_")]
+    frame = pd.DataFrame({name: pd.Series(values(table, name), dtype=object) for name in names})
     return placed(frame, path)
 
 

@@ -14,6 +14,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from vlmtune.data.cells import from_json
 from vlmtune.data.rows import Rows
 from vlmtune.data.text_files import byte_fault, read_lines, read_text
 from vlmtune.errors import DataError, nearest
@@ -33,8 +34,8 @@ def read_json(path: Path, key: str | None = None) -> Rows:
     """Read a JSON list of objects, or the one that stands under `key` of an object."""
     text = read_text(path)
     try:
-        found = json.loads(text, object_pairs_hook=_object, strict=byte_fault(text) is None)
-    except (ValueError, RecursionError) as error:
+        found = from_json(text, object_pairs_hook=_object, strict=byte_fault(text) is None)
+    except (ValueError, DataError) as error:
         line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         of_lines = text.lstrip().startswith("{") and "Extra data" in str(error)
         hint = "; a file with one object per line ends in .jsonl" if of_lines else ""
@@ -59,17 +60,17 @@ def read_json_lines(path: Path) -> Rows:
         fault, item = byte_fault(line), None
         if fault is None:
             try:
-                item = json.loads(line, object_pairs_hook=_object)
+                item = from_json(line, object_pairs_hook=_object)
                 fault = _item_fault(item, _is_doubtful(line))
-            except (ValueError, RecursionError) as error:
+            except (ValueError, DataError) as error:
                 fault = _broken(error)
         rows.add(item, number, fault)
     return rows
 
 
 def _broken(error: Exception) -> str:
-    if isinstance(error, RecursionError):
-        return "not JSON that can be read: nested too deeply"
+    if isinstance(error, DataError):
+        return f"not JSON that can be read: {error}"
     return f"not JSON: {getattr(error, 'msg', error)}"
 
 

@@ -20,6 +20,8 @@ class Turn:
     answers: tuple[str, ...] = ()
     image_at: tuple[int, ...] = ()
     """Characters of the question in front of which the record's next images stand, in order."""
+    trained: bool = True
+    """Whether its answer is trained on, where all answers of a conversation are."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmtune.config import DataConfig, TaskConfig
-from vlmtune.data.audit import audit_frame, column_problems
+from vlmtune.data.audit import audit_frame
+from vlmtune.data.columns import column_problems
 from vlmtune.data.files import SHOWN, files_of, read_table
 from vlmtune.data.records import BadRow, Record, Split
 from vlmtune.data.rows import joined
