@@ -340,7 +340,7 @@ def test_no_image_is_said_only_where_there_is_none(folder: Path, caplog: pytest.
         read(folder, [{"messages": messages(user=[{"type": "image", "source": {"data": "x"}}, TEXT])}], columns=CHAT)
     assert not caplog.records
     read(folder, [text], columns=CHAT)
-    assert "no column 'images', and none of its 1 usable rows carries an image" in caplog.text
+    assert "no column 'images', and none of the 1 usable rows carries an image" in caplog.text
 
 
 def test_an_alpaca_rows_second_half_is_not_dropped(folder: Path) -> None:

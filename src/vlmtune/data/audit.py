@@ -33,8 +33,9 @@ from vlmtune.data.columns import (
 )
 from vlmtune.data.conversations import PLACE, media_mark, parse, placed
 from vlmtune.data.images import Source, content_key, image_size, open_image
-from vlmtune.data.meanings import AUDIO, COLUMNS, PARTS, VIDEO, Unread, refusal
-from vlmtune.data.records import BadRow, Record, Split, Turn
+from vlmtune.data.meanings import AUDIO, COLUMNS, PARTS, VIDEO, Unread, meaning_of, refusal
+from vlmtune.data.records import Record, Split, Turn
+from vlmtune.data.rows import places
 from vlmtune.errors import DataError
 
 if TYPE_CHECKING:
@@ -52,29 +53,32 @@ def audit_frame(
 
     An image cell holds a path, a PIL image, bytes, a function that returns a PIL image, a list of these, or nothing (a
     text-only row). `<image>` in a question says where each image stands. Relative paths start from `data.image_root`,
-    else from the folder of `file`. `Record.row` is the position in `frame`. Without `answers_required`, as in
-    prediction, answers may be missing and rows may repeat.
+    else from the folder of the row's file: `file`, where the frame's own index does not name one. `Record.row` is the
+    position in `frame`. Without `answers_required`, as in prediction, answers may be missing.
 
     Raises DataError when a column is missing; bad rows raise nothing.
     """
     texts = columns_with_text(sample_of(frame))
     if problems := column_problems(frame.columns, config.columns, file, answers_required, task, texts):
         raise DataError(problems)
-    present = filled(frame)
-    reader = Reader(config, task, file, answers_required, present)
+    present, at = filled(frame), list(places(frame, file))
+    files = dict.fromkeys([place.file for place in at] or [file])
+    readers = {name: Reader(config, task, name, answers_required, present) for name in files}
+    reader = next(iter(readers.values()))
     tell_unread(file, present, config, reader.refusable)
     columns = [_cells(frame, name) for name in reader.columns]
-    read = [reader.read(row, cells) for row, cells in enumerate(zip(*columns, strict=True))]
-    records, faults = [record for record, _ in read], [found for _, found in read]
+    records, faults = [], []
+    for row, (place, *cells) in enumerate(zip(at, *columns, strict=True)):
+        record, found = readers[place.file].read(row, cells)
+        records.append(dataclasses.replace(record, line=place.line, number=place.row))
+        faults.append([place.fault] if place.fault else found)
     _add_image_faults(records, faults, config)
-    if answers_required:
-        _add_duplicates(records, faults)
-    lines = frame.index.tolist() if frame.index.name == "line" else [0] * len(frame)
     good = _group_by_content([record for record, found in zip(records, faults, strict=True) if not found])
-    reader.tell()
+    for each in readers.values():
+        each.tell()
     reader.tell_images(good, frame.columns)
-    bad = [BadRow(file, lines[row], row + 1, "; ".join(found)) for row, found in enumerate(faults) if found]
-    return Split(good, frame, bad)
+    bad = [record.refused("; ".join(found)) for record, found in zip(records, faults, strict=True) if found]
+    return Split(good, frame, bad, repeats_of(good) if answers_required else [])
 
 
 def _cells(frame: pd.DataFrame, name: str) -> list[Any]:
@@ -101,8 +105,8 @@ class Reader:
         self.names = names_of(config.columns)
         self.unread = Unread(config.ignore, answers_required)
         self.refusable = refusable(present, config, self.unread)
-        self.unread.media = any(COLUMNS[name.casefold()] in (VIDEO, AUDIO) for name in self.refusable)
         """Columns in which a row must not hold anything that changes its meaning."""
+        self.unread.media = any(meaning_of(name, COLUMNS) in (VIDEO, AUDIO) for name in self.refusable)
         self.columns = [*self.names.values(), config.columns.system or "", *self.refusable]
         self.lists = Lists(config.answer_lists)
         self.paths: dict[str, Path] = {}
@@ -132,7 +136,7 @@ class Reader:
         """Warn where there is no image column and none of the usable `records` shows an image."""
         name, done = self.names["image"], "trained" if self.answers_required else "answered"
         if name not in map(str, present) and len(records) and not any(record.images for record in records):
-            none = f"none of its {len(records)} usable rows carries an image"
+            none = f"none of the {len(records)} usable rows carries an image"
             log.warning("%s: no column %r, and %s: %s on text alone", self.file or "data", name, none, done)
 
     def _refusals(self, cells: Sequence[Any]) -> list[str]:
@@ -299,7 +303,7 @@ def _add_image_faults(records: list[Record], faults: list[list[str]], config: Da
         results = _with_progress(pool.map(fault, distinct.values()), len(distinct))
         fault_of = dict(zip(distinct, results, strict=True))
     for record, found in zip(records, faults, strict=True):
-        found += [reason for key in keys_of(record) if (reason := fault_of[key])]
+        found += dict.fromkeys(reason for key in keys_of(record) if (reason := fault_of[key]))
 
 
 def _group_by_content(records: list[Record]) -> list[Record]:
@@ -340,11 +344,8 @@ def _with_progress(results: Iterable[str | None], total: int) -> Iterable[str | 
     return progress
 
 
-def _add_duplicates(records: list[Record], faults: list[list[str]]) -> None:
+def repeats_of(records: Iterable[Record]) -> list[tuple[int, int]]:
+    """Positions of records that say the same of the same images as an earlier one, each with that one's."""
     first: dict[Hashable, int] = {}
-    for record, found in zip(records, faults, strict=True):
-        if (
-            not found
-            and (original := first.setdefault((record.group, record.turns, record.system), record.row)) != record.row
-        ):
-            found.append(f"duplicate of row {original + 1}")
+    numbered = enumerate((record.group, record.turns, record.system) for record in records)
+    return [(at, original) for at, said in numbered if (original := first.setdefault(said, at)) != at]

@@ -44,12 +44,15 @@ class Unreadable(str):
 # ---------------------------------------------------------------- JSON
 
 
-def from_json(text: str) -> Any:
-    """Read JSON, its numbers as they are written. Raises json.JSONDecodeError, or DataError where it is too deep."""
+def from_json(text: str, **options: Any) -> Any:
+    """Read JSON, its numbers as they are written; `options` of json.loads.
+
+    Raises json.JSONDecodeError, or DataError where it is too deep.
+    """
     try:
-        return json.loads(text, parse_float=Number, parse_int=Number, parse_constant=_constant)
+        return json.loads(text, parse_float=Number, parse_int=Number, parse_constant=_constant, **options)
     except RecursionError:
-        raise DataError("JSON is nested too deeply") from None
+        raise DataError("nested too deeply") from None
 
 
 def _constant(name: str) -> Any:

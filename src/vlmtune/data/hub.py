@@ -34,6 +34,8 @@ def load(config: DataConfig) -> dict[str, HubTable | HubStream]:
     The split's name is otherwise the key's own. Raises DataError: no such set, split or network.
     """
     named = {split: getattr(config, split) for split in SPLITS if getattr(config, split) is not None}
+    if several := [f"data.{split}" for split, path in named.items() if not isinstance(path, str)]:
+        raise DataError(f"{', '.join(several)}: data=hub reads one data set; lists of files are for data=csv")
     if config.streaming:
         opened = {split: _open(path, split, config.subset, streaming=True) for split, path in named.items()}
         return {split: HubStream(opened[split], path, split) for split, path in named.items()}
@@ -153,11 +155,11 @@ class HubTable:
             for row, cells in enumerate(self.dataset):
                 record, found = check(row, cells)
                 content = hashlib.sha256(repr((record.group, record.turns, record.system)).encode()).digest()
-                if answers_required and not found and (original := first.setdefault(content, row)) != row:
-                    found.append(f"duplicate of row {original + 1}")
                 if found:
                     split.bad.append(BadRow(self.name, 0, row + 1, "; ".join(found)))
                 else:
+                    if answers_required and (original := first.setdefault(content, len(good))) != len(good):
+                        split.repeats.append((len(good), original))
                     good.append(row)
                     groups.append(record.group)
                     digest.update(content)

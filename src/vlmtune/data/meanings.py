@@ -147,6 +147,11 @@ TOOL_ROLES = ("tool", "function", "function_call", "observation", "tool_call", "
 """Roles of messages that stand for a tool's part."""
 
 
+def meaning_of(name: str, table: Mapping[str, Meaning]) -> Meaning | None:
+    """What a name means, in any case and with either dash."""
+    return table.get(name.casefold().replace("-", "_"))
+
+
 class Unread:
     """What nothing reads: refused where it changes what a row means, else counted, and named once in the log.
 
@@ -162,7 +167,7 @@ class Unread:
 
     def meaning(self, name: str, table: Mapping[str, Meaning]) -> Meaning | None:
         """What a name that nothing reads means, if it is refused."""
-        found = table.get(name.casefold().replace("-", "_"))
+        found = meaning_of(name, table)
         return None if found is None or name in self.ignored or (found.of_answer and not self.training) else found
 
     def check(self, owner: Mapping[Any, Any], read: frozenset[str], table: Mapping[str, Meaning], where: str) -> None:
