@@ -127,10 +127,12 @@ def test_several_images_a_row_are_known_by_content(tmp_path: Path) -> None:
     assert len(set(once.groups)) == 6
 
 
-def test_a_repeated_row_is_a_bad_row(tmp_path: Path) -> None:
+def test_a_repeated_row_is_found(tmp_path: Path) -> None:
     rows(question=["Is it?", "Is it?", "a?", "b?", "c?", "d?"], answer=["yes"] * 6).save_to_disk(str(tmp_path / "set"))
-    with pytest.raises(BadRowsError, match="duplicate of row 1"):
-        opened(tmp_path / "set")
+    assert len(opened(tmp_path / "set")["train"].records) == 6
+    assert len(opened(tmp_path / "set", on_duplicate="drop")["train"].records) == 5
+    with pytest.raises(BadRowsError, match=r"data\.on_duplicate=keep"):
+        opened(tmp_path / "set", on_duplicate="fail")
 
 
 @pytest.mark.parametrize(
