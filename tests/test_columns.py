@@ -121,6 +121,16 @@ def test_what_is_left_unread_on_purpose(folder: Path, caplog: pytest.LogCaptureF
     assert "not read" not in caplog.text, "who names them knows it"
 
 
+def test_what_is_read_can_not_be_ignored() -> None:
+    from vlmtune.strict import combinations
+
+    config = tiny.config("somewhere")
+    config.data = DataConfig(ignore=["question", "bbox"])
+    assert combinations(config) == [
+        "data.ignore: question is what data.columns.question reads; leave it out of one of them"
+    ]
+
+
 def test_what_nothing_reads_is_named_once_a_split(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     read(folder, [question(id=1, category="animals", note=None), question(id=2, answer="a dog")])

@@ -178,12 +178,12 @@ def test_a_list_of_texts_is_references_or_the_answer_itself(folder: Path, caplog
     caplog.set_level(logging.INFO)
     cells = pd.Series([["cup", "lamp"], '["cup", "lamp"]', "cup"], dtype=object)
     assert answers(of_frame(folder, cells)) == [("cup", "lamp"), ("cup", "lamp"), ("cup",)]
-    said = "2 answers are lists of texts; the first of each is trained on"
+    said = "answers that are lists of texts: 2; the first of each is trained on"
     assert said in caplog.text
     assert "data.answer_lists=text" in caplog.text
     caplog.clear()
     assert answers(of_frame(folder, cells, answer_lists="text")) == [('["cup", "lamp"]',)] * 2 + [("cup",)]
-    assert "2 answers are lists of texts; the whole list is trained on" in caplog.text
+    assert "lists of texts: 2; the whole list is trained on" in caplog.text
     caplog.clear()
     of_frame(folder, ["[12, 40]", "cup"])
     assert not caplog.records, "nothing is said where there is one reading alone"

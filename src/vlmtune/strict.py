@@ -161,6 +161,9 @@ def combinations(config: Config) -> list[str]:
     if config.uses_adapter and model.save_layout == "original":
         found.append("model.save_layout=original: is for whole models (adapter=none); an adapter has no such layout")
     data = config.data
+    for role, name in vars(data.columns).items():
+        if name in data.ignore:
+            found.append(f"data.ignore: {name} is what data.columns.{role} reads; leave it out of one of them")
     if (data.streaming or data.subset) and data._target_ != "vlmtune.data.hub.load":
         found.append("data.streaming, data.subset: are for data=hub")
     if data.streaming and data.on_duplicate != "keep":

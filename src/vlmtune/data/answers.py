@@ -75,12 +75,6 @@ class Lists:
             said = "the first of each is trained on and all are accepted", "text to train on the whole list"
         else:
             said = "the whole list is trained on, as JSON", "references to train on the first of each"
-        log.info(
-            "%s: %d answers are lists of texts; %s (%s); data.answer_lists=%s",
-            file,
-            self.rows,
-            said[0],
-            self.example,
-            said[1],
-        )
+        shown = (file, self.rows, said[0], self.example, said[1])
+        log.info("%s: answers that are lists of texts: %d; %s (%s); data.answer_lists=%s", *shown)
         self.example = None
