@@ -24,6 +24,7 @@ from PIL import Image
 from vlmtune.config import ColumnsConfig, DataConfig, TaskConfig
 from vlmtune.data.conversations import PLACE, as_list, parse, placed
 from vlmtune.data.images import Source, content_key, image_size, open_image
+from vlmtune.data.paths import local_path
 from vlmtune.data.records import Record, Split, Turn
 from vlmtune.data.rows import places
 from vlmtune.errors import DataError
@@ -214,9 +215,7 @@ class Reader:
             raise DataError(f"not an image: the cell is {type(cell).__name__}; give a path, bytes or a PIL image")
         text = str(cell)
         if text not in self.paths:
-            if re.match(r"\w[\w+.-]+://|data:", text):
-                raise DataError(f"image is a URL: {text:.80}; download it first and give its path")
-            self.paths[text] = Path(os.path.realpath(self.root / os.path.expanduser(text)))
+            self.paths[text] = Path(os.path.realpath(self.root / os.path.expanduser(local_path(text))))
         return self.paths[text], str(self.paths[text])
 
 

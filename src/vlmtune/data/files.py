@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmtune.data.csv_files import read_csv
-from vlmtune.data.images import whats_there
 from vlmtune.data.json_files import read_json, read_json_lines
+from vlmtune.data.paths import whats_there
 from vlmtune.data.rows import Rows, placed
 from vlmtune.errors import DataError
 
