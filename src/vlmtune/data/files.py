@@ -19,9 +19,6 @@ from vlmtune.errors import DataError
 if TYPE_CHECKING:
     import pandas as pd
 
-SHOWN = 20
-"""Faults of one file that a message lists before it counts the rest."""
-
 
 def files_of(value: str | Sequence[str] | None) -> list[str]:
     """The files that a key such as `data.train` names: none, one or several."""
@@ -50,6 +47,8 @@ def read_table(name: str | Path, header: Sequence[str] | None = None) -> pd.Data
     """
     path, key = parted(str(name))
     reader = READERS.get(path.suffix.lower())
+    if not path.exists() and "," in str(name) and all(map(is_table, str(name).split(","))):
+        raise DataError(f"{name}: is no file; several files are a list: [{name}]")
     if reader is None:
         raise DataError(f"{path}: ends in none of {', '.join(READERS)}, so its form isn't known")
     options: dict[str, Any] = {"key": key} if key is not None else {}

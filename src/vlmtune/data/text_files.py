@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import re
 from pathlib import Path
@@ -25,7 +26,7 @@ def read_lines(path: Path) -> list[str]:
 def read_text(path: Path) -> str:
     """The text of a file, without a byte order mark. Raises DataError for what is no text at all."""
     content = _content(path)
-    if not content.strip():
+    if not content.removeprefix(codecs.BOM_UTF8).strip():
         raise DataError(f"{path}: is empty; rows are needed")
     if kind := kind_of(content[:64]):
         raise DataError(f"{path}: is {kind}")
