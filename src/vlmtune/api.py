@@ -80,10 +80,11 @@ def check_free(folder: Path, config: Config) -> None:
 def load(folder: str | Path, *, overrides: Sequence[str] = ()) -> Predictor:
     """Open a finished run (its folder, or the `model/` in it) to answer questions.
 
-    `overrides`: keys of the run's config to change, for instance `["generation.max_new_tokens=32"]`.
+    `overrides`: keys of the run's config to change, for instance `["generation.max_new_tokens=32"]`. The folder of the
+    run's own images, `data.image_root`, counts only where it is among them: other tables have other images.
     Raises CheckpointError: no run there; ModelError: its base model can't be opened.
     """
-    from vlmtune.compose import normalise, saved_config
+    from vlmtune.compose import names, normalise, saved_config
     from vlmtune.strict import strict
 
     path = Path(folder).expanduser()
@@ -91,7 +92,10 @@ def load(folder: str | Path, *, overrides: Sequence[str] = ()) -> Predictor:
     usable, problems = normalise(overrides)
     if problems:
         raise ConfigError(problems)
-    return Predictor(path, strict(saved_config(path, usable)))
+    config = strict(saved_config(path, usable))
+    if not names(usable, "data.image_root"):
+        config.data.image_root = None
+    return Predictor(path, config)
 
 
 class Predictor:
@@ -117,17 +121,24 @@ class Predictor:
     def predict(self, frame: pd.DataFrame) -> pd.DataFrame:
         """A copy of `frame` with the column `answer_predictions`, in row order.
 
-        `frame` has the run's image and question columns; an image is a path, bytes or a PIL image. A row that can't be
-        used gets no answer (NA) and its reason in a column `error`; the others are answered.
+        `frame` has the run's image and question columns; an image is a path, bytes or a PIL image. Relative paths start
+        at the folder of the file that vlmtune read the frame from, and for a frame made otherwise at the working
+        directory, unless `load(..., overrides=["data.image_root=FOLDER"])` says where.
+
+        A row that can't be used gets no answer (NA) and its reason in a column `error`; the others are answered.
         """
         return self._predict(frame)[0]
 
     def _predict(self, frame: pd.DataFrame) -> tuple[pd.DataFrame, list[BadRow]]:
         """The answered frame, and the rows that could not be used."""
-        from vlmtune.data.table import audit_frame
+        from vlmtune.data.table import audit_frame, image_root_of
 
         file = str(frame.attrs.get("file", ""))  # relative paths start at the folder of a table that was read from one
-        data = dataclasses.replace(self.config.data, check_images="decode")  # one bad image must not end the others
+        data = dataclasses.replace(
+            self.config.data,
+            image_root=image_root_of(self.config.data, "test"),
+            check_images="decode",  # one bad image must not end the others
+        )
         split = audit_frame(frame, data, self.config.task, file=file, answers_required=False)
         try:
             answers = self.answer(split.records)
@@ -140,7 +151,7 @@ class Predictor:
             column[record.row] = answer
         out["answer_predictions"] = column
         if split.bad:
-            reasons = {bad.row - 1: bad.reason for bad in split.bad}
+            reasons = {bad.index: bad.reason for bad in split.bad}
             out["error"] = [reasons.get(row) for row in range(len(frame))]
         return out, split.bad
 
@@ -152,7 +163,7 @@ class Predictor:
                 self.encoder.encode([record], answered=False)
                 kept.append(record)
             except DataError as error:
-                split.bad.append(BadRow(record.file, 0, record.row + 1, "; ".join(error.problems)))
+                split.bad.append(record.refused("; ".join(error.problems)))
         split.records = kept
 
     def answer(self, records: Sequence[Any]) -> list[str]:
@@ -218,11 +229,10 @@ READ_FILES = "vlmtune.data.table.read_files"
 
 def of_test_rows(data: DataConfig) -> DataConfig:
     """The config for reading `data.test` alone: a file, or a data set of a hub where the run trained on such."""
-    from vlmtune.data.files import READERS
+    from vlmtune.data.files import files_of, is_table
 
     own = dataclasses.replace(data, train=None, validation=None, validation_fraction=0.0)
-    is_file = Path(str(data.test)).suffix.lower() in READERS
-    hub = data._target_ == "vlmtune.data.hub.load" and not is_file
+    hub = data._target_ == "vlmtune.data.hub.load" and not all(map(is_table, files_of(data.test)))
     return own if hub else dataclasses.replace(own, _target_=READ_FILES)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from vlmtune.config import SCHEMA, Config, home
+from vlmtune.data.files import files_of
 from vlmtune.errors import CheckpointError, ConfigError, UsageError, nearest
 from vlmtune.strict import strict
 
@@ -98,7 +99,7 @@ def read(command: str, overrides: Sequence[str], *, multirun: bool = False) -> t
     """
     usable, problems = normalise(overrides)
     if not multirun:
-        problems += [f"{override.lstrip('+')}: {NOT_ONE_RUN}" for override in usable if asks_for_several(override)]
+        problems += [_several(override.lstrip("+")) for override in usable if asks_for_several(override)]
     try:
         composed = compose(command, [one_choice(override) for override in usable])
         with_resume = saved_config(composed.resume, usable) if composed.get("resume") else composed
@@ -108,6 +109,13 @@ def read(command: str, overrides: Sequence[str], *, multirun: bool = False) -> t
     if problems:
         raise ConfigError(problems)
     return config, composed
+
+
+def _several(override: str) -> str:
+    key, _, value = override.partition("=")
+    if key in ("data.train", "data.validation", "data.test"):
+        return f"{override}: to read several files write {key}=[{value}]; to make a run of each put -m in front"
+    return f"{override}: {NOT_ONE_RUN}"
 
 
 def asks_for_several(override: str) -> bool:
@@ -159,4 +167,21 @@ def overlay(composed: DictConfig, overrides: Sequence[str]) -> Config:
     own = [o for o in usable if o.lstrip("+").split("=")[0] not in ("run", "output")]
     saved = saved_config(composed.run, own)
     OmegaConf.update(saved, "data.streaming", False)  # that was for training rows
+    if names(own, "data.test") and not names(own, "data.image_root") and not _own_test(composed.run, saved):
+        OmegaConf.update(saved, "data.image_root", None)  # it was for the run's own tables
     return strict(saved)
+
+
+def names(overrides: Sequence[str], key: str) -> bool:
+    """Whether one of the overrides sets `key`, or a key in it."""
+    return any(f"{override.key_or_group}.".startswith(f"{key}.") for override in parse(overrides))
+
+
+def _own_test(run: str | Path, config: DictConfig) -> bool:
+    """Whether `data.test` names what it named in the run itself."""
+    own = OmegaConf.load(Path(run).expanduser() / "config.yaml")
+    before, now = (
+        [Path(name).expanduser().absolute() for name in files_of(OmegaConf.select(one, "data.test"))]
+        for one in (own, config)
+    )
+    return now == before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,22 +81,28 @@ def write_config(path: Path, config: Config) -> None:
 
 def absolute(config: Config) -> Config:
     """The config with absolute paths, which mean the same from every working directory."""
-    data = {name: getattr(config.data, name) for name in ("train", "validation", "test")}
-    known: dict[str, Any] = {name: _absolute(path) for name, path in data.items() if path is not None}
-    if config.data.image_root is not None:
-        known["image_root"] = str(Path(config.data.image_root).expanduser().absolute())
+    known = {name: _each(_absolute, getattr(config.data, name)) for name in ("train", "validation", "test")}
+    known["image_root"] = _each(lambda path: str(Path(path).expanduser().absolute()), config.data.image_root)
     path = config.model.path
     local = str(Path(path).absolute()) if path is not None and Path(path).is_dir() else path
     return replace(config, data=replace(config.data, **known), model=replace(config.model, path=local))
 
 
+def _each(change: Callable[[str], str], value: Any) -> Any:
+    """A key's value with its path changed, or each of a list or a mapping of paths."""
+    if isinstance(value, dict):
+        return {name: change(path) for name, path in value.items()}
+    return [change(path) for path in value] if isinstance(value, list) else value and change(value)
+
+
 def _absolute(path: str) -> str:
-    """An absolute path; `FOLDER:SPLIT` keeps its split, and the id of a hub stays as it is."""
-    from vlmtune.data.files import READERS
+    """An absolute path; `FILE:KEY` and `FOLDER:SPLIT` keep their ends, and the id of a hub stays as it is."""
+    from vlmtune.data.files import is_table, parted
 
     place, colon, split = path.partition(":")
-    if Path(path).suffix.lower() in READERS or Path(path).expanduser().exists():
-        return str(Path(path).expanduser().absolute())
+    if is_table(path) or Path(path).expanduser().exists():
+        file, key = parted(path)
+        return str(file.absolute()) + (f":{key}" if key is not None else "")
     return f"{Path(place).expanduser().absolute()}{colon}{split}" if Path(place).expanduser().is_dir() else path
 
 
