@@ -269,13 +269,12 @@ def test_kills_at_random_moments_lose_nothing(tmp_path: Path) -> None:
     )
     for trial in range(20):
         root = tmp_path / str(trial) / "checkpoints"
-        process = subprocess.Popen([sys.executable, "-c", program, str(root)], stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None
-        last = [process.stdout.readline().strip() for _ in range(1 + trial % 7)][-1]
-        process.kill()
-        rest = process.stdout.read().split()
+        with subprocess.Popen([sys.executable, "-c", program, str(root)], stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            named = [process.stdout.readline().strip() for _ in range(1 + trial % 7)]
+            process.kill()
+            named += process.stdout.read().split()
         durable.repair_all(root)
-        assert newest(root.parent).name >= (rest or [last])[-1]
+        assert newest(root.parent).name >= named[-1]
         for folder in all_checkpoints(root):
             check(folder)
-        process.wait()

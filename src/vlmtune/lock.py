@@ -34,8 +34,10 @@ def held(folder: Path) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         os.register_at_fork(after_in_child=file.close)  # or a loader's process would go on holding it
-        yield
-        file.truncate(0)
+        try:
+            yield
+        finally:
+            file.truncate(0)
 
 
 def check(folder: Path) -> None:
