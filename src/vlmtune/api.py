@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Sequence
 from contextlib import suppress
@@ -39,15 +38,27 @@ def run_in(folder: Path, config: Config) -> dict[str, Any]:
 
     Raises ConfigError where the folder holds another run, and whatever ends the run early.
     """
-    from vlmtune import display, run, runfolder, signals
-    from vlmtune.data.table import BadRowsError, write_quarantine
+    from vlmtune import display, lock, run
 
     if int(os.environ.get("RANK", 0)) != 0:
         with display.logging_to(None):
             return run.train(config, None)
     check_free(folder, config)
     folder.mkdir(parents=True, exist_ok=True)
+    with lock.held(folder):
+        return _run_alone(folder, config)
+
+
+def _run_alone(folder: Path, config: Config) -> dict[str, Any]:
+    """As `run_in`, in a folder that no other process uses."""
+    from vlmtune import display, durable, run, runfolder, signals
+    from vlmtune.data.table import BadRowsError, write_quarantine
+
+    for parent in (folder, folder / "checkpoints"):
+        durable.repair_all(parent)
     if not config.resume:  # a resumed run's files are touched once it is known to be the same run
+        if (folder / "base").exists():  # of a start that failed, perhaps with another seed
+            durable.remove(folder / "base")
         runfolder.write_config(folder / "config.yaml", config)
         (folder / "quarantine.csv").unlink(missing_ok=True)
     with display.logging_to(folder), signals.ending_at_once():
@@ -66,12 +77,19 @@ def run_in(folder: Path, config: Config) -> dict[str, Any]:
 
 
 def check_free(folder: Path, config: Config) -> None:
-    """Raise ConfigError where `folder` holds a run that this one does not resume. A failed start is no obstacle."""
+    """Raise ConfigError where a running process uses the folder, or where it holds a run that this one does not resume.
+
+    A run that stopped before it saved anything is no obstacle.
+    """
+    from vlmtune import durable, lock
+    from vlmtune.runfolder import read_result
+
+    lock.check(Path(config.resume).expanduser() if config.resume else folder)
     if config.resume or not (folder / "config.yaml").exists():
         return
-    result = folder / "result.json"
-    status = json.loads(result.read_text())["status"] if result.exists() else "running"
-    if status not in ("failed", "preflight") or (folder / "checkpoints").exists():
+    result = read_result(folder) or {}
+    saved = [*durable.names(folder / "checkpoints"), *({"model"} & {*durable.names(folder)})]
+    if saved or result.get("status") in ("completed", "interrupted"):
         raise ConfigError(
             f"{folder}: holds a run already; choose another hydra.run.dir, or go on with it: resume={folder}"
         )

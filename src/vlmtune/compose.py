@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from vlmtune.config import SCHEMA, Config, home
 from vlmtune.data.files import files_of
 from vlmtune.errors import CheckpointError, ConfigError, UsageError, nearest
-from vlmtune.strict import strict
+from vlmtune.strict import strict, unreadable
 
 NOT_ONE_RUN = "means several runs; put -m in front of it, or quote the value if it is one text"
 PACKAGE = Path(__file__).resolve().parent
@@ -137,8 +137,7 @@ def saved_config(run: str | Path, overrides: Sequence[str]) -> DictConfig:
     path = Path(run).expanduser() / "config.yaml"
     if not path.is_file():
         raise CheckpointError(f"{run}: is no run folder (it has no config.yaml){_runs_nearby(Path(run))}")
-    saved = OmegaConf.load(path)
-    assert isinstance(saved, DictConfig)
+    saved = _readable(path)
     for override in parse(overrides):
         if override.key_or_group in groups():
             raise ConfigError(f"{override.key_or_group}: a finished run keeps its groups; set single keys of them")
@@ -149,6 +148,22 @@ def saved_config(run: str | Path, overrides: Sequence[str]) -> DictConfig:
         raise ConfigError(
             f"{path}: that run ran its model's own code; to run it again, set model.trust_remote_code=true"
         )
+    return saved
+
+
+def _readable(path: Path) -> DictConfig:
+    """A run's config.yaml. Raises CheckpointError where it is damaged, or has keys that this version does not know."""
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        saved = OmegaConf.load(path)
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
+        raise CheckpointError(f"{path}: is damaged: {' '.join(str(error).split())}") from error
+    if not isinstance(saved, DictConfig) or not saved:
+        raise CheckpointError(f"{path}: is damaged: it holds no keys")
+    if problems := unreadable(saved):
+        raise CheckpointError([f"{path}: {problem}" for problem in problems])
     return saved
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from vlmtune import display, environment, tracking
 from vlmtune.config import Config
 from vlmtune.data.cells import as_list, text_of, to_json
 from vlmtune.data.records import Split
+from vlmtune.errors import CheckpointError
 
 if TYPE_CHECKING:  # they import torch, and a run that fails at once should not wait for it
     from vlmtune.evaluation import Evaluation
@@ -42,6 +44,21 @@ def make_result(status: str, progress: Progress, metrics: dict[str, float], obje
     }
 
 
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """What result.json holds, None where the run has none yet. Raises CheckpointError where it can't be read."""
+    path = folder / "result.json"
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(result["status"], str):
+            raise ValueError("its status is no text")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise CheckpointError(f"{path}: is damaged: {reason}; delete it or put the right one back") from error
+    return dict(result)
+
+
 def closing_table(folder: Path, result: dict[str, Any]) -> str:
     """Scores before and after, time, memory, and where everything is."""
     metrics, speed, memory = result["metrics"], result["speed"], result["memory"]
@@ -65,7 +82,10 @@ def closing_table(folder: Path, result: dict[str, Any]) -> str:
 def write_whole(path: Path, text: str) -> None:
     """Write a file that is there in full or not at all."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())  # or a power failure may leave the name without the content
     partial.replace(path)
 
 

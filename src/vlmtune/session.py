@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Callable
 from functools import cache, partial, wraps
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 
 from vlmtune import display
 from vlmtune.config import Config, TrainerConfig
-from vlmtune.errors import ConfigError
+from vlmtune.errors import ConfigError, VlmtuneError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -89,6 +90,24 @@ def agree_on_folder(folder: Path | None, engine: Any) -> Path:
     if engine.num_processes > 1:
         broadcast_object_list(agreed)
     return Path(agreed[0])
+
+
+def decided_by_first(decide: Callable[[], Any], engine: Any) -> Any:
+    """What `decide` returns on the first rank, on every rank; where it raises a VlmtuneError, every rank does."""
+    from accelerate.utils import broadcast_object_list
+
+    if engine.num_processes == 1:
+        return decide()
+    found: list[Any] = [None, None]
+    if engine.is_main_process:
+        try:
+            found[0] = decide()
+        except VlmtuneError as error:
+            found[1] = error
+    broadcast_object_list(found)
+    if found[1] is not None:
+        raise found[1]
+    return found[0]
 
 
 def all_ranks(yes: bool, engine: Any) -> bool:

@@ -37,6 +37,15 @@ def strict(composed: DictConfig) -> Config:
     return config
 
 
+def unreadable(saved: DictConfig) -> list[str]:
+    """Problems of a saved config by itself: keys that don't exist here, wrong types, values out of bounds."""
+    problems: list[str] = []
+    raw = OmegaConf.to_container(saved)
+    assert isinstance(raw, dict)
+    _read(Config, raw, "", problems)
+    return problems
+
+
 def _read(schema: type, raw: dict[Any, Any], prefix: str, problems: list[str]) -> Any:
     """Build the dataclass `schema` from `raw`, appending to `problems` instead of raising."""
     fields = {f.name: f for f in dataclasses.fields(schema)}

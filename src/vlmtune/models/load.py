@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from vlmtune import durable
 from vlmtune.config import Config, ModelConfig
 from vlmtune.errors import CheckpointError, ConfigError, ModelError
 from vlmtune.models.image_budget import fit_model
@@ -127,7 +128,8 @@ def make_fresh(config: ModelConfig, folder: Path, seed: int, engine: Any) -> Non
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"model.fresh={config.fresh}: {error}") from error
     if engine.is_main_process and not folder.exists():
-        build(folder, seed)
+        with durable.whole(folder) as partial:
+            build(partial, seed)
     engine.wait_for_everyone()
     config.path = str(folder)
 
@@ -213,9 +215,10 @@ def load_trained(
     """
     from vlmtune.models.adapters import load_adapter
 
-    saved = folder / "model"
+    saved = durable.existing(folder / "model")
     if not saved.is_dir():
         raise CheckpointError(f"{folder}: this run has not saved a model; its result.json says why")
+    durable.verify(saved)
     types = {"dtype": dtype, "compute_dtype": compute_dtype}
     if not config.uses_adapter:
         own = dataclasses.replace(config.model, path=str(saved))
