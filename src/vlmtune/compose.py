@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
+from vlmtune import saved
 from vlmtune.config import SCHEMA, Config, home
 from vlmtune.errors import CheckpointError, ConfigError, UsageError, nearest
 from vlmtune.strict import strict
@@ -80,7 +82,6 @@ def compose(command: str, overrides: Sequence[str]) -> DictConfig:
     """Hydra's composition of `conf/<command>.yaml` with normalised overrides. Raises ConfigError."""
     import hydra
     from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
 
     logging.getLogger("hydra").setLevel(logging.ERROR)
     try:
@@ -125,23 +126,24 @@ def one_choice(override: str) -> str:
 
 
 def saved_config(run: str | Path, overrides: Sequence[str]) -> DictConfig:
-    """The config of an earlier run with these overrides on top. Raises CheckpointError where there is none."""
+    """The config of an earlier run with these overrides on top.
+
+    Raises CheckpointError where there is none, ConfigError where it names code that no override asks for again.
+    """
     path = Path(run).expanduser() / "config.yaml"
     if not path.is_file():
         raise CheckpointError(f"{run}: is no run folder (it has no config.yaml){_runs_nearby(Path(run))}")
-    saved = OmegaConf.load(path)
-    assert isinstance(saved, DictConfig)
-    for override in parse(overrides):
+    config = saved.read(path)
+    parsed = [override for override in parse(overrides) if not override.key_or_group.startswith("hydra")]
+    for override in parsed:
         if override.key_or_group in groups():
             raise ConfigError(f"{override.key_or_group}: a finished run keeps its groups; set single keys of them")
-        if not override.key_or_group.startswith("hydra"):
-            OmegaConf.update(saved, override.key_or_group, override.value(), force_add=True)
-    asked = any(override.key_or_group == "model.trust_remote_code" for override in parse(overrides))
-    if OmegaConf.select(saved, "model.trust_remote_code") and not asked:
-        raise ConfigError(
-            f"{path}: that run ran its model's own code; to run it again, set model.trust_remote_code=true"
-        )
-    return saved
+        try:
+            OmegaConf.update(config, override.key_or_group, override.value(), force_add=True)
+        except OmegaConfBaseException as error:
+            raise CheckpointError(f"{path}: holds no group for {override.key_or_group}; restore the file") from error
+    saved.refuse_code(config, path, {override.key_or_group for override in parsed})
+    return config
 
 
 def _runs_nearby(path: Path) -> str:
@@ -157,6 +159,6 @@ def overlay(composed: DictConfig, overrides: Sequence[str]) -> Config:
     if problems:
         raise ConfigError(problems)
     own = [o for o in usable if o.lstrip("+").split("=")[0] not in ("run", "output")]
-    saved = saved_config(composed.run, own)
-    OmegaConf.update(saved, "data.streaming", False)  # that was for training rows
-    return strict(saved)
+    config = saved_config(composed.run, own)
+    OmegaConf.update(config, "data.streaming", False)  # that was for training rows
+    return strict(config)
