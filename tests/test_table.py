@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -103,7 +104,8 @@ def test_a_byte_order_mark_is_no_part_of_the_first_column(folder: Path) -> None:
 def test_a_row_without_question_is_a_caption(folder: Path) -> None:
     task = TaskConfig(caption_prompt="Say what you see.")
     with_column = DataConfig(train=table(folder, HEADER + "0.png, ,a cat\n", "a.csv"))
-    without_column = DataConfig(train=table(folder, "image_path,answer\n0.png,a cat\n", "b.csv"))
+    captions = ColumnsConfig(question=None)
+    without_column = DataConfig(train=table(folder, "image_path,answer\n0.png,a cat\n", "b.csv"), columns=captions)
     for config in (with_column, without_column):
         assert load(config, task, 0)["train"].records[0].question == "Say what you see."
 
@@ -152,15 +154,18 @@ def test_a_url_is_refused_with_what_to_do(url: str, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (HEADER.encode() + b"0.png,what?,red\n0.png,caf\xe9?,red\n", "line 3: byte 0xe9 is not UTF-8"),
-        ((HEADER + "0.png,what?,red\n").encode("utf-16"), "line 1: holds NUL"),
+        (
+            HEADER.encode() + b"0.png,what?,red\n0.png,caf\xe9?,red\n",
+            "line 3, row 2: undecodable: byte 0xe9 is not UTF-8",
+        ),
+        ((HEADER + "0.png,what?,red\n").encode("utf-16"), "is text in UTF-16"),
         (b"", "is empty"),
         (HEADER.encode(), "has a header and no rows"),
         (b"answer,image_path,answer\nred,0.png,blue\n", "2 columns are called 'answer'"),
         (b"image_path\tquestion\tanswer\n0.png\twhat, now?\tred\n", r"separated by '\t'"),
         (b"image_path;question;answer\n0.png;what?;red\n", "separated by ';'"),
-        (HEADER.encode() + b'0.png,what?,red\n0.png,"so,red\n1.png,b,c\n', "line 3: a quote"),
-        (HEADER.encode() + b'0.png,"a"b,red\n', "line 2: ',' expected after '\"'"),
+        (HEADER.encode() + b'0.png,what?,red\n0.png,"so,red\n1.png,b,c\n', "line 3, row 2: unclosed quote"),
+        (HEADER.encode() + b'0.png,"a"b,red\n', "line 2, row 1: stray quote: ',' expected after '\"'"),
     ],
 )
 def test_a_file_that_is_no_utf8_csv_names_file_and_line(content: bytes, expected: str, folder: Path) -> None:
@@ -172,8 +177,10 @@ def test_a_file_that_is_no_utf8_csv_names_file_and_line(content: bytes, expected
 def test_ragged_rows_name_their_lines_after_quoted_line_breaks(folder: Path) -> None:
     """Line numbers must be the editor's, not the count of records."""
     message = refusal(HEADER + '0.png,"two\nlines?",red\n\n0.png,one, two?,red\n0.png,what?\n', folder)
-    assert "line 5: 4 fields where the header has 3; put a field that holds commas in quotes" in message
-    assert "line 6: 2 fields" in message
+    assert (
+        "line 5, row 2: too many fields: 4 where the header has 3; put a field that holds commas in quotes" in message
+    )
+    assert "line 6, row 3: too few fields: 2 where" in message
 
 
 def test_a_missing_table_names_the_nearest_file(folder: Path) -> None:
@@ -189,7 +196,7 @@ def test_a_missing_table_names_the_nearest_file(folder: Path) -> None:
         ("image_path,question,Answer", "data.columns.answer=Answer"),
         ("image_path,question,the answer", "\"data.columns.answer='the answer'\""),
         ("image_path,Question,answer", "data.columns.question=Question"),
-        ("image_path,question,label", "set data.columns.answer to one of: image_path, question, label"),
+        ("image_path,question,label", "try data.columns.answer=label"),
     ],
 )
 def test_a_missing_column_names_the_override_that_works(header: str, expected: str, folder: Path) -> None:
@@ -216,13 +223,14 @@ def test_all_problems_of_all_files_come_in_one_error(folder: Path) -> None:
 
 # ---------------------------------------------------------------- bad rows
 
-FAULTY = '0.png,"a\nb?",red\n0.png,what?,\nnone.png,what?,red\n1.png,what?,red\n1.png,what?,red\n,,\n'
+FAULTY = '0.png,"a\nb?",red\n0.png,what?,\nnone.png,what?,red\n1.png,what?,red\nnone.gif,why?,\n,,\n'
 
 
 def test_each_bad_row_has_its_line_row_and_every_reason(folder: Path) -> None:
     found = bad(FAULTY, folder)
     assert [(row.line, row.row) for row in found] == [(4, 2), (5, 3), (7, 5), (8, 6)]
-    assert [row.reason.split(":")[0] for row in found[:3]] == ["empty answer", "no such image", "duplicate of row 4"]
+    assert [re.split("[:;]", row.reason)[0] for row in found[:3]] == ["empty answer", "no such image", "empty answer"]
+    assert "empty answer; no such image" in found[2].reason
     assert "nothing to answer" in found[3].reason
     assert "empty answer" in found[3].reason
 
@@ -230,11 +238,15 @@ def test_each_bad_row_has_its_line_row_and_every_reason(folder: Path) -> None:
 def test_the_message_lists_the_first_bad_rows_counts_kinds_and_names_the_policy(folder: Path) -> None:
     message = refusal(HEADER + "0.png,what?,red\n" + "gone.png,what?,red\n" * 30 + "0.png,who?,\n", folder)
     assert "31 of 32 rows can't be used (30 x no such image, 1 x empty answer)" in message
-    assert message.count("\n  line ") == 20
-    assert "and 11 more" in message
-    assert "line 3, row 2" in message
+    assert "line 3, row 2 and 29 more: no such image" in message, "thirty rows of one missing image are one fault"
     assert "data.on_bad_row=drop" in message
     assert "data.image_root" in message
+
+
+def test_the_first_twenty_faults_are_shown_and_the_rest_counted(folder: Path) -> None:
+    message = refusal(HEADER + "".join(f"gone{i}.png,what?,red\n" for i in range(31)), folder)
+    assert message.count("\n  line ") == 20
+    assert "and 11 more rows" in message
 
 
 def test_bad_rows_of_two_splits_come_in_one_error(folder: Path) -> None:

@@ -133,31 +133,37 @@ class TrainerConfig:
 class ColumnsConfig:
     image: str = "image_path"
     """Column with the path of each row's image, or a list of paths."""
-    question: str = "question"
-    """Column with the question; rows without one are captions."""
+    question: str | None = "question"
+    """Column with the question; rows with an empty one are captions. null, or task=caption: all rows are."""
     answer: str = "answer"
     """Column with the answer to learn, or to compare with."""
     conversation: str | None = None
     """Column with whole conversations, in LLaVA's or OpenAI's form; the columns of question and answer are then not
     read."""
+    system: str | None = "system"
+    """Column with a system prompt of the row's own, in place of model.system_prompt, if there is such a column."""
 
 
 @dataclass
 class DataConfig:
     _target_: str = "vlmtune.data.table.read_files"
     """Function of this config that returns the splits {train, validation, test}; your own goes here."""
-    train: str | None = None
-    """File to train on: CSV, JSON, JSON lines or Parquet, by its ending. With data=hub a folder or an id of a hub."""
-    validation: str | None = None
-    """File that evaluation uses."""
+    train: Any = field(default=None, metadata={"files": True})
+    """File to train on, or a list of files: CSV, TSV, JSON, JSON lines or Parquet, by the ending. `FILE.json:KEY` reads
+    the list that stands under a key. With data=hub a folder or an id of a hub."""
+    validation: Any = field(default=None, metadata={"files": True})
+    """File or files that evaluation uses."""
     validation_fraction: float = number(0.0, least=0, most=0.9)
     """Share of the training images held out for evaluation where no validation file is given."""
-    test: str | None = None
-    """File that is evaluated once, at the end, and that predict.py and evaluate.py read."""
+    test: Any = field(default=None, metadata={"files": True})
+    """File or files that are evaluated once, at the end, and that predict.py and evaluate.py read."""
+    header: list[str] | None = None
+    """Names of the columns, in order, of a CSV or TSV that has no header line; null: its first line is the header."""
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
     """Names of the columns in the files."""
-    image_root: str | None = None
-    """Folder that relative image paths start from; null: the folder of the file."""
+    image_root: Any = field(default=None, metadata={"per_split": True})
+    """Folder that relative image paths start from, or one per split: {train: FOLDER, test: FOLDER}; null: the folder of
+    the file."""
     subset: str | None = None
     """Configuration of a data set on the hub that has several, with data=hub."""
     streaming: bool = False
@@ -167,12 +173,21 @@ class DataConfig:
     """Rows from which each streamed row is drawn at random; 1 keeps the order of the source."""
     image_separator: str | None = None
     """What stands between the paths of several images in one cell, for instance `;`. A JSON list needs none."""
+    answer_lists: str = one_of("references", "text")
+    """What a list of texts in an answer is: several references, of which the first is trained on, or the answer itself,
+    as JSON."""
+    ignore: list[str] = field(default_factory=list)
+    """Columns and keys of messages to leave unread on purpose, where a row that holds something there would otherwise
+    be refused, for instance [rejected, bbox]."""
     supervise: str = one_of("last", "all")
     """Answers of a conversation that are trained on."""
     on_bad_row: str = one_of("fail", "drop")
     """What to do with rows that can't be used: stop and list them, or leave them out and list them."""
     max_bad_fraction: float = number(0.1, least=0, most=1)
     """With on_bad_row=drop: the share of bad rows above which the run stops all the same."""
+    on_duplicate: str = one_of("keep", "drop", "fail")
+    """What to do with rows that repeat an earlier one, image, question and answer: train on them as they stand, leave
+    the later ones out and list them, or stop and list them. Prediction answers every row."""
     check_images: str = one_of("decode", "header")
     """Before the model loads, decode each image once, or read only its header (for very large sets)."""
     fast_jpeg: bool = True

@@ -11,7 +11,7 @@ import yaml
 
 from vlmtune import display, environment, tracking
 from vlmtune.config import Config
-from vlmtune.data.conversations import as_list
+from vlmtune.data.cells import as_list, text_of, to_json
 from vlmtune.data.records import Split
 
 if TYPE_CHECKING:  # they import torch, and a run that fails at once should not wait for it
@@ -120,15 +120,12 @@ def write_table(path: Path, frame: Any) -> None:
 
     def flat(cell: Any) -> Any:
         cell = as_list(cell)
-        return json.dumps(cell, ensure_ascii=False, default=_shown) if isinstance(cell, list | dict) else cell
+        if isinstance(cell, list | dict):
+            return to_json(cell, lambda value: f"<{type(value).__name__}>")
+        return text_of(cell, "cell") if isinstance(cell, bool) else cell
 
     objects = [name for name in frame.columns if frame[name].dtype == object]
     write_whole(path, frame.assign(**{name: frame[name].map(flat) for name in objects}).to_csv(index=False))
-
-
-def _shown(value: Any) -> Any:
-    """What stands in a table for a value that has no text: arrays as lists, pixels and bytes by their type."""
-    return value.tolist() if hasattr(value, "tolist") else f"<{type(value).__name__}>"
 
 
 def write_failure(folder: Path, error: BaseException) -> None:

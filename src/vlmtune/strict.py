@@ -67,6 +67,10 @@ def _value(schema: type, spec: dataclasses.Field[Any], key: str, value: Any, pro
         problems.append(f"{key}={value!r}: must be of type {spec.type}")
         return None
     rule = spec.metadata
+    if "files" in rule and not (value is None or _is_name(value) or _are_names(value)):
+        problems.append(f"{key}={value}: must be a file, or a list of files: {key}=[a.csv,b.csv]; quote a number")
+    if "per_split" in rule and not (value is None or _is_name(value) or _are_roots(value)):
+        problems.append(f"{key}={value}: must be a folder, or one per split: {key}={{train: A, test: B}}")
     if "choices" in rule and value not in rule["choices"]:
         problems.append(f"{key}={value}: {nearest(str(value), rule['choices'])}")
     if "least" in rule and value is not None and not (rule["least"] <= value <= rule["most"] and value > rule["above"]):
@@ -83,6 +87,22 @@ def literal(value: Any) -> Any:
     if isinstance(value, list):
         return [literal(inner) for inner in value]
     return re.sub(r"(\\*)\$\{", r"\1\1\${", value) if isinstance(value, str) else value
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(_is_name, value))
+
+
+def _are_roots(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and value.keys() <= {"train", "validation", "test"}
+        and all(map(_is_name, value.values()))
+    )
 
 
 @functools.cache
@@ -153,6 +173,10 @@ def combinations(config: Config) -> list[str]:
     data = config.data
     if (data.streaming or data.subset) and data._target_ != "vlmtune.data.hub.load":
         found.append("data.streaming, data.subset: are for data=hub")
+    if data.streaming and data.on_duplicate != "keep":
+        found.append("data.on_duplicate: repeated rows of a stream aren't found; leave it out")
+    if data.header is not None and data._target_ != "vlmtune.data.table.read_files":
+        found.append("data.header: is for CSV and TSV files, with data=csv")
     if data.streaming and trainer.share_prefix == "on":
         found.append("trainer.share_prefix=on: rows of a stream can't be grouped by their images; use auto")
     if data.streaming and "epoch" in (trainer.save_every, trainer.eval_every if data.validation else None):

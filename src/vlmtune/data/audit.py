@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import difflib
 import hashlib
-import json
 import logging
 import os
 import re
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -21,10 +19,23 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from vlmtune.config import ColumnsConfig, DataConfig, TaskConfig
-from vlmtune.data.conversations import PLACE, as_list, parse, placed
+from vlmtune.config import DataConfig, TaskConfig
+from vlmtune.data.answers import PYTHON_LIST, Lists, answers_of
+from vlmtune.data.cells import Number, as_list, column_values, is_blank, json_list, text_of
+from vlmtune.data.columns import (
+    column_problems,
+    columns_with_text,
+    filled,
+    names_of,
+    refusable,
+    sample_of,
+    tell_unread,
+)
+from vlmtune.data.conversations import PLACE, media_mark, parse, placed
 from vlmtune.data.images import Source, content_key, image_size, open_image
-from vlmtune.data.records import BadRow, Record, Split, Turn
+from vlmtune.data.meanings import AUDIO, COLUMNS, PARTS, VIDEO, Unread, refusal
+from vlmtune.data.records import Record, Split, Turn
+from vlmtune.data.rows import places
 from vlmtune.errors import DataError
 
 if TYPE_CHECKING:
@@ -41,160 +52,185 @@ def audit_frame(
     """Turn a frame's rows into records, and keep apart those that can't be used, with their reasons.
 
     An image cell holds a path, a PIL image, bytes, a function that returns a PIL image, a list of these, or nothing (a
-    text-only row). In a row with a list, `<image>` in the question says where each stands. Relative paths start from
-    `data.image_root`, else from the folder of `file`. `Record.row` is the position in `frame`. Without
-    `answers_required`, as in prediction, answers may be missing and rows may repeat.
+    text-only row). `<image>` in a question says where each image stands. Relative paths start from `data.image_root`,
+    else from the folder of the row's file: `file`, where the frame's own index does not name one. `Record.row` is the
+    position in `frame`. Without `answers_required`, as in prediction, answers may be missing.
 
     Raises DataError when a column is missing; bad rows raise nothing.
     """
-    if problems := column_problems(frame.columns, config.columns, file, answers_required):
+    texts = columns_with_text(sample_of(frame))
+    if problems := column_problems(frame.columns, config.columns, file, answers_required, task, texts):
         raise DataError(problems)
-    reader = Reader(config, task, file, answers_required)
-    columns = [_cells(frame, reader.names[role]) for role in reader.roles]
-    read = [reader.read(row, *cells) for row, cells in enumerate(zip(*columns, strict=True))]
-    records, faults = [record for record, _ in read], [found for _, found in read]
+    present, at = filled(frame), list(places(frame, file))
+    files = dict.fromkeys([place.file for place in at] or [file])
+    readers = {name: Reader(config, task, name, answers_required, present) for name in files}
+    reader = next(iter(readers.values()))
+    tell_unread(file, present, config, reader.refusable)
+    columns = [_cells(frame, name) for name in reader.columns]
+    records, faults = [], []
+    for row, (place, *cells) in enumerate(zip(at, *columns, strict=True)):
+        record, found = readers[place.file].read(row, cells)
+        records.append(dataclasses.replace(record, line=place.line, number=place.row))
+        faults.append([place.fault] if place.fault else found)
     _add_image_faults(records, faults, config)
-    if answers_required:
-        _add_duplicates(records, faults)
-    if reader.names["image"] not in frame.columns and not any(record.images for record in records):
-        log.warning(
-            "%s: no column %r, and no message carries an image: trained on text alone", file, reader.names["image"]
-        )
-    lines = frame.index.tolist() if frame.index.name == "line" else [0] * len(frame)
     good = _group_by_content([record for record, found in zip(records, faults, strict=True) if not found])
-    bad = [BadRow(file, lines[row], row + 1, "; ".join(found)) for row, found in enumerate(faults) if found]
-    return Split(good, frame, bad)
+    for each in readers.values():
+        each.tell()
+    if reader.names["image"] not in frame.columns:
+        warn_without_images(good, reader)
+    bad = [record.refused("; ".join(found)) for record, found in zip(records, faults, strict=True) if found]
+    return Split(good, frame, bad, repeats_of(good) if answers_required else [])
 
 
-# ---------------------------------------------------------------- columns
-
-BLANK = {"image": "rows of text alone", "question": "captions"}
-"""Columns that may be empty, and what such rows are."""
-
-
-def roles_of(columns: ColumnsConfig) -> tuple[str, ...]:
-    """What is read of a row."""
-    return ("image", "conversation") if columns.conversation else ("image", "question", "answer")
-
-
-def column_problems(present: Iterable[Any], columns: ColumnsConfig, file: str, answers_required: bool) -> list[str]:
-    """Say which columns are missing, and the override that would name them.
-
-    The question column may be absent (every row is then a caption), unless it was named or another one looks like it.
-    """
-    names = [str(name) for name in present]
-    found = []
-    for role, name in ((role, str(getattr(columns, role))) for role in roles_of(columns)):
-        taken = {str(getattr(columns, other)) for other in roles_of(columns)} - {name}
-        close = _closest(name, [other for other in names if other not in taken])
-        optional = {
-            "image": columns.conversation is not None and not close,  # messages may carry images, or be of text alone
-            "question": name == "question" and not close,
-            "answer": not answers_required,
-            "conversation": False,
-        }[role]
-        if name not in names and not optional:
-            key = f"data.columns.{role}"
-            hint = f"try {_override(key, close)}" if close else f"set {key} to one of: {', '.join(names)}"
-            if role == "answer" and (chats := [c for c in ("conversations", "messages") if c in names]):
-                hint = f"for conversations use data={chats[0]}, or set data.columns.conversation={chats[0]}"
-            hint += "".join(f"; for {rows} add it with empty cells" for part, rows in BLANK.items() if part == role)
-            found.append(f"{file or 'data'}: no column {name!r}; {hint}")
-    return found
-
-
-def _closest(name: str, names: list[str]) -> str | None:
-    folded = {other.casefold(): other for other in names}
-    close = difflib.get_close_matches(name.casefold(), folded, n=1)
-    return folded[close[0]] if close else None
-
-
-def _override(key: str, value: str) -> str:
-    return f"{key}={value}" if value.isidentifier() else f"\"{key}='{value}'\""
+def warn_without_images(records: Sequence[Record], reader: Reader) -> None:
+    """Say that rows of conversations show no image, where none does."""
+    if len(records) and not any(record.images for record in records):
+        log.warning(
+            "%s: no column %r, and none of its %d usable rows carries an image: %s on text alone",
+            *(reader.file or "data", reader.names["image"], len(records)),
+            "trained" if reader.answers_required else "answered",
+        )
 
 
 def _cells(frame: pd.DataFrame, name: str) -> list[Any]:
-    return frame[name].tolist() if name in frame.columns else [None] * len(frame)
+    return column_values(frame[name]) if name in frame.columns else [None] * len(frame)
 
 
-# ---------------------------------------------------------------- cells
+# ---------------------------------------------------------------- rows
 
 
 class Reader:
-    """Rows to records, noting the faults in their cells; images are located, not opened."""
+    """Rows to records, noting the faults in their cells; images are located, not opened.
 
-    def __init__(self, config: DataConfig, task: TaskConfig, file: str, answers_required: bool):
+    `present`: the columns that there are. `columns`: those whose cells are read of each row, in this order.
+    """
+
+    def __init__(
+        self, config: DataConfig, task: TaskConfig, file: str, answers_required: bool, present: Iterable[Any] = ()
+    ):
         own = Path(file).expanduser()
         self.root = Path(config.image_root).expanduser() if config.image_root else own if own.is_dir() else own.parent
         self.task, self.file, self.answers_required = task, file, answers_required
-        self.separator = config.image_separator
-        self.names = vars(config.columns)
-        self.roles = roles_of(config.columns)
+        self.config, self.separator = config, config.image_separator
+        self.names = names_of(config.columns)
+        self.unread = Unread(config.ignore, answers_required)
+        self.refusable = refusable(present, config, self.unread)
+        self.unread.media = any(COLUMNS[name.casefold()] in (VIDEO, AUDIO) for name in self.refusable)
+        """Columns in which a row must not hold anything that changes its meaning."""
+        self.columns = [*self.names.values(), config.columns.system or "", *self.refusable]
+        self.lists = Lists(config.answer_lists)
         self.paths: dict[str, Path] = {}
 
     def read_cells(self, row: int, cells: Mapping[str, Any]) -> tuple[Record, list[str]]:
         """A row as columns and cells."""
-        return self.read(row, *(cells.get(self.names[role]) for role in self.roles))
+        return self.read(row, [cells.get(name) for name in self.columns])
 
-    def read(self, row: int, *cells: Any) -> tuple[Record, list[str]]:
-        """A row as the cells of `roles`, in order."""
-        return (self.read_conversation if "conversation" in self.roles else self.read_question)(row, *cells)
+    def read(self, row: int, cells: Sequence[Any]) -> tuple[Record, list[str]]:
+        """A row as the cells of `columns`."""
+        of_role = dict(zip(self.names, cells, strict=False))
+        system, *others = cells[len(self.names) :]
+        read = self.read_conversation if "conversation" in of_role else self.read_question
+        faults = self._refusals(others) if self.refusable else []
+        try:
+            record, found = read(row, text_of(system, "system prompt").strip() or None, **of_role)
+        except DataError as error:
+            record, found = self._record((Turn(""),), [], row), error.problems
+        return record, faults + found
 
-    def read_question(self, row: int, image: Any, question: Any, answer: Any) -> tuple[Record, list[str]]:
+    def tell(self) -> None:
+        """Say in the log what was not read, and how lists were."""
+        self.unread.tell(self.file or "data")
+        self.lists.tell(self.file or "data")
+
+    def _refusals(self, cells: Sequence[Any]) -> list[str]:
+        """Why the cells of columns that nothing reads make this a bad row."""
+        found = zip(self.refusable, cells, strict=True)
+        meant = [(name, value, self.unread.meaning(name, COLUMNS)) for name, value in found]
+        return [
+            f"column {refusal(name, meaning, value)}"
+            for name, value, meaning in meant
+            if meaning and meaning.holds(value)
+        ]
+
+    def read_question(
+        self, row: int, system: str | None, image: Any, answer: Any, question: Any = None
+    ) -> tuple[Record, list[str]]:
         images: list[tuple[Source, Hashable]] = []
         answers: tuple[str, ...] = ()
         faults: list[str] = []
         places: tuple[int, ...] = ()
         text = ""
         try:
-            text = _text(question, "question")
-            images, listed = self.locate_all(image)
-            if listed:
-                text, places = placed(text)
+            text, places = placed(text_of(question, "question"))
+            images = self.locate_all(image)
             if len(places) not in (0, len(images)):
                 faults.append(f"{len(places)} places ({PLACE}) for {len(images)} images")
+            if mark := media_mark(text, self.unread.media):
+                faults.append(mark)
             if not images and not text.strip():
                 faults.append("nothing to answer: the row has neither an image nor a question")
         except DataError as error:
             faults += error.problems
         try:
-            answers = _answers(answer)
-            if self.answers_required and not answers:
-                faults.append("empty answer")
+            answers = self._answers(answer)
         except DataError as error:
             faults += error.problems
         turn = Turn(text if text.strip() else self.task.caption_prompt, answers, places if text.strip() else ())
-        return self._record((turn,), images, row), faults
+        return self._record((turn,), images, row, system), faults
 
-    def read_conversation(self, row: int, image: Any, conversation: Any) -> tuple[Record, list[str]]:
-        empty = self._record((Turn(""),), [], row)
-        try:
-            found = parse(conversation, answers_required=self.answers_required)
-            images, _ = self.locate_all(image)
-            open_places = sum(source is None for source in found.images)
-            if open_places != len(images) and (found.images or not images):
-                return empty, [f"{open_places} places ({PLACE}) for {len(images)} images"]
-            of_row = iter(images)
-            placed_images = [next(of_row) if source is None else self.locate(source) for source in found.images]
-        except DataError as error:
-            return empty, error.problems
-        return self._record(found.turns, placed_images or images, row, found.system), []
+    def _answers(self, cell: Any) -> tuple[str, ...]:
+        """The references of a row; a prediction needs none. Raises DataError for what can't be one."""
+        if not self.answers_required:
+            return ()
+        answers, listed = answers_of(cell, self.config.answer_lists)
+        if not answers:
+            raise DataError("empty answer")
+        if listed:
+            self.lists.add(cell, answers[0])
+        return answers
+
+    def read_conversation(
+        self, row: int, system: str | None, image: Any, conversation: Any
+    ) -> tuple[Record, list[str]]:
+        found = parse(conversation, answers_required=self.answers_required, unread=self.unread)
+        images = self.locate_all(image)
+        open_places = sum(source is None for source in found.images)
+        if open_places != len(images) and (found.images or not images):
+            raise DataError(f"{open_places} places ({PLACE}) for {len(images)} images")
+        of_row = iter(images)
+        placed_images = [next(of_row) if source is None else self.locate(source) for source in found.images]
+        if system is not None and found.system not in (None, system):
+            raise DataError(
+                f"two system prompts: column {self.config.columns.system!r} and a message hold different ones"
+            )
+        if self.answers_required and (problem := self._untrained(found.turns)):
+            raise DataError(problem)
+        return self._record(found.turns, placed_images or images, row, found.system or system), []
+
+    def _untrained(self, turns: Sequence[Turn]) -> str | None:
+        """Why a conversation has no answer to train on, by the weights of its messages."""
+        if not any(turn.trained for turn in turns):
+            return "no answer to train on: each has weight 0"
+        if self.config.supervise == "last" and not turns[-1].trained:
+            return "the last answer has weight 0: data.supervise=all trains on the others"
+        return None
 
     def _record(self, turns: tuple[Turn, ...], images: list[Any], row: int, system: str | None = None) -> Record:
         keys = tuple(key for _, key in images)
         group = None if not keys else keys[0] if len(keys) == 1 else keys
         return Record(turns, tuple(source for source, _ in images), group, self.file, row, system)
 
-    def locate_all(self, cell: Any) -> tuple[list[tuple[Source, Hashable]], bool]:
-        """The images of a cell, each with its key; and whether the cell is a list."""
+    def locate_all(self, cell: Any) -> list[tuple[Source, Hashable]]:
+        """The images of a cell, each with its key."""
         listed = _list(cell, self.separator)
         if listed is not None:
-            return [self.locate(item) for item in listed], True
-        return ([] if _is_blank(cell) else [self.locate(cell)]), False
+            return [self.locate(item) for item in listed]
+        return [] if is_blank(cell) else [self.locate(cell)]
 
     def locate(self, cell: Any) -> tuple[Source, Hashable]:
         """One image and its key: equal for equal images."""
         if isinstance(cell, dict) and {"bytes", "path"} & cell.keys():  # an image as Hugging Face's data sets store it
+            self.unread.check(cell, frozenset(("bytes", "path")), PARTS, "an image: ")
             path = cell.get("path")
             if not cell.get("bytes") and "://" in str(path):  # in an archive, or on a hub
                 return partial(_from_data_set, cell), str(path)
@@ -205,9 +241,9 @@ class Reader:
             return cell, hashlib.sha256(cell).hexdigest()
         if isinstance(cell, Image.Image) or callable(cell):
             return cell, id(cell)
-        if _is_blank(cell):
+        if is_blank(cell):
             raise DataError("not an image: an image in the list is missing")
-        if not isinstance(cell, str | Path):
+        if not isinstance(cell, str | Path) or isinstance(cell, Number):
             raise DataError(f"not an image: the cell is {type(cell).__name__}; give a path, bytes or a PIL image")
         text = str(cell)
         if text not in self.paths:
@@ -231,8 +267,10 @@ def _list(cell: Any, separator: str | None) -> list[Any] | None:
         return list(cell)
     if not isinstance(cell, str):
         return None
-    found = _json(cell)
-    if isinstance(found, list) and all(isinstance(item, str) for item in found):
+    if PYTHON_LIST.fullmatch(cell):
+        raise DataError(f'image is a Python list: {cell:.60}; write JSON: ["a.png", "b.png"]')
+    found = json_list(cell)
+    if found is not None and all(isinstance(item, str) for item in found):
         return found
     if separator is not None and separator in cell:
         return [part.strip() for part in cell.split(separator)]
@@ -244,55 +282,6 @@ def _decoded(url: str) -> bytes:
         return base64.b64decode(url.partition(";base64,")[2], validate=True)
     except ValueError as error:
         raise DataError(f"not an image: the data URL is not base64 ({error})") from None
-
-
-def _is_blank(cell: Any) -> bool:
-    return _is_missing(cell) or (isinstance(cell, str) and not cell.strip())
-
-
-def _text(cell: Any, role: str) -> str:
-    """A cell as text. Raises DataError for what is no single value: its Python form is nobody's question or answer."""
-    if isinstance(as_list(cell), list | tuple | dict | bytes) or (hasattr(cell, "tolist") and not _is_scalar(cell)):
-        raise DataError(f"{role} is {type(cell).__name__}: {cell!s:.60}; a text is needed")
-    return "" if _is_missing(cell) else str(cell)
-
-
-def _is_scalar(cell: Any) -> bool:
-    import pandas as pd
-
-    return bool(pd.api.types.is_scalar(cell))
-
-
-def _is_missing(cell: Any) -> bool:
-    if isinstance(cell, str):
-        return False
-    import pandas as pd
-
-    return cell is None or (pd.api.types.is_scalar(cell) and bool(pd.isna(cell)))
-
-
-def _answers(cell: Any) -> tuple[str, ...]:
-    """References of a row: the cell as written, or each text of a JSON list of texts. "[12, 40]" is a text itself."""
-    cell = as_list(cell)
-    text = "" if isinstance(cell, list | tuple) else _text(cell, "answer")
-    if re.fullmatch(r"\s*\['.*'\]\s*", text, re.DOTALL) and isinstance(cell, str):
-        raise DataError(f'answer is a Python list: {text:.60}; write JSON: ["one", "two"]')
-    texts = list(cell) if isinstance(cell, list | tuple) else _json(text)
-    if isinstance(cell, list | tuple) and not all(isinstance(item, str) for item in texts):
-        kinds = ", ".join(sorted({type(item).__name__ for item in texts}))
-        raise DataError(f"answer is a list of {kinds}: {cell!s:.60}; a list of texts is needed")
-    if not (isinstance(texts, list) and texts and all(isinstance(item, str) for item in texts)):
-        return (text,) if text.strip() else ()
-    if not all(item.strip() for item in texts):
-        raise DataError("empty answer: one in the list is blank")
-    return tuple(texts)
-
-
-def _json(text: str) -> Any:
-    try:
-        return json.loads(text) if text.lstrip().startswith("[") else None
-    except json.JSONDecodeError:
-        return None
 
 
 # ---------------------------------------------------------------- images and repeats
@@ -314,7 +303,7 @@ def _add_image_faults(records: list[Record], faults: list[list[str]], config: Da
         results = _with_progress(pool.map(fault, distinct.values()), len(distinct))
         fault_of = dict(zip(distinct, results, strict=True))
     for record, found in zip(records, faults, strict=True):
-        found += [reason for key in keys_of(record) if (reason := fault_of[key])]
+        found += dict.fromkeys(reason for key in keys_of(record) if (reason := fault_of[key]))
 
 
 def _group_by_content(records: list[Record]) -> list[Record]:
@@ -355,11 +344,8 @@ def _with_progress(results: Iterable[str | None], total: int) -> Iterable[str | 
     return progress
 
 
-def _add_duplicates(records: list[Record], faults: list[list[str]]) -> None:
+def repeats_of(records: Iterable[Record]) -> list[tuple[int, int]]:
+    """Positions of records that say the same of the same images as an earlier one, each with that one's."""
     first: dict[Hashable, int] = {}
-    for record, found in zip(records, faults, strict=True):
-        if (
-            not found
-            and (original := first.setdefault((record.group, record.turns, record.system), record.row)) != record.row
-        ):
-            found.append(f"duplicate of row {original + 1}")
+    numbered = enumerate((record.group, record.turns, record.system) for record in records)
+    return [(at, original) for at, said in numbered if (original := first.setdefault(said, at)) != at]

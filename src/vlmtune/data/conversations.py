@@ -9,20 +9,24 @@ and the one of OpenAI's chat interface, whose content is a text or a list of par
     [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]},
      {"role": "assistant", "content": "A cat."}]
 
-`<image>` in a question, or a part of type image, stands for the row's next image; inside a part of type text it stays
+`<image>` in a question, or a part of type image, stands for the row's next image; beside parts of type image it stays
 text. Whether the model sees an image where it is placed is for its chat template to say: LLaVA 1.5's puts images first.
-Nothing is guessed: turns must take turns, and places and images must match in number.
+Nothing is guessed: turns must take turns, and places and images must match in number. Keys that nothing reads are
+named, or refused where they change what a row means (`meanings`).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from vlmtune.data.cells import as_list, as_number, from_json, is_missing, says_nothing, text_of
+from vlmtune.data.meanings import MESSAGES, PARTS, TOOL_ROLES, Unread
 from vlmtune.data.records import Turn
-from vlmtune.errors import DataError, nearest
+from vlmtune.errors import DataError
 
 PLACE = "<image>"
 ROLES = {
@@ -33,6 +37,12 @@ ROLES = {
     "assistant": "assistant",
     "model": "assistant",
 }
+ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value")
+TRAINED_KEYS = ("weight", "loss", "train", "training")
+"""Whether an answer is trained on: OpenAI's key (0 or 1), and those of ms-swift and Axolotl (true or false)."""
+READ = frozenset((*ROLE_KEYS, *CONTENT_KEYS, *TRAINED_KEYS))
+READ_OF_TEXT = frozenset(("type", "text", "index"))
+READ_OF_IMAGE = frozenset(("type", "image", "image_url", "path", "url", "bytes", "index"))
 
 
 @dataclass
@@ -46,96 +56,212 @@ class Conversation:
     row's own images."""
 
 
-def parse(cell: Any, *, answers_required: bool) -> Conversation:
+@dataclass
+class Message:
+    """One message: `role` is system, user or assistant; images stand in front of the characters `places`."""
+
+    role: str
+    text: str
+    places: tuple[int, ...]
+    trained: bool = True
+
+
+def parse(cell: Any, *, answers_required: bool, unread: Unread | None = None) -> Conversation:
     """Read a conversation: a list of messages, or its JSON.
 
-    The last message is an answer to train on; without `answers_required` it may be missing, and is left off.
+    The last message is an answer to train on; without `answers_required` it may be missing, and is left off. `unread`
+    collects the keys that nothing reads.
     Raises DataError that names the message, from 1.
     """
     messages = _messages(cell)
+    reader = Reader(unread or Unread(training=answers_required), _has_image_parts(messages))
     found = Conversation(())
     turns: list[Turn] = []
-    question: tuple[str, tuple[int, ...]] | None = None
-    for number, message in enumerate(messages, start=1):
-        role, text, places = _read(message, number, found.images)
-        if role == "system":
-            if turns or question:
-                raise DataError(f"message {number}: a system prompt must come first")
-            found.system = text if found.system is None else f"{found.system}\n{text}"
-        elif role == "user":
-            if question is not None:
-                raise DataError(f"message {number}: two questions in a row")
-            question = (text, places)
-        else:
-            if question is None:
-                raise DataError(f"message {number}: an answer without a question")
-            if places:
-                raise DataError(f"message {number}: an image in an answer")
-            if answers_required and not text.strip():
-                raise DataError(f"message {number}: empty answer")
-            turns.append(Turn(question[0], (text,) if text.strip() else (), question[1]))
-            question = None
+    question: Message | None = None
+    for number, value in enumerate(messages, start=1):
+        try:
+            message = reader.read(value, found.images)
+            if message.role == "system":
+                _check_system(message, first=not turns and question is None)
+                found.system = message.text if found.system is None else f"{found.system}\n{message.text}"
+            elif message.role == "user":
+                if question is not None:
+                    raise DataError("two questions in a row")
+                question = message
+            else:
+                turns.append(_turn(question, message, answers_required))
+                question = None
+        except DataError as error:
+            raise DataError(f"message {number}: {error}") from None
     if question is not None:
         if answers_required:
             raise DataError("the conversation ends with a question")
-        turns.append(Turn(question[0], (), question[1]))
+        turns.append(Turn(question.text, (), question.places))
     if not turns:
         raise DataError("the conversation has no question")
     found.turns = tuple(turns)
     return found
 
 
+def _check_system(message: Message, *, first: bool) -> None:
+    if not first:
+        raise DataError("a system prompt must come first")
+    if message.places:
+        raise DataError("an image in a system prompt")
+
+
+def _turn(question: Message | None, answer: Message, answers_required: bool) -> Turn:
+    if question is None:
+        raise DataError("an answer without a question")
+    if answer.places:
+        raise DataError("an image in an answer")
+    if answers_required and not answer.text.strip():
+        raise DataError("empty answer")
+    return Turn(question.text, (answer.text,) if answer.text.strip() else (), question.places, answer.trained)
+
+
 def _messages(cell: Any) -> list[Any]:
     if isinstance(cell, str):
         try:
-            cell = json.loads(cell)
+            cell = from_json(cell)
         except json.JSONDecodeError as error:
             raise DataError(f"conversation is not JSON: {error}") from None
     cell = as_list(cell)
-    if not isinstance(cell, Sequence) or not cell:
+    if isinstance(cell, str) or not isinstance(cell, Sequence) or not cell:
         raise DataError(f"conversation is {type(cell).__name__}; a list of messages is needed")
     return list(cell)
 
 
-def as_list(cell: Any) -> Any:
-    """Parquet gives arrays for lists; anything else is left as it is."""
-    return cell.tolist() if hasattr(cell, "tolist") else cell
+def _has_image_parts(messages: Iterable[Any]) -> bool:
+    """Whether any message shows an image by a part of its own, so that `<image>` in a text is a text."""
+    contents = (as_list(value) for message in messages if isinstance(message, dict) for value in message.values())
+    parts = (part for content in contents if isinstance(content, list) for part in content)
+    return any(isinstance(part, dict) and _kind(part) in ("image", "image_url") for part in parts)
 
 
-def _read(message: Any, number: int, images: list[Any]) -> tuple[str, str, tuple[int, ...]]:
-    """Role, text, and the characters in front of which images stand; `images` gets what is known of each."""
-    if not isinstance(message, dict):
-        raise DataError(f"message {number} is {type(message).__name__}; an object with a role and a content is needed")
-    said = message.get("role", message.get("from"))
-    content = message.get("content", message.get("value"))
-    if not isinstance(said, str) or said not in ROLES:
-        raise DataError(f"message {number}: role {said!r}; {nearest(str(said), ROLES)}")
-    if isinstance(content, str):
-        text, places = placed(content)
-        images += [None] * len(places)
-        return ROLES[said], text, places
-    content = as_list(content)
-    if not isinstance(content, Sequence):
-        raise DataError(f"message {number}: content is {type(content).__name__}; a text or a list of parts is needed")
-    text, at = "", []
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "text":
-            if not isinstance(part.get("text"), str):
-                raise DataError(f"message {number}: a part of type text without a text")
-            text += part["text"]
-        elif kind in ("image", "image_url"):
-            at.append(len(text))
-            images.append(_source(part))
+def _kind(part: dict[str, Any]) -> Any:
+    """The type of a part; Qwen's older form names it by the part's only key."""
+    if part.get("type") is not None:
+        return part["type"]
+    kinds = [key for key, value in part.items() if not says_nothing(value)]
+    return kinds[0] if len(kinds) == 1 and kinds[0] in ("text", "image", "image_url") else None
+
+
+class Reader:
+    """Reads the messages of one conversation."""
+
+    def __init__(self, unread: Unread, image_parts: bool):
+        self.unread, self.image_parts = unread, image_parts
+
+    def read(self, message: Any, images: list[Any]) -> Message:
+        """A message; `images` gets what is known of each image in it."""
+        if not isinstance(message, dict):
+            raise DataError(f"is {type(message).__name__}; an object with a role and a content is needed")
+        role = self._role(message)
+        self.unread.check(message, READ, MESSAGES, "")
+        content = as_list(_one_of(CONTENT_KEYS, message))
+        if isinstance(content, list | tuple):
+            text, at = self._joined(content, images)
         else:
-            raise DataError(f"message {number}: a part of type {kind!r}; text, image and image_url are read")
-    return ROLES[said], text, tuple(at)
+            if isinstance(content, dict | bytes) or content is None:
+                shown = "an object" if isinstance(content, dict) else type(content).__name__
+                keys = ", ".join(sorted(map(str, message)))
+                raise DataError(f"content is {shown}; a text or a list of parts is needed (the keys are {keys})")
+            text, at = placed(text_of(content, "content"))
+            images += [None] * len(at)
+        if role == "user" and (mark := media_mark(text, self.unread.media)):
+            raise DataError(mark)
+        return Message(role, text, at, self._is_trained(message, role))
+
+    def _role(self, message: dict[str, Any]) -> str:
+        said = _one_of(ROLE_KEYS, message)
+        if said is None:
+            keys = ", ".join(sorted(map(str, message))) or "none"
+            raise DataError(f"has no role: its keys are {keys}; read are role and content, or from and value")
+        if str(said) in TOOL_ROLES:
+            raise DataError(f"role {said!r}: tools are not read; leave such rows out")
+        if not isinstance(said, str) or said not in ROLES:
+            raise DataError(f"role {said!r} is not read; choose from: {', '.join(ROLES)}")
+        return ROLES[said]
+
+    def _is_trained(self, message: dict[str, Any], role: str) -> bool:
+        """Whether an answer is trained on. Raises DataError for a weight between, and for a question to train on."""
+        trained = True
+        for key in TRAINED_KEYS:
+            value = message.get(key)
+            if value is None or is_missing(value) or key in self.unread.ignored:
+                continue
+            number = as_number(value)
+            if number not in (0, 1):
+                raise DataError(f"{key} {value!s:.40}: 0 or 1 is needed; an answer is trained on or it isn't")
+            if number == 1 and role != "assistant" and key != "weight":
+                raise DataError(f"{key} {value}: only answers are trained on, and this is role {role}")
+            trained = trained and number == 1
+        return trained
+
+    def _joined(self, content: Sequence[Any], images: list[Any]) -> tuple[str, tuple[int, ...]]:
+        """The text of a list of parts, and the characters in front of which its images stand."""
+        text, at = "", []
+        for part in content:
+            kind = _kind(part) if isinstance(part, dict) else type(part).__name__
+            if kind == "text":
+                self.unread.check(part, READ_OF_TEXT, PARTS, "a part of type text: ")
+                if is_missing(part.get("text")):
+                    raise DataError("a part of type text without a text")
+                text += text_of(part["text"], "a part of type text")
+            elif kind in ("image", "image_url"):
+                self.unread.check(part, READ_OF_IMAGE, PARTS, "an image: ")
+                at.append(len(text))
+                images.append(self._source(part, sum(image is None for image in images)))
+            else:
+                keys = f" (its keys are {', '.join(map(str, part))})" if isinstance(part, dict) else ""
+                raise DataError(f"a part of type {kind!r}{keys}; text, image and image_url are read")
+        if self.image_parts:
+            return text, tuple(at)
+        text, places = placed(text)
+        images += [None] * len(places)
+        return text, places
+
+    def _source(self, part: dict[str, Any], number: int) -> Any:
+        """The image that a part carries: a path or content. None where it stands for the row's image `number`."""
+        given = [part[key] for key in ("image_url", "image", "path", "url", "bytes") if not says_nothing(part.get(key))]
+        if len(given) > 1:
+            raise DataError("a part with two images; make it two parts")
+        index = part.get("index")
+        if given or says_nothing(index):
+            value = given[0] if given else None
+            if isinstance(value, dict) and "url" in value:
+                self.unread.check(value, frozenset(("url",)), PARTS, "an image: ")
+                return value["url"]
+            return value
+        if as_number(index) != number:
+            raise DataError(f"an image of index {index}: the row's images are shown in order, and {number} is next")
+        return None
 
 
-def _source(part: dict[str, Any]) -> Any:
-    """The image that a part carries: a path or content. None where it stands for the next one of the row's images."""
-    value = next((part[key] for key in ("image_url", "image", "path", "url") if part.get(key) is not None), None)
-    return value.get("url") if isinstance(value, dict) and "url" in value else value
+def _one_of(keys: Sequence[str], message: dict[str, Any]) -> Any:
+    """The value of the one of `keys` that is there; a file of two forms has both, one of them null."""
+    given = [(key, message[key]) for key in keys if key in message and message[key] is not None]
+    if len(given) > 1 and given[0][1] != given[1][1]:
+        raise DataError(f"has both {given[0][0]} and {given[1][0]}; one of them is needed")
+    return given[0][1] if given else None
+
+
+# ---------------------------------------------------------------- marks in texts
+
+MEDIA = re.compile(r"(?:^|\n)(?:<image>\s*)*<(video|audio)>(?=\S|\n|$)|<(video|audio)>\s*$")
+"""A mark of LLaVA's notation for something else than an image: where a text begins, ends, or on a line of its own."""
+
+
+def media_mark(text: str, anywhere: bool) -> str | None:
+    """Why a question can't be used that shows a video or a sound by a mark: where LLaVA puts one, or `anywhere`."""
+    if "<video>" not in text and "<audio>" not in text:
+        return None
+    found = re.search("<(video)>|<(audio)>", text) if anywhere else MEDIA.search(text)
+    if found is None:
+        return None
+    kind = found[1] or found[2]
+    return f"<{kind}> stands where a {'video' if kind == 'video' else 'sound'} is shown, and only images are read"
 
 
 def placed(text: str) -> tuple[str, tuple[int, ...]]:

@@ -210,7 +210,10 @@ class Encoder:
             elif answered:
                 spans.append((len(out), len(out) + len(around.separator) + len(answer) + len(around.tail)))
                 out += around.separator + answer + around.tail
-        return out, (spans if self.supervise == "all" else spans[-1:]) if answered else []
+        if not answered:
+            return out, []
+        trained = [span for span, turn in zip(spans, record.turns, strict=True) if turn.trained]
+        return out, trained if self.supervise == "all" else spans[-1:]
 
     def supervised_texts(self, record: Record) -> list[str]:
         """What a row trains on, as its author wrote it with what the template puts around."""

@@ -9,12 +9,14 @@ import hashlib
 import itertools
 import logging
 import sys
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from vlmtune.config import DataConfig, TaskConfig
-from vlmtune.data.audit import Reader, column_problems, keys_of
+from vlmtune.data.arrow import of_feature
+from vlmtune.data.audit import Reader, keys_of, warn_without_images
+from vlmtune.data.columns import SAMPLE, column_problems, columns_with_text, tell_unread
 from vlmtune.data.images import image_size, open_image
 from vlmtune.data.records import BadRow, Record, Split
 from vlmtune.errors import DataError, nearest
@@ -32,6 +34,8 @@ def load(config: DataConfig) -> dict[str, HubTable | HubStream]:
     The split's name is otherwise the key's own. Raises DataError: no such set, split or network.
     """
     named = {split: getattr(config, split) for split in SPLITS if getattr(config, split) is not None}
+    if several := [f"data.{split}" for split, path in named.items() if not isinstance(path, str)]:
+        raise DataError(f"{', '.join(several)}: data=hub reads one data set; lists of files are for data=csv")
     if config.streaming:
         opened = {split: _open(path, split, config.subset, streaming=True) for split, path in named.items()}
         return {split: HubStream(opened[split], path, split) for split, path in named.items()}
@@ -84,10 +88,37 @@ def _undecoded(dataset: Any) -> Any:
     return dataset
 
 
+class Rows(Reader):
+    """Reads rows of a data set: their cells as the set's features say, for instance classes by name."""
+
+    def __init__(self, dataset: Any, config: DataConfig, task: TaskConfig, name: str, answers_required: bool):
+        columns = list(dataset.features)
+        texts = columns_with_text(_first_cells(dataset))
+        if problems := column_problems(columns, config.columns, name, answers_required, task, texts):
+            raise DataError(problems)
+        super().__init__(config, task, name, answers_required, columns)
+        tell_unread(name, columns, config, self.refusable)
+        converters = {column: of_feature(feature) for column, feature in dataset.features.items()}
+        self.converters = {column: convert for column, convert in converters.items() if convert}
+
+    def read_cells(self, row: int, cells: Mapping[str, Any]) -> tuple[Record, list[str]]:
+        return super().read_cells(row, self.converted(cells))
+
+    def converted(self, cells: Mapping[str, Any]) -> dict[str, Any]:
+        """A row with its values as their source wrote them."""
+        return {name: self.converters[name](cell) if name in self.converters else cell for name, cell in cells.items()}
+
+
+def _first_cells(dataset: Any) -> dict[str, list[Any]]:
+    """The first cells of each column, a stream's or a set's."""
+    rows = list(dataset.take(SAMPLE if hasattr(dataset, "__len__") else 1))
+    return {name: [row[name] for row in rows] for name in dataset.features}
+
+
 class Check:
     """Reads rows and opens each distinct image once, as `data.check_images` says."""
 
-    def __init__(self, reader: Reader, config: DataConfig):
+    def __init__(self, reader: Rows, config: DataConfig):
         self.reader, self.most = reader, config.max_image_pixels
         self.look = open_image if config.check_images == "decode" else image_size
         self.faults: dict[Hashable, list[str]] = {}
@@ -115,9 +146,7 @@ class HubTable:
         """Read every row once, its images as `data.check_images` says; keep the good ones for reading again."""
         from vlmtune import display
 
-        if problems := column_problems(self.dataset.column_names, config.columns, self.name, answers_required):
-            raise DataError(problems)
-        reader = Reader(config, task, self.name, answers_required)
+        reader = Rows(self.dataset, config, task, self.name, answers_required)
         check = Check(reader, config)
         first: dict[Hashable, int] = {}
         digest, good, groups = hashlib.sha256(), [], []
@@ -126,23 +155,26 @@ class HubTable:
             for row, cells in enumerate(self.dataset):
                 record, found = check(row, cells)
                 content = hashlib.sha256(repr((record.group, record.turns, record.system)).encode()).digest()
-                if answers_required and not found and (original := first.setdefault(content, row)) != row:
-                    found.append(f"duplicate of row {original + 1}")
                 if found:
                     split.bad.append(BadRow(self.name, 0, row + 1, "; ".join(found)))
                 else:
+                    if answers_required and (original := first.setdefault(content, len(good))) != len(good):
+                        split.repeats.append((len(good), original))
                     good.append(row)
                     groups.append(record.group)
                     digest.update(content)
                 advance(1)
+        reader.tell()
         split.records = HubRows(self.dataset, reader, good, groups, digest.hexdigest())
+        if reader.names["image"] not in self.dataset.column_names:
+            warn_without_images(split.records, reader)
         return split
 
 
 class HubRows(Sequence[Record]):
     """The usable rows of a split, read from disk when asked for."""
 
-    def __init__(self, dataset: Any, reader: Reader, rows: list[int], groups: list[Hashable], fingerprint: str):
+    def __init__(self, dataset: Any, reader: Rows, rows: list[int], groups: list[Hashable], fingerprint: str):
         self.dataset, self.reader, self.rows = dataset, reader, rows
         self.groups, self.fingerprint = groups, fingerprint
 
@@ -173,7 +205,8 @@ class HubRows(Sequence[Record]):
 
         image = self.reader.names["image"]
         kept = [name for name in self.dataset.column_names if name != image]
-        return pd.DataFrame(self.dataset.select(self.rows).select_columns(kept).to_list())
+        rows = self.dataset.select(self.rows).select_columns(kept)
+        return pd.DataFrame([self.reader.converted(row) for row in rows], dtype=object)
 
 
 class HubStream:
@@ -184,8 +217,6 @@ class HubStream:
 
     def audit(self, config: DataConfig, task: TaskConfig, answers_required: bool, seed: int = 0) -> Split:
         """Check the columns, and the rows of an evaluation; training rows are checked when their turn comes."""
-        if problems := column_problems(self._columns(), config.columns, self.name, answers_required):
-            raise DataError(problems)
         if self.split != "train":
             import datasets
 
@@ -195,10 +226,8 @@ class HubStream:
         stream = self.dataset
         if config.shuffle_buffer > 1:
             stream = stream.shuffle(seed=seed, buffer_size=config.shuffle_buffer)
-        return Split(StreamedRows(stream, Reader(config, task, self.name, answers_required), config, seed))
-
-    def _columns(self) -> list[str]:
-        return list(self.dataset.column_names or next(iter(self.dataset)))
+        reader = Rows(self.dataset, config, task, self.name, answers_required)
+        return Split(StreamedRows(stream, reader, config, seed))
 
 
 class StreamedRows(Sequence[Record]):
@@ -210,7 +239,7 @@ class StreamedRows(Sequence[Record]):
     in_order = True
     """Rows are taken one after the other, since none can be picked."""
 
-    def __init__(self, dataset: Any, reader: Reader, config: DataConfig, seed: int):
+    def __init__(self, dataset: Any, reader: Rows, config: DataConfig, seed: int):
         self.dataset, self.reader, self.config = dataset, reader, config
         self.fingerprint = f"stream of {reader.file}, {config.shuffle_buffer} rows shuffled, seed {seed}"
         self.next, self.rows = 0, self._rows()
@@ -235,6 +264,7 @@ class StreamedRows(Sequence[Record]):
             usable = 0
             for row, cells in enumerate(self.dataset):
                 record, faults = Check(self.reader, self.config)(row, cells)
+                self.reader.tell()
                 if not faults:
                     usable += 1
                     yield record

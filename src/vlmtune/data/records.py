@@ -20,6 +20,8 @@ class Turn:
     answers: tuple[str, ...] = ()
     image_at: tuple[int, ...] = ()
     """Characters of the question in front of which the record's next images stand, in order."""
+    trained: bool = True
+    """Whether its answer is trained on, where all answers of a conversation are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +34,13 @@ class Record:
     """Equal for rows that show the same images; None: shares with no other row."""
     file: str = ""
     row: int = 0
-    """Position in its file or frame, from 0."""
+    """Position in its split's frame, from 0."""
     system: str | None = None
     """The conversation's own system prompt, in place of `model.system_prompt`."""
+    line: int = field(default=0, compare=False)
+    """Line of its file on which it begins, from 1; 0: it is of no file with lines."""
+    number: int = field(default=0, compare=False)
+    """Number in its own file, from 1; 0: `row` says it."""
 
     @property
     def question(self) -> str:
@@ -47,7 +53,12 @@ class Record:
     @property
     def place(self) -> str:
         """Where a person finds this row."""
-        return f"{self.file or 'data'}, row {self.row + 1}"
+        line = f"line {self.line}, " if self.line else ""
+        return f"{self.file or 'data'}, {line}row {self.number or self.row + 1}"
+
+    def refused(self, reason: str) -> BadRow:
+        """This row as one that can't be used."""
+        return BadRow(self.file, self.line, self.number or self.row + 1, reason, self.row)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +69,20 @@ class BadRow:
     line: int
     """Line of the file on which the row begins, from 1; the header is line 1. 0: the row is of no file."""
     row: int
-    """Number of the row, from 1, the header not counted."""
+    """Number of the row in its file, from 1, the header not counted."""
     reason: str
+    position: int | None = field(default=None, compare=False)
+    """Position in its split's frame, from 0; None: `row` - 1, where the frame is one file."""
+
+    @property
+    def index(self) -> int:
+        """Position in the frame."""
+        return self.row - 1 if self.position is None else self.position
+
+    @property
+    def place(self) -> str:
+        """Where a person finds this row in its file."""
+        return f"{f'line {self.line}, ' if self.line else ''}row {self.row}"
 
 
 @dataclass
@@ -69,6 +92,8 @@ class Split:
     records: Sequence[Record]
     frame: pd.DataFrame | None = None
     bad: list[BadRow] = field(default_factory=list)
+    repeats: list[tuple[int, int]] = field(default_factory=list)
+    """Positions in `records` of rows that say the same as an earlier one, each with that one's."""
 
     def __len__(self) -> int:
         return len(self.records)

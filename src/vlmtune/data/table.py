@@ -4,6 +4,7 @@ load
 ├── data._target_(config)    read_files by default: files to frames; yours may return frames or records
 ├── audit_frame              frames to records and bad rows
 ├── data.on_bad_row          stop on bad rows, or go on without them
+├── data.on_duplicate        keep rows that repeat an earlier one, leave them out, or stop
 ├── data.validation_fraction
 └── data.max_*_rows
 """
@@ -13,18 +14,21 @@ from __future__ import annotations
 import csv
 import dataclasses
 import importlib
-import random
+import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from os.path import expanduser
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmtune.config import DataConfig, TaskConfig
-from vlmtune.data.audit import audit_frame, column_problems
-from vlmtune.data.files import SHOWN, read_table
+from vlmtune.data.audit import audit_frame
+from vlmtune.data.columns import column_problems
+from vlmtune.data.files import SHOWN, files_of, read_table
 from vlmtune.data.records import BadRow, Record, Split
+from vlmtune.data.rows import joined
+from vlmtune.data.selection import chosen, hold_out, limited
 from vlmtune.errors import ConfigError, DataError, nearest
 
 if TYPE_CHECKING:
@@ -32,6 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SPLITS", "BadRowsError", "audit_frame", "load", "read_files", "write_quarantine"]
 
+log = logging.getLogger("vlmtune")
 SPLITS = ("train", "validation", "test")
 
 
@@ -44,20 +49,23 @@ class BadRowsError(DataError):
 
 
 def read_files(config: DataConfig) -> dict[str, pd.DataFrame]:
-    """Read the files that `data.train`, `data.validation` and `data.test` name, as frames.
+    """Read the files that `data.train`, `data.validation` and `data.test` name, those of one split as one frame.
 
-    Raises DataError with all that is wrong with any of them: encoding, form, missing columns.
+    Raises DataError with all that is wrong with any of them: form, header, missing columns. Rows that can't be read
+    are left to the audit.
     """
     frames, problems = {}, []
     for split in SPLITS:
-        if (path := getattr(config, split)) is None:
-            continue
-        try:
-            frames[split] = read_table(Path(expanduser(path)))
-        except DataError as error:
-            problems += error.problems
-        else:  # whether a test file needs answers depends on what it is read for
-            problems += column_problems(frames[split].columns, config.columns, path, split != "test")
+        read = []
+        for name in files_of(getattr(config, split)):
+            try:
+                read.append(read_table(name, config.header))
+            except DataError as error:
+                problems += error.problems
+            else:  # whether a test file needs answers depends on what it is read for
+                problems += column_problems(read[-1].columns, config.columns, name, split != "test")
+        if read:
+            frames[split] = joined(read)
     if problems:
         raise DataError(problems)
     return frames
@@ -79,18 +87,18 @@ def load(
     Raises ConfigError for a `_target_` or a key that doesn't work, DataError for a file that can't be read, and
     BadRowsError for bad rows under `data.on_bad_row=fail`, or above `data.max_bad_fraction`; each with all problems.
     """
-    hold_out = config.validation is None and config.validation_fraction > 0 and set(splits) != {"test"}
-    wanted = {*splits, "train", "validation"} if hold_out else set(splits)
+    holds_out = config.validation is None and config.validation_fraction > 0 and set(splits) != {"test"}
+    wanted = {*splits, "train", "validation"} if holds_out else set(splits)
     unwanted: dict[str, Any] = {split: None for split in SPLITS if split not in wanted}
     tables = _tables(dataclasses.replace(config, **unwanted), wanted)
-    hold_out = hold_out and "train" in tables and "validation" not in tables
-    if splits[0] not in tables and not hold_out:
+    holds_out = holds_out and "train" in tables and "validation" not in tables
+    if splits[0] not in tables and not holds_out:
         target = f"let data._target_={config._target_} return the split {splits[0]!r}"
         raise ConfigError(f"data.{splits[0]}: nothing to read; set data.{splits[0]}=FILE, or {target}")
     found = _audited(tables, config, task, answers_required, seed)
-    if hold_out:  # also where validation is not asked for: the rows that train are the same in every call
-        found["train"], found["validation"] = _hold_out(found["train"], config.validation_fraction, seed)
-    return {name: _limited(found[name], name, config, seed) for name in splits if name in found}
+    if holds_out:  # also where validation is not asked for: the rows that train are the same in every call
+        found["train"], found["validation"] = hold_out(found["train"], config.validation_fraction, seed)
+    return {name: limited(found[name], name, config, seed) for name in splits if name in found}
 
 
 def write_quarantine(path: Path, bad: Sequence[BadRow]) -> None:
@@ -149,22 +157,32 @@ def _audited(
     found: dict[str, Split] = {}
     problems: list[str] = []
     for name, rows in tables.items():
+        own = dataclasses.replace(config, image_root=image_root_of(config, name))
         if isinstance(rows, Sequence):
+            if config.on_duplicate != "keep":
+                problems.append(f"data.on_duplicate: the records of {name} are taken as they are; leave it out")
             found[name] = Split(rows)
             continue
         try:
             if hasattr(rows, "audit"):  # larger than memory: reads its rows by itself
-                found[name] = rows.audit(config, task, answers_required, seed)
+                found[name] = rows.audit(own, task, answers_required, seed)
                 continue
-            found[name] = audit_frame(rows, config, task, rows.attrs.get("file", name), answers_required)
+            found[name] = audit_frame(rows, own, task, rows.attrs.get("file", name), answers_required)
         except DataError as error:
             problems += error.problems
     bad = [row for split in found.values() for row in split.bad]
     for name, split in found.items():
         problems += _refusals(name, split, config)
+        problems += _repeats_refused(name, split, config, bad)
     if problems:
         raise BadRowsError(problems, bad)
-    return found
+    return {name: _without_repeats(name, split, config) for name, split in found.items()}
+
+
+def image_root_of(config: DataConfig, split: str) -> str | None:
+    """The folder that relative image paths of this split start from; None: that of each file."""
+    root = config.image_root
+    return root.get(split) if isinstance(root, Mapping) else root
 
 
 def _refusals(name: str, split: Split, config: DataConfig) -> list[str]:
@@ -191,56 +209,56 @@ def _kinds(bad: Sequence[BadRow]) -> str:
 
 
 def _first(bad: Sequence[BadRow]) -> list[str]:
-    shown = [f"  {f'line {row.line}, ' if row.line else ''}row {row.row}: {row.reason}" for row in bad[:SHOWN]]
-    shown += [f"  and {len(bad) - SHOWN} more"] if len(bad) > SHOWN else []
+    """The first faults, each once, with the row that has it first and how many others do."""
+    alike: dict[tuple[str, str], list[BadRow]] = {}
+    for row in bad:
+        alike.setdefault((row.file, row.reason), []).append(row)
+    several = len({row.file for row in bad}) > 1
+    shown = []
+    for (file, reason), rows in islice(alike.items(), SHOWN):
+        more = f" and {len(rows) - 1} more" if len(rows) > 1 else ""
+        shown.append(f"  {f'{file}, ' if several else ''}{rows[0].place}{more}: {reason}")
+    left = sum(map(len, islice(alike.values(), SHOWN, None)))
+    shown += [f"  and {left} more rows"] if left else []
     missing = any("no such image" in row.reason for row in bad)
     return shown + (["Relative image paths start at data.image_root, else at the table's folder."] if missing else [])
 
 
-# ---------------------------------------------------------------- which rows
+# ---------------------------------------------------------------- repeated rows
 
 
-def _hold_out(train: Split, fraction: float, seed: int) -> tuple[Split, Split]:
-    """Split off `fraction` of the images (at least one, never all). A row of no group counts as an image of its own."""
-    groups_of = getattr(train.records, "groups", None) or [record.group for record in train.records]
-    keys = _joined([("row", i) if group is None else group for i, group in enumerate(groups_of)])
-    groups = list(dict.fromkeys(keys))
-    if len(groups) < 2:
-        raise DataError(f"data.validation_fraction={fraction:g}: all rows show one image; set data.validation instead")
-    count = min(max(1, round(fraction * len(groups))), len(groups) - 1)
-    chosen = set(random.Random(seed).sample(groups, count))
-    kept = _chosen(train.records, [i for i, key in enumerate(keys) if key not in chosen])
-    taken = _chosen(train.records, [i for i, key in enumerate(keys) if key in chosen])
-    return Split(kept, train.frame, train.bad), Split(taken, train.frame)
+def _repeats(split: Split, most: int | None = None) -> list[BadRow]:
+    """Rows that repeat an earlier one, as rows that can't be used."""
+    pairs = ((split.records[at], split.records[original]) for at, original in split.repeats[:most])
+    return [record.refused(f"duplicate of {_other(record, first)}") for record, first in pairs]
 
 
-def _joined(groups: Sequence[Hashable]) -> list[Hashable]:
-    """One key for all rows that share an image with each other, directly or through other rows."""
-    parent: dict[Hashable, Hashable] = {}
-
-    def root(key: Hashable) -> Hashable:
-        while parent.setdefault(key, key) != key:
-            parent[key] = key = parent[parent[key]]
-        return key
-
-    for group in groups:
-        keys = group if isinstance(group, tuple) else (group,)
-        for key in keys:
-            parent[root(key)] = root(keys[0])
-    return [root(group[0] if isinstance(group, tuple) else group) for group in groups]
+def _other(record: Record, first: Record) -> str:
+    place = first.refused("").place
+    return place if first.file == record.file else f"{first.file}, {place}"
 
 
-def _chosen(records: Sequence[Record], rows: Sequence[int]) -> Sequence[Record]:
-    """These of the records; what reads them from disk goes on doing so."""
-    select = getattr(records, "select", None)
-    return select(rows) if select else [records[row] for row in rows]
+def _repeats_refused(name: str, split: Split, config: DataConfig, bad: list[BadRow]) -> list[str]:
+    """Why data.on_duplicate=fail does not let this split pass, if it doesn't; `bad` gets the rows."""
+    if not split.repeats or config.on_duplicate != "fail":
+        return []
+    rows = _repeats(split)
+    bad += rows
+    summary = f"{name}: {len(rows)} of {len(split.records)} rows repeat an earlier one"
+    return [summary, *_first(rows), "data.on_duplicate=keep trains on them as they stand, drop leaves them out."]
 
 
-def _limited(split: Split, name: str, config: DataConfig, seed: int) -> Split:
-    most = config.max_train_rows if name == "train" else config.max_eval_rows
-    if most is None or len(split) <= most:
+def _without_repeats(name: str, split: Split, config: DataConfig) -> Split:
+    """The split by data.on_duplicate; what happens to repeated rows is logged."""
+    if not split.repeats:
         return split
-    if getattr(split.records, "in_order", False):
-        raise ConfigError("data.max_train_rows: a stream is as long as trainer.max_steps asks for")
-    rows = sorted(random.Random(seed).sample(range(len(split)), most)) if name == "train" else range(most)
-    return dataclasses.replace(split, records=_chosen(split.records, rows))
+    [first] = _repeats(split, most=1)
+    found = f"{name}: {len(split.repeats)} of {len(split.records)} rows repeat an earlier one"
+    example = f"{first.file}, {first.place} is a {first.reason}"
+    if config.on_duplicate == "keep":
+        log.info("%s (%s) and are used as they stand; data.on_duplicate=drop leaves them out", found, example)
+        return dataclasses.replace(split, repeats=[])
+    log.info("%s (%s) and are left out, as data.on_duplicate=drop says", found, example)
+    repeated = {at for at, _ in split.repeats}
+    kept = chosen(split.records, [at for at in range(len(split.records)) if at not in repeated])
+    return Split(kept, split.frame, split.bad + _repeats(split))

@@ -1,0 +1,86 @@
+"""The references of an answer cell.
+
+A list of texts is several references, of which the first is trained on; anything else is the answer itself.
+`data.answer_lists=text` makes lists of texts answers as well.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import Any
+
+from vlmtune.data.cells import Number, as_list, is_blank, json_list, text_of, to_json
+from vlmtune.errors import DataError
+
+log = logging.getLogger("vlmtune")
+PYTHON_LIST = re.compile(r"\s*\[\s*'.*'\s*\]\s*", re.DOTALL)
+
+
+def answers_of(cell: Any, lists: str) -> tuple[tuple[str, ...], bool]:
+    """The references of an answer cell, and whether they stood in a list of texts.
+
+    `lists`: such a list is several `references`, or the answer's own `text`, as JSON.
+    """
+    cell = as_list(cell)
+    if isinstance(cell, str) and lists == "references" and PYTHON_LIST.fullmatch(cell):
+        raise DataError(f'answer is a Python list: {cell:.60}; write JSON: ["one", "two"]')
+    found = list(cell) if isinstance(cell, list | tuple) else json_list(cell) if isinstance(cell, str) else None
+    of_texts = bool(found) and all(_is_text(item) for item in found or ())
+    if of_texts and lists == "references":
+        assert found is not None
+        if any(is_blank(item) for item in found):
+            raise DataError("empty answer: one in the list is blank")
+        return tuple(map(str, found)), True
+    if lists == "references" and found and (problem := _doubtful(found)):
+        raise DataError(f"{problem}; data.answer_lists=text trains on the list itself")
+    if isinstance(cell, list | tuple):
+        text = to_json(cell) if cell or lists == "text" else ""
+    else:
+        text = text_of(cell, "answer")
+    return ((text,) if text.strip() else ()), of_texts
+
+
+def _is_text(item: Any) -> bool:
+    return isinstance(item, str) and not isinstance(item, Number)
+
+
+def _doubtful(found: list[Any]) -> str | None:
+    """What speaks against a list being the answer itself."""
+    if any(item is None for item in found) and any(map(_is_text, found)):
+        return f"answer is a list of texts with a null in it: {found!s:.60}"
+    if all(isinstance(item, dict) and "answer" in item for item in found):
+        return f"answer is a list of objects with an answer each (VQA v2): {found!s:.60}; write a list of their texts"
+    return None
+
+
+class Lists:
+    """Counts answers that are lists of texts, to say once how they are read."""
+
+    def __init__(self, reading: str):
+        self.reading, self.rows = reading, 0
+        self.example: str | None = None
+
+    def add(self, cell: Any, answer: str) -> None:
+        """Note that an answer is a list, of which `answer` is trained on."""
+        self.rows += 1
+        if self.rows == 1:
+            self.example = f"{as_list(cell)!s:.60} as {answer:.60}"
+
+    def tell(self, file: str) -> None:
+        """Say it in the log."""
+        if self.example is None:
+            return
+        if self.reading == "references":
+            said = "the first of each is trained on and all are accepted", "text to train on the whole list"
+        else:
+            said = "the whole list is trained on, as JSON", "references to train on the first of each"
+        log.info(
+            "%s: %d answers are lists of texts; %s (%s); data.answer_lists=%s",
+            file,
+            self.rows,
+            said[0],
+            self.example,
+            said[1],
+        )
+        self.example = None

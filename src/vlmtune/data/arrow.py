@@ -1,0 +1,98 @@
+"""Values of Arrow's typed columns (Parquet, Hugging Face's `datasets`) as their sources wrote them.
+
+A label of a class is its name, a float32 has the digits of a float32, an integer beside a null stays an integer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from vlmtune.data.cells import Unreadable
+
+if TYPE_CHECKING:
+    import pyarrow
+
+Converter = Callable[[Any], Any]
+
+
+def values(table: pyarrow.Table, column: str) -> list[Any]:
+    """The values of a Parquet file's column. Class names stand in the metadata that `datasets` writes."""
+    field = table.schema.field(column)
+    found = table.column(column).to_pylist()
+    described = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
+    feature = described.get("info", {}).get("features", {}).get(column, {})
+    if feature.get("_type") == "ClassLabel" and feature.get("names"):
+        convert: Converter | None = label_names(feature["names"])
+    else:
+        convert = of_arrow(field.type)
+    return [convert(value) for value in found] if convert else found
+
+
+def of_arrow(kind: pyarrow.DataType) -> Converter | None:
+    """What makes a Python value of Arrow's `kind` say what was written; None where nothing need be done."""
+    from pyarrow import types
+
+    if types.is_float32(kind) or types.is_float16(kind):
+        return single(str(kind))
+    if types.is_struct(kind):
+        return each_field({field.name: convert for field in kind if (convert := of_arrow(field.type))})
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return each_item(of_arrow(kind.value_type))
+    return of_arrow(kind.value_type) if types.is_dictionary(kind) else None
+
+
+def of_feature(feature: Any) -> Converter | None:
+    """The same for a feature of `datasets`."""
+    import datasets
+
+    if isinstance(feature, datasets.ClassLabel):
+        return label_names(feature.names)
+    if isinstance(feature, datasets.Value):
+        return single(feature.dtype) if feature.dtype in ("float32", "float16") else None
+    if isinstance(feature, dict):
+        return each_field({name: convert for name, inner in feature.items() if (convert := of_feature(inner))})
+    inner = getattr(feature, "feature", None)  # the lists of `datasets`, short and long
+    return each_item(of_feature(inner)) if inner is not None else None
+
+
+def label_names(names: Sequence[str]) -> Converter:
+    """The name of a class by its number; a number without a name can't be read."""
+
+    def name(number: Any) -> Any:
+        if number is None or isinstance(number, str):
+            return number
+        if not 0 <= number < len(names):
+            return Unreadable.of(number, f"is class {number}, and the {len(names)} classes are {', '.join(names):.60}")
+        return names[number]
+
+    return name
+
+
+def single(kind: str) -> Converter:
+    """Floats of 32 or 16 bits with their own digits, which Python's floats don't have."""
+    import numpy as np
+
+    dtype: Any = np.float16 if kind in ("float16", "halffloat") else np.float32
+    return lambda value: None if value is None else dtype(value)
+
+
+def each_item(convert: Converter | None) -> Converter | None:
+    """`convert` for lists."""
+    if convert is None:
+        return None
+    return lambda value: None if value is None else [convert(item) for item in value]
+
+
+def each_field(converters: dict[str, Converter]) -> Converter | None:
+    """`converters` for objects, by field."""
+    if not converters:
+        return None
+
+    def convert(value: Any) -> Any:
+        if value is None:
+            return None
+        return {key: converters[key](item) if key in converters else item for key, item in value.items()}
+
+    return convert

@@ -1,0 +1,207 @@
+"""What a cell holds -> the text that a model sees: the text of the source, or JSON's form where the source has none.
+
+Numbers keep their digits, truth values are true and false, objects are JSON, and nothing takes a detour through floats.
+"""
+
+from __future__ import annotations
+
+import datetime
+import enum
+import json
+import numbers
+import os
+import uuid
+from collections.abc import Callable
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any
+
+from vlmtune.errors import DataError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class Number(str):
+    """A number of a JSON file, with the digits that stand there: neither 1.50 nor 12345678901234567890 survives a
+    float."""
+
+    __slots__ = ()
+
+
+class Unreadable(str):
+    """A value that can't be used, which only matters where it is read; as a text it is the value itself."""
+
+    reason: str = ""
+
+    @classmethod
+    def of(cls, value: Any, reason: str) -> Unreadable:
+        """`value` with the reason why it can't be used."""
+        found = cls(value)
+        found.reason = reason
+        return found
+
+
+# ---------------------------------------------------------------- JSON
+
+
+def from_json(text: str, **options: Any) -> Any:
+    """Read JSON, its numbers as they are written; `options` of json.loads.
+
+    Raises json.JSONDecodeError, or DataError where it is too deep.
+    """
+    try:
+        return json.loads(text, parse_float=Number, parse_int=Number, parse_constant=_constant, **options)
+    except RecursionError:
+        raise DataError("nested too deeply") from None
+
+
+def _constant(name: str) -> Any:
+    """NaN is what a table without a value there was written as."""
+    return None if name == "NaN" else Number(name)
+
+
+def to_json(value: Any, default: Callable[[Any], str] | None = None) -> str:
+    """A value as one line of JSON, its numbers as they are written. `default` names what has no text."""
+    value = as_list(value)
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_quoted(key)}: {to_json(item, default)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(to_json(item, default) for item in value) + "]"
+    if is_missing(value):
+        return "null"
+    try:
+        text = text_of(value, "value")
+    except DataError:
+        if default is None:
+            raise
+        return _quoted(default(value))
+    plain = isinstance(value, Number | bool | numbers.Number) or _is_truth_type(value)
+    return text if plain else _quoted(text)
+
+
+def _quoted(text: Any) -> str:
+    return json.dumps(str(text), ensure_ascii=False)
+
+
+def json_list(text: str) -> list[Any] | None:
+    """The list that a text holds as JSON, or None."""
+    try:
+        found = from_json(text) if text.lstrip().startswith("[") else None
+    except (json.JSONDecodeError, DataError):
+        return None
+    return found if isinstance(found, list) else None
+
+
+# ---------------------------------------------------------------- single values
+
+
+def as_list(cell: Any) -> Any:
+    """Arrays, series and tuples of values as lists; anything else is left as it is."""
+    if isinstance(cell, str | bytes) or not hasattr(cell, "tolist") or getattr(cell, "ndim", 0) == 0:
+        return cell
+    return [as_list(item) for item in cell]
+
+
+def is_missing(cell: Any) -> bool:
+    """None, NaN, NaT and pandas' NA."""
+    if cell is None or isinstance(cell, str | list | dict):
+        return cell is None
+    import pandas as pd
+
+    return bool(pd.api.types.is_scalar(cell)) and bool(pd.isna(cell))
+
+
+def is_blank(cell: Any) -> bool:
+    """Missing, or nothing but spaces."""
+    return not cell.strip() if isinstance(cell, str) else is_missing(cell)
+
+
+WRITTEN = (str, numbers.Number, datetime.date, datetime.time, datetime.timedelta, uuid.UUID, os.PathLike)
+"""Types whose `str` is what a file would hold."""
+
+
+def text_of(cell: Any, role: str) -> str:
+    """A cell as text; nothing for a missing one. Raises DataError for what has no text."""
+    if type(cell) is str:
+        return cell
+    if isinstance(cell, Unreadable):
+        raise DataError(f"{role} {cell.reason}")
+    cell = as_list(cell)
+    if isinstance(cell, enum.Enum):
+        return text_of(cell.value, role)
+    if isinstance(cell, bytes):
+        return _decoded(cell, role)
+    if isinstance(cell, dict):
+        return to_json(cell)
+    if is_missing(cell):
+        return ""
+    if isinstance(cell, bool) or _is_truth_type(cell):
+        return "true" if cell else "false"
+    if isinstance(cell, Decimal):
+        return format(cell, "f")
+    if isinstance(cell, WRITTEN) or type(cell).__name__ in ("datetime64", "timedelta64", "Period"):
+        return str(cell)
+    raise DataError(f"{role} is {type(cell).__name__}: {cell!s:.60}; a text is needed")
+
+
+def _is_truth_type(cell: Any) -> bool:
+    return isinstance(cell, bool) or type(cell).__name__ in ("bool_", "bool")  # numpy's
+
+
+def _decoded(cell: bytes, role: str) -> str:
+    try:
+        return cell.decode()
+    except UnicodeDecodeError:
+        raise DataError(f"{role} is bytes that are not UTF-8: {cell!r:.60}; a text is needed") from None
+
+
+def column_values(series: pd.Series) -> list[Any]:
+    """The values of a column as they are, without a detour through wider floats."""
+    kind = series.dtype
+    if kind.name == "category":
+        names = column_values(series.cat.categories.to_series())
+        return [None if code < 0 else names[code] for code in series.cat.codes]
+    if kind.name in ("float16", "float32"):
+        return list(series.to_numpy())
+    return series.tolist()
+
+
+# ---------------------------------------------------------------- questions about values
+
+
+def says_nothing(value: Any) -> bool:
+    """Whether a value is missing, empty, or holds such values alone: as it is where a row lacks a key."""
+    value = as_list(value)
+    if isinstance(value, dict):
+        return all(says_nothing(item) for item in value.values())
+    if isinstance(value, list | tuple):
+        return all(says_nothing(item) for item in value)
+    return is_blank(value) or (isinstance(value, str) and value.strip() in ("[]", "{}", "null"))
+
+
+def is_structure(value: Any) -> bool:
+    """A list or an object, also as JSON in a text."""
+    return isinstance(as_list(value), list | tuple | dict) or str(value).lstrip().startswith(("[", "{"))
+
+
+def is_truth(value: Any) -> bool:
+    """A truth value, also as a text."""
+    return _is_truth_type(value) or (isinstance(value, str) and value.strip().casefold() in ("true", "false"))
+
+
+def is_one(value: Any) -> bool:
+    """The number 1, also as a text or as true, or a list of such."""
+    value = as_list(value)
+    if isinstance(value, list | tuple):
+        return all(map(is_one, value))
+    return as_number(value) == 1
+
+
+def as_number(value: Any) -> float | None:
+    """The number that a value or a text stands for, if it is one."""
+    if is_truth(value):
+        return float(str(value).strip().casefold() == "true")
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None

@@ -1,0 +1,181 @@
+"""Columns and keys of other programs' data sets that change what a row means, and that this version does not read.
+
+A row that holds something there is refused by name: LLaVA's, ShareGPT's, OpenAI's, Qwen's, ms-swift's, LLaMA-Factory's,
+Axolotl's and TRL's forms each carry some of them. Every other name that nothing reads is only named in the log.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from vlmtune.data.cells import is_one, is_structure, is_truth, says_nothing
+from vlmtune.errors import DataError
+
+log = logging.getLogger("vlmtune")
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """What a value under a name means, and what to do instead."""
+
+    what: str
+    way: str = ""
+    when: str = "any"
+    """Values that change a row: `any`, a `structure` (a list or an object), a `truth` value, `not one`, `not auto`."""
+    of_answer: bool = False
+    """It is about what is trained on, so a prediction does not need it."""
+
+    def holds(self, value: Any) -> bool:
+        """Whether `value` changes what its row means."""
+        return (
+            not says_nothing(value)
+            and {
+                "any": lambda: True,
+                "structure": lambda: is_structure(value),
+                "truth": lambda: is_truth(value),
+                "not one": lambda: not is_one(value),
+                "not auto": lambda: value != "auto",
+            }[self.when]()
+        )
+
+
+VIDEO = Meaning("a video", "images are read, videos are not; a few frames may stand in a list of images")
+AUDIO = Meaning("a sound", "images are read, sounds are not")
+TOOLS = Meaning("tools", "calls of tools are not read; leave such rows out")
+REASONING = Meaning("the thinking before an answer", "write it into the answer as the model should", of_answer=True)
+PREFERENCE = Meaning(
+    "preference data", "one answer a row is trained on: name it in data.columns.answer", of_answer=True
+)
+SIZE = Meaning("a size of its own for an image", "model.image.max_tokens and min_tokens say it for all images")
+BOXES = Meaning("places in the image", "boxes and points are not read; write them into the texts", of_answer=True)
+WEIGHT = Meaning(
+    "a weight of the row", "every row weighs the same; repeat or leave out rows", "not one", of_answer=True
+)
+SEVERAL = Meaning("another image of the row", "several images of a row stand in one column, as a list")
+SYSTEM = Meaning("a system prompt", "name its column: data.columns.system=...")
+HISTORY = Meaning("earlier turns", "write whole conversations: data=messages or data=conversations", "structure")
+TEMPLATE = Meaning("arguments of the chat template", "the template is called in one way for all rows")
+CONTENT = Meaning("an image's content", "give a path or a data URL under image_url")
+FILE = Meaning("a file", "text and images are read")
+
+SHAPES = ("bbox", "bboxes", "box", "boxes", "bounding_box", "bounding_boxes", "box_2d", "point_2d")
+SIZES = ("max_pixels", "min_pixels", "total_pixels", "resized_height", "resized_width")
+VIDEOS = ("video", "videos", "video_url", "video_path", "video_paths")
+AUDIOS = ("audio", "audios", "audio_url", "audio_path", "audio_paths", "input_audio")
+THINKING = ("reasoning_content", "reasoning", "reasoning_details", "thinking", "thinking_blocks", "thinking_content")
+CALLS = ("tools", "functions", "tool_calls", "function_call", "tool_call_id", "tool_choice")
+PAIRS = (
+    "rejected",
+    "chosen",
+    "rejected_response",
+    "chosen_response",
+    "rejected_messages",
+    "rejected_images",
+    "kto_tag",
+)
+
+
+def _table(*groups: tuple[Iterable[str], Meaning]) -> dict[str, Meaning]:
+    return {name: meaning for names, meaning in groups for name in names}
+
+
+COLUMNS = _table(
+    (VIDEOS, VIDEO),
+    (AUDIOS, AUDIO),
+    (CALLS, TOOLS),
+    (THINKING, REASONING),
+    (PAIRS, PREFERENCE),
+    (["label"], replace(PREFERENCE, when="truth")),
+    (SIZES, SIZE),
+    (["crop"], replace(SIZE, when="structure")),
+    (["nframes", "fps"], VIDEO),
+    (SHAPES, BOXES),
+    (["mask", "masks", "segmentation", "polygon", "polygons", "keypoints"], BOXES),
+    (["objects", "ref", "refs", "point", "points"], replace(BOXES, when="structure")),
+    (["weight", "weights", "sample_weight", "example_weight", "loss_weight", "loss_scale"], WEIGHT),
+    (["images", "second_image", "right_image", *(f"image{n}" for n in range(2, 10))], SEVERAL),
+    ([f"image_{n}" for n in range(2, 10)], SEVERAL),
+    (["system", "system_prompt", "system_message", "system_instruction"], SYSTEM),
+    (["history"], HISTORY),
+    (["chat_template_kwargs", "chat_template"], TEMPLATE),
+)
+"""Of a table, or of the objects of a file."""
+
+MESSAGES = _table(
+    (VIDEOS, VIDEO),
+    (AUDIOS, AUDIO),
+    (CALLS, TOOLS),
+    (THINKING, REASONING),
+    (PAIRS, PREFERENCE),
+    (SIZES, SIZE),
+    (SHAPES, BOXES),
+    (["objects"], BOXES),
+    (["loss_scale", "loss_weight", "train_detail"], replace(WEIGHT, what="a weight of single words")),
+    (["image", "images", "image_url"], Meaning("images of one message", "put them in the row, or in the content")),
+    (["files", "file", "attachments", "documents"], FILE),
+    (["refusal"], Meaning("a refusal in place of an answer", "write it as the content", of_answer=True)),
+)
+"""Of one message of a conversation."""
+
+PARTS = _table(
+    (SIZES, SIZE),
+    (["detail"], replace(SIZE, when="not auto")),
+    (["crop", "crops", "image_size", "size"], SIZE),
+    ([*VIDEOS, "nframes", "fps", "video_start", "video_end"], VIDEO),
+    (AUDIOS, AUDIO),
+    (["source", "data", "base64", "b64_json", "file_id"], CONTENT),
+    (["file", "file_data", "document"], FILE),
+    ([*SHAPES, "mask", "objects"], BOXES),
+    (["text"], Meaning("a text at an image", "make it a part of type text")),
+    (["image", "image_url"], Meaning("an image at a text", "make it a part of type image")),
+)
+"""Of one part of a message's content, of its `image_url`, or of an image as an object."""
+
+TOOL_ROLES = ("tool", "function", "function_call", "observation", "tool_call", "tool_response", "ipython")
+"""Roles of messages that stand for a tool's part."""
+
+
+class Unread:
+    """What nothing reads: refused where it changes what a row means, else counted, and named once in the log.
+
+    `ignored`: names that the user leaves unread on purpose. `training`: answers matter as well.
+    """
+
+    def __init__(self, ignored: Collection[str] = (), training: bool = True):
+        self.ignored, self.training = frozenset(ignored), training
+        self.media = False
+        """Whether the table has a column of videos or sounds, so that `<video>` in a text is one."""
+        self.keys: Counter[str] = Counter()
+        """Keys of messages and images, and how often they held something."""
+
+    def meaning(self, name: str, table: Mapping[str, Meaning]) -> Meaning | None:
+        """What a name that nothing reads means, if it is refused."""
+        found = table.get(name.casefold().replace("-", "_"))
+        return None if found is None or name in self.ignored or (found.of_answer and not self.training) else found
+
+    def check(self, owner: Mapping[Any, Any], read: frozenset[str], table: Mapping[str, Meaning], where: str) -> None:
+        """Look at the keys of `owner` beyond `read`. Raises DataError that begins with `where`."""
+        for key in owner.keys() - read:
+            value, name = owner[key], str(key)
+            meaning = self.meaning(name, table)
+            if meaning is not None and meaning.holds(value):
+                raise DataError(f"{where}{refusal(name, meaning, value)}")
+            if meaning is None and name not in self.ignored and not says_nothing(value):
+                self.keys[name] += 1
+
+    def tell(self, file: str) -> None:
+        """Name the keys in the log, once."""
+        if self.keys:
+            log.info("%s: keys of messages not read: %s", file, ", ".join(self.keys))
+            self.ignored |= self.keys.keys()
+            self.keys.clear()
+
+
+def refusal(name: str, meaning: Meaning, value: Any) -> str:
+    """Why a row that holds `value` under `name` can't be used, and what to do."""
+    way = f"; {meaning.way}" if meaning.way else ""
+    return f"{name!r} holds {meaning.what} ({value!s:.40}){way}; to leave it unread on purpose: data.ignore=[{name}]"

@@ -1,0 +1,95 @@
+"""Rows as a file holds them, and the frame that is made of them.
+
+A frame's index says where each row stands: its file, the line on which it begins (0 where the file has no lines) and
+its number in the file, from 1. A row that can't be read stays in the frame with empty cells, so that answers keep the
+order of the input; `attrs["unread"]` has its fault.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from vlmtune.errors import DataError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+INDEX = ["file", "line", "row"]
+
+
+@dataclass
+class Rows:
+    """The rows of one file: cells by column, the line of each, and by position what is wrong with it."""
+
+    columns: list[str] = field(default_factory=list)
+    cells: list[dict[str, Any]] = field(default_factory=list)
+    lines: list[int] = field(default_factory=list)
+    faults: dict[int, str] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.cells)
+
+    def add(self, cells: dict[str, Any], line: int, fault: str | None) -> None:
+        """Append a row; one with a fault has no cells."""
+        if fault is not None:
+            self.faults[len(self.cells)] = fault
+        self.cells.append({} if fault is not None else cells)
+        self.lines.append(line)
+
+    def frame(self, path: Path) -> pd.DataFrame:
+        """All rows as a frame."""
+        import pandas as pd
+
+        if not self.cells:
+            raise DataError(f"{path}: has no rows")
+        columns = self.columns or list(dict.fromkeys(key for row in self.cells for key in row))
+        series = {name: pd.Series([row.get(name) for row in self.cells], dtype=object) for name in columns}
+        frame = pd.DataFrame(series, index=range(len(self)))
+        return placed(frame, path, self.lines, self.faults)
+
+
+def placed(
+    frame: pd.DataFrame, path: Path, lines: Sequence[int] = (), faults: dict[int, str] | None = None
+) -> pd.DataFrame:
+    """`frame` with the index and the attributes of one that was read from `path`."""
+    import pandas as pd
+
+    count = len(frame)
+    frame.index = pd.MultiIndex.from_arrays(
+        [[str(path)] * count, lines or [0] * count, range(1, count + 1)], names=INDEX
+    )
+    frame.attrs["file"] = str(path)
+    frame.attrs["unread"] = {(str(path), row + 1): fault for row, fault in (faults or {}).items()}
+    return frame
+
+
+def joined(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Frames of several files as one, in order; a column that a file lacks is empty in its rows."""
+    import pandas as pd
+
+    if len(frames) == 1:
+        return frames[0]
+    whole = pd.concat([frame.astype(object) for frame in frames])
+    whole = whole.where(whole.notna(), None)
+    whole.attrs["unread"] = {place: fault for frame in frames for place, fault in frame.attrs["unread"].items()}
+    return whole
+
+
+class Place(NamedTuple):
+    """Where a row of a frame stands."""
+
+    file: str
+    line: int
+    row: int
+    fault: str | None
+
+
+def places(frame: pd.DataFrame, file: str) -> Iterator[Place]:
+    """The place of each row of a frame; `file` where the frame itself was read from none."""
+    unread = frame.attrs.get("unread", {})
+    if list(frame.index.names) != INDEX:
+        return (Place(file, 0, number, None) for number in range(1, len(frame) + 1))
+    return (Place(name, line, row, unread.get((name, row))) for name, line, row in frame.index)

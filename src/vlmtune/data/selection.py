@@ -1,0 +1,57 @@
+"""Which rows of a split are used: whole images held out, the first or some drawn by seed."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Hashable, Sequence
+
+from vlmtune.config import DataConfig
+from vlmtune.data.records import Record, Split
+from vlmtune.errors import ConfigError, DataError
+
+
+def hold_out(train: Split, fraction: float, seed: int) -> tuple[Split, Split]:
+    """Split off `fraction` of the images (at least one, never all). A row of no group counts as an image of its own."""
+    groups_of = getattr(train.records, "groups", None) or [record.group for record in train.records]
+    keys = _joined([("row", i) if group is None else group for i, group in enumerate(groups_of)])
+    groups = list(dict.fromkeys(keys))
+    if len(groups) < 2:
+        raise DataError(f"data.validation_fraction={fraction:g}: all rows show one image; set data.validation instead")
+    count = min(max(1, round(fraction * len(groups))), len(groups) - 1)
+    held_out = set(random.Random(seed).sample(groups, count))
+    kept = chosen(train.records, [i for i, key in enumerate(keys) if key not in held_out])
+    taken = chosen(train.records, [i for i, key in enumerate(keys) if key in held_out])
+    return Split(kept, train.frame, train.bad), Split(taken, train.frame)
+
+
+def _joined(groups: Sequence[Hashable]) -> list[Hashable]:
+    """One key for all rows that share an image with each other, directly or through other rows."""
+    parent: dict[Hashable, Hashable] = {}
+
+    def root(key: Hashable) -> Hashable:
+        while parent.setdefault(key, key) != key:
+            parent[key] = key = parent[parent[key]]
+        return key
+
+    for group in groups:
+        keys = group if isinstance(group, tuple) else (group,)
+        for key in keys:
+            parent[root(key)] = root(keys[0])
+    return [root(group[0] if isinstance(group, tuple) else group) for group in groups]
+
+
+def chosen(records: Sequence[Record], rows: Sequence[int]) -> Sequence[Record]:
+    """These of the records; what reads them from disk goes on doing so."""
+    select = getattr(records, "select", None)
+    return select(rows) if select else [records[row] for row in rows]
+
+
+def limited(split: Split, name: str, config: DataConfig, seed: int) -> Split:
+    most = config.max_train_rows if name == "train" else config.max_eval_rows
+    if most is None or len(split) <= most:
+        return split
+    if getattr(split.records, "in_order", False):
+        raise ConfigError("data.max_train_rows: a stream is as long as trainer.max_steps asks for")
+    rows = sorted(random.Random(seed).sample(range(len(split)), most)) if name == "train" else range(most)
+    return dataclasses.replace(split, records=chosen(split.records, rows))

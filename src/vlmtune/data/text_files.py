@@ -1,0 +1,80 @@
+"""The text of a file, and which of its rows hold bytes that no text has."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+
+from vlmtune.data.images import whats_there
+from vlmtune.errors import DataError
+
+NO_TEXT = {
+    b"PK\x03\x04": "a zip archive or an Excel workbook; save its sheet as CSV in UTF-8",
+    b"\xd0\xcf\x11\xe0": "an Excel workbook; save its sheet as CSV in UTF-8",
+    b"\x1f\x8b": "compressed by gzip; unpack it first",
+    b"BZh": "compressed by bzip2; unpack it first",
+    b"\xfd7zXZ": "compressed by xz; unpack it first",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd; unpack it first",
+    b"PAR1": "a Parquet file; let its name end in .parquet",
+    b"SQLite format 3": "an SQLite database; export its table as CSV",
+    b"%PDF": "a PDF",
+    b"\xff\xfe": "text in UTF-16; save it as UTF-8",
+    b"\xfe\xff": "text in UTF-16; save it as UTF-8",
+}
+"""How files begin that are no text in UTF-8."""
+
+GIT_LFS = b"version https://git-lfs"
+NOT_UTF8 = re.compile("[\udc80-\udcff]")
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file, with their ends; a byte that is not UTF-8 becomes a lone surrogate.
+
+    Lines end as most files' do, in a line feed; where there is none, in a carriage return.
+    """
+    text = read_text(path)
+    return list(io.StringIO(text, newline="\n" if "\n" in text else ""))
+
+
+def read_text(path: Path) -> str:
+    """The text of a file, without a byte order mark. Raises DataError for what is no text at all."""
+    content = _content(path)
+    if not content.strip():
+        raise DataError(f"{path}: is empty; rows are needed")
+    if what := next((what for start, what in NO_TEXT.items() if content.startswith(start)), None):
+        raise DataError(f"{path}: is {what}")
+    if content.startswith(GIT_LFS):
+        raise DataError(f"{path}: is a pointer of Git LFS in place of the file; fetch it with: git lfs pull")
+    head = content[:4096]
+    if head.count(b"\0") * 8 > len(head):
+        raise DataError(f"{path}: holds NUL bytes all over (UTF-16, or no text); save it as text in UTF-8")
+    return content.decode("utf-8-sig", errors="surrogateescape")
+
+
+def _content(path: Path) -> bytes:
+    if path.is_symlink() and not path.exists():
+        raise DataError(f"{path}: is a link to {path.readlink()}, which does not exist")
+    if path.exists() and not path.is_file():
+        kind = "a folder" if path.is_dir() else "no regular file"
+        raise DataError(f"{path}: is {kind}; a file is needed here")
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; {whats_there(path)}") from None
+    except OSError as error:
+        raise DataError(f"{path}: can't be read: {error.strerror}") from None
+
+
+def byte_fault(text: str) -> str | None:
+    """Why a row can't be used whose text, as `read_text` gives it, is this; None where nothing is wrong."""
+    if text.isascii() and "\0" not in text:
+        return None
+    if "\0" in text:
+        return "NUL byte: take it out, or write the file again"
+    if wrong := NOT_UTF8.search(text):
+        byte = f"byte 0x{ord(wrong[0]) - 0xDC00:02x}"
+        return (
+            f"undecodable: {byte} is not UTF-8; save the file as UTF-8, for instance by iconv -f WINDOWS-1252 -t UTF-8"
+        )
+    return None
