@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
+from vlmtune import saved
 from vlmtune.config import SCHEMA, Config, home
 from vlmtune.data.files import files_of
 from vlmtune.errors import CheckpointError, ConfigError, UsageError, nearest
@@ -81,7 +83,6 @@ def compose(command: str, overrides: Sequence[str]) -> DictConfig:
     """Hydra's composition of `conf/<command>.yaml` with normalised overrides. Raises ConfigError."""
     import hydra
     from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
 
     logging.getLogger("hydra").setLevel(logging.ERROR)
     try:
@@ -133,38 +134,26 @@ def one_choice(override: str) -> str:
 
 
 def saved_config(run: str | Path, overrides: Sequence[str]) -> DictConfig:
-    """The config of an earlier run with these overrides on top. Raises CheckpointError where there is none."""
+    """The config of an earlier run with these overrides on top.
+
+    Raises CheckpointError where there is none, ConfigError where it names code that no override asks for again.
+    """
     path = Path(run).expanduser() / "config.yaml"
     if not path.is_file():
         raise CheckpointError(f"{run}: is no run folder (it has no config.yaml){_runs_nearby(Path(run))}")
-    saved = _readable(path)
-    for override in parse(overrides):
+    config = saved.read(path)
+    if problems := unreadable(config):
+        raise CheckpointError([f"{path}: {problem}" for problem in problems])
+    parsed = [override for override in parse(overrides) if not override.key_or_group.startswith("hydra")]
+    for override in parsed:
         if override.key_or_group in groups():
             raise ConfigError(f"{override.key_or_group}: a finished run keeps its groups; set single keys of them")
-        if not override.key_or_group.startswith("hydra"):
-            OmegaConf.update(saved, override.key_or_group, override.value(), force_add=True)
-    asked = any(override.key_or_group == "model.trust_remote_code" for override in parse(overrides))
-    if OmegaConf.select(saved, "model.trust_remote_code") and not asked:
-        raise ConfigError(
-            f"{path}: that run ran its model's own code; to run it again, set model.trust_remote_code=true"
-        )
-    return saved
-
-
-def _readable(path: Path) -> DictConfig:
-    """A run's config.yaml. Raises CheckpointError where it is damaged, or has keys that this version does not know."""
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    try:
-        saved = OmegaConf.load(path)
-    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
-        raise CheckpointError(f"{path}: is damaged: {' '.join(str(error).split())}") from error
-    if not isinstance(saved, DictConfig) or not saved:
-        raise CheckpointError(f"{path}: is damaged: it holds no keys")
-    if problems := unreadable(saved):
-        raise CheckpointError([f"{path}: {problem}" for problem in problems])
-    return saved
+        try:
+            OmegaConf.update(config, override.key_or_group, override.value(), force_add=True)
+        except OmegaConfBaseException as error:
+            raise CheckpointError(f"{path}: holds no group for {override.key_or_group}; restore the file") from error
+    saved.refuse_code(config, path, {override.key_or_group for override in parsed})
+    return config
 
 
 def _runs_nearby(path: Path) -> str:
@@ -180,11 +169,11 @@ def overlay(composed: DictConfig, overrides: Sequence[str]) -> Config:
     if problems:
         raise ConfigError(problems)
     own = [o for o in usable if o.lstrip("+").split("=")[0] not in ("run", "output")]
-    saved = saved_config(composed.run, own)
-    OmegaConf.update(saved, "data.streaming", False)  # that was for training rows
-    if names(own, "data.test") and not names(own, "data.image_root") and not _own_test(composed.run, saved):
-        OmegaConf.update(saved, "data.image_root", None)  # it was for the run's own tables
-    return strict(saved)
+    config = saved_config(composed.run, own)
+    OmegaConf.update(config, "data.streaming", False)  # that was for training rows
+    if names(own, "data.test") and not names(own, "data.image_root") and not _own_test(composed.run, config):
+        OmegaConf.update(config, "data.image_root", None)  # it was for the run's own tables
+    return strict(config)
 
 
 def names(overrides: Sequence[str], key: str) -> bool:
@@ -194,7 +183,7 @@ def names(overrides: Sequence[str], key: str) -> bool:
 
 def _own_test(run: str | Path, config: DictConfig) -> bool:
     """Whether `data.test` names what it named in the run itself."""
-    own = OmegaConf.load(Path(run).expanduser() / "config.yaml")
+    own = saved.read(Path(run).expanduser() / "config.yaml")
     before, now = (
         [Path(name).expanduser().absolute() for name in files_of(OmegaConf.select(one, "data.test"))]
         for one in (own, config)

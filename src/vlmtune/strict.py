@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import re
 import typing
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def _value(schema: type, spec: dataclasses.Field[Any], key: str, value: Any, pro
     """Convert one value to its field's type and check its bounds."""
     single = dataclasses.make_dataclass("Single", [("value", _annotations(schema)[spec.name], MISSING)])
     try:
-        value = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(single), {"value": value})).value  # type: ignore[union-attr]
+        value = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(single), {"value": literal(value)})).value  # type: ignore[union-attr]
     except OmegaConfBaseException:
         problems.append(f"{key}={value!r}: must be of type {spec.type}")
         return None
@@ -86,6 +87,15 @@ def _value(schema: type, spec: dataclasses.Field[Any], key: str, value: Any, pro
         high = f" and at most {rule['most']:g}" if rule["most"] < math.inf else ""
         problems.append(f"{key}={value}: must be {low}{high}")
     return value
+
+
+def literal(value: Any) -> Any:
+    """`value` in the form in which OmegaConf takes every text in it as it stands: `${...}` is no reference."""
+    if isinstance(value, dict):
+        return {key: literal(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [literal(inner) for inner in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\${", value) if isinstance(value, str) else value
 
 
 def _is_name(value: Any) -> bool:

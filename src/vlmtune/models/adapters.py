@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,7 @@ def load_adapter(model: Any, folder: Path) -> Any:
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors import safe_open
 
+    _refuse_code(folder)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*missing adapter keys.*")
         try:
@@ -125,6 +127,18 @@ def load_adapter(model: Any, folder: Path) -> Any:
     if homeless:
         raise CheckpointError(f"{folder}: the adapter does not fit this model: no place for {', '.join(homeless[:3])}")
     return with_lora_in_one_step(adapted)
+
+
+def _refuse_code(folder: Path) -> None:
+    """PEFT would unpickle adapter_model.bin, and import the package that `megatron_core` names."""
+    if not (folder / "adapter_model.safetensors").is_file():
+        found = "; it has adapter_model.bin, which may carry code: save it again as safetensors"
+        raise CheckpointError(
+            f"{folder}: has no adapter_model.safetensors{found * (folder / 'adapter_model.bin').exists()}"
+        )
+    named = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("megatron_core")
+    if named not in (None, "megatron.core"):
+        raise CheckpointError(f"{folder}/adapter_config.json: megatron_core={named} would run code; remove that line")
 
 
 def adapter_state(model: Any) -> dict[str, torch.Tensor]:
