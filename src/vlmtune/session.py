@@ -44,8 +44,9 @@ def engine(config: Config) -> Any:
     AcceleratorState._reset_state()  # a multirun's jobs may differ in precision
     set_seed(trainer.seed)
     cpu = not torch.cuda.is_available()  # or a launcher's CPU ranks would each believe to be alone
-    # a tower that trains gets no gradient from rows without images
-    unused = not config.uses_adapter or config.adapter["parts"] != ["language"]
+    # a tower, or a module trained beside an adapter, gets no gradient from rows without images
+    beside = config.adapter["parts"] != ["language"] or bool(config.adapter.get("modules_to_save"))
+    unused = not config.uses_adapter or beside
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision="no" if precision == "fp32" else precision,

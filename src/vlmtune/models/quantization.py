@@ -39,3 +39,16 @@ def keep_trainable_on_cpu(model: torch.nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def quantized_bits(model: Any) -> int | None:
+    """4 or 8 where weights of `model` are stored so, by this run or by its checkpoint; else None."""
+    stored = getattr(model.config, "quantization_config", None)
+    return stored_bits(stored if isinstance(stored, dict) else stored.to_dict()) if stored is not None else None
+
+
+def stored_bits(stored: dict[str, Any]) -> int:
+    """Bits of a weight under a checkpoint's `quantization_config`; 8 where it doesn't say."""
+    if stored.get("load_in_4bit") or stored.get("_load_in_4bit"):
+        return 4
+    return int(stored.get("bits") or stored.get("nbits") or 8)
