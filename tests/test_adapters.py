@@ -79,8 +79,8 @@ def test_a_regular_expression_stays_in_its_scope(model_of: Callable[[str], Any])
     ("targets", "message"),
     [
         (["q_proj", "qproj"], r"adapter\.target_modules: qproj matches nothing in language; did you mean .*q_proj"),
-        (["fc1"], r"fc1 matches nothing in language; choose from: .*gate_proj.*q_proj"),
-        (".*fc1", r"fc1 matches nothing in language"),
+        (["fc1"], r"fc1 is in vision only; add vision to adapter\.parts=\[language\]"),
+        (".*fc1", r"fc1 is in vision only"),
         (["proj"], r"proj matches nothing"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import warnings
 from functools import cache, partial, wraps
@@ -60,6 +61,9 @@ def import_bitsandbytes() -> None:
     """Import it, with the functions that it has torch compile set up at their first call: torch's compiler takes a
     second to import, and PEFT imports bitsandbytes whether a run quantizes or not.
     """
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return
 
     def compiled_later(function: Any = None, **options: Any) -> Any:
         if function is None:

@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from vlmtune.config import OPEN_GROUPS, PARTS, Config, nested_schema
 from vlmtune.errors import ConfigError, nearest
 from vlmtune.metrics import resolve
-from vlmtune.models import peft_fields
+from vlmtune.models import peft_fields, quantization
 
 
 def strict(composed: DictConfig) -> Config:
@@ -172,6 +172,8 @@ def combinations(config: Config) -> list[str]:
         found.append(
             "quantization: quantized weights can't be trained themselves; add an adapter, for instance adapter=lora"
         )
+    if config.is_quantized:
+        found += quantization.problems(config.quantization)
     if config.uses_adapter:
         bits = {"bitsandbytes_4bit": 4, None: None}.get(config.quantization["method"], 8)
         found += peft_fields.problems(config.adapter, bits=bits)

@@ -10,9 +10,9 @@ import torch
 from vlmtune.config import Config
 from vlmtune.errors import CheckpointError, ConfigError
 from vlmtune.models.lora import in_one_step
-from vlmtune.models.parts import Parts
+from vlmtune.models.parts import Parts, check_parts
 from vlmtune.models.peft_fields import peft_config as build_config
-from vlmtune.models.peft_fields import refusals
+from vlmtune.models.peft_fields import quantized_problems, refusals
 from vlmtune.models.quantization import quantized_bits
 from vlmtune.models.targets import ALL_LINEAR, names_as_lists, narrow
 from vlmtune.signatures import adapter_fields
@@ -23,15 +23,25 @@ def adapt(model: Any, config: Config, parts: Parts, *, total_steps: int) -> Any:
 
     Raises ConfigError: a target that matches nothing in the parts, or a layer or value that PEFT can't take.
     """
+    bits = quantized_bits(model)
     if not config.uses_adapter:
+        if bits is not None:
+            raise ConfigError(
+                f"adapter=none: the weights of {config.model.path} are stored in {bits} bits, which can't be trained "
+                "themselves; add an adapter, for instance adapter=lora, or start from the whole checkpoint"
+            )
+        check_parts(model, parts, config.model.freeze, "model.freeze")
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(parts.of(name) not in config.model.freeze)
         return model
     from peft import get_peft_model
 
     method, scope = config.adapter["method"], config.adapter["parts"]
+    if found := quantized_problems(config.adapter, bits):
+        raise ConfigError(found)
+    check_parts(model, parts, scope, "adapter.parts")
     on_cpu = next(model.parameters()).device.type == "cpu"
-    if config.adapter.get("use_dora") and quantized_bits(model) == 8 and on_cpu:
+    if config.adapter.get("use_dora") and bits == 8 and on_cpu:
         raise ConfigError(
             "adapter.use_dora: PEFT and bitsandbytes lose the scales of int8 weights after the first pass on a CPU; "
             "use quantization=nf4 or none, or adapter=lora"
@@ -155,7 +165,9 @@ def adapter_state(model: Any) -> dict[str, torch.Tensor]:
     """The tensors that PEFT saves of an adapter; empty for a model without one."""
     from peft import PeftModel, get_peft_model_state_dict
 
-    return get_peft_model_state_dict(model) if isinstance(model, PeftModel) else {}
+    if not isinstance(model, PeftModel):
+        return {}
+    return get_peft_model_state_dict(model, save_embedding_layers=False)  # or the base's own may be added, unchanged
 
 
 def saved_name(name: str) -> str:
