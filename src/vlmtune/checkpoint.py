@@ -278,7 +278,7 @@ def _compare(model: Any, folder: Path) -> None:
     adapter = adapter_state(model)  # has its own names, and under AdaLoRA its own shapes
     lost = [name for name, p in trained.items() if not adapter and _digest(p) not in saved]
     lost += [name for name, tensor in adapter.items() if _digest(tensor) not in saved]
-    lost += [name for name in trained if adapter and saved_name(name) not in adapter]
+    lost += [n for n, p in trained.items() if adapter and saved_name(n) not in adapter and _digest(p) not in saved]
     if lost:
         raise CheckpointError(f"{folder}: the saved files do not hold the trained value of {lost[0]}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import warnings
 from collections.abc import Callable
@@ -45,8 +46,9 @@ def engine(config: Config) -> Any:
     AcceleratorState._reset_state()  # a multirun's jobs may differ in precision
     set_seed(trainer.seed)
     cpu = not torch.cuda.is_available()  # or a launcher's CPU ranks would each believe to be alone
-    # a tower that trains gets no gradient from rows without images
-    unused = not config.uses_adapter or config.adapter["parts"] != ["language"]
+    # a tower, or a module trained beside an adapter, gets no gradient from rows without images
+    beside = config.adapter["parts"] != ["language"] or bool(config.adapter.get("modules_to_save"))
+    unused = not config.uses_adapter or beside
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision="no" if precision == "fp32" else precision,
@@ -60,6 +62,9 @@ def import_bitsandbytes() -> None:
     """Import it, with the functions that it has torch compile set up at their first call: torch's compiler takes a
     second to import, and PEFT imports bitsandbytes whether a run quantizes or not.
     """
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return
 
     def compiled_later(function: Any = None, **options: Any) -> Any:
         if function is None:
