@@ -14,7 +14,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from vlmtune.data.cells import from_json
+from vlmtune.data.cells import from_json, to_json
 from vlmtune.data.rows import Rows
 from vlmtune.data.text_files import byte_fault, read_lines, read_text
 from vlmtune.errors import DataError, nearest
@@ -148,11 +148,11 @@ def _with_images(rows: Rows, beside: dict[str, Any], path: Path) -> Rows:
         if not isinstance(image, dict) or "id" not in image:
             raise DataError(f"{path}:images: one is no object with an id: {image!s:.80}")
         if of_id.setdefault(image["id"], image) is not image:
-            raise DataError(f"{path}:images: two have the id {image['id']!r}")
+            raise DataError(f"{path}:images: two have the id {to_json(image['id'])}")
     for position, row in enumerate(rows.cells):
         image = of_id.get(row.get("image_id"))
         if position not in rows.faults and image is None:
-            rows.faults[position] = f"no image: none of images has the id {row.get('image_id')!r}"
+            rows.faults[position] = f"no image: none of images has the id {to_json(row.get('image_id'))}"
         rows.cells[position] = {**_columns(image), **row} if image is not None else {}
     return rows
 
