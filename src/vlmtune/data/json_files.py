@@ -23,7 +23,9 @@ log = logging.getLogger("vlmtune")
 
 VQA_PAIR = """\
 questions and answers are in two files; join them with pandas, naming images as your folder does:
-    q, a = (pd.DataFrame(json.load(open(f))[k]) for f, k in ((QUESTIONS, "questions"), (ANNOTATIONS, "annotations")))
+    import json, pathlib, pandas as pd
+    rows = lambda file, key: pd.DataFrame(json.loads(pathlib.Path(file).read_text())[key])
+    q, a = rows(QUESTIONS, "questions"), rows(ANNOTATIONS, "annotations")
     t = q.merge(a[["question_id", "answers"]].rename(columns={"answers": "answer"}), on="question_id")
     t["answer"] = [[one["answer"] for one in many] for many in t["answer"]]
     t["image_path"] = t["image_id"].map("COCO_train2014_{:012d}.jpg".format)
