@@ -206,11 +206,11 @@ class Predictor:
         """Whether neighbouring rows that show the same image are answered with the image once: where a few of them get
         the answers that they get one by one.
         """
-        from vlmtune.data.batches import groups_of, repeated
+        from vlmtune.data.batches import groups_of, probes
         from vlmtune.preflight import answers_agree
 
-        probe = repeated(records, groups_of(records), most=6)
-        return answers_agree(self.model, self.encoder, probe, self.engine)
+        found = probes(self.encoder, records, groups_of(records, self.encoder), most=6)
+        return bool(found) and all(answers_agree(self.model, self.encoder, rows, self.engine) for rows in found)
 
 
 def predict_file(folder: str, config: Config, output: str) -> int:

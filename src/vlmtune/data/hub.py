@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import logging
 import sys
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -241,6 +241,8 @@ class StreamedRows(Sequence[Record]):
     def __init__(self, dataset: Any, reader: Rows, config: DataConfig, seed: int):
         self.dataset, self.reader, self.config = dataset, reader, config
         self.fingerprint = f"stream of {reader.file}, {config.shuffle_buffer} rows shuffled, seed {seed}"
+        self.refuse: Callable[[Record], list[str]] = lambda record: []
+        """What the model has against a row, set once it is known."""
         self.next, self.rows = 0, self._rows()
 
     def __len__(self) -> int:
@@ -264,6 +266,7 @@ class StreamedRows(Sequence[Record]):
             for row, cells in enumerate(self.dataset):
                 record, faults = Check(self.reader, self.config)(row, cells)
                 self.reader.tell()
+                faults = faults or self.refuse(record)
                 if not faults:
                     usable += 1
                     yield record
