@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 SKIP_FIELDS = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules", "linear_weights_not_to_quantize")
 """What transformers' classes call the list of modules that stay whole."""
-OTHERS = {"bitsandbytes_4bit": ("load_in_8bit", "llm_int8_t", "llm_int8_h"), "bitsandbytes_8bit": ("load_in_4bit", "bnb_")}
+OTHERS = {
+    "bitsandbytes_4bit": ("load_in_8bit", "llm_int8_t", "llm_int8_h"),
+    "bitsandbytes_8bit": ("load_in_4bit", "bnb_"),
+}
 """Beginnings of the fields that transformers' one class of bitsandbytes only reads for the other method."""
 
 
