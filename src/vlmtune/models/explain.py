@@ -77,9 +77,8 @@ def check_shards(index: Path) -> None:
         raise ModelError(f"{index}: can't be opened: is damaged ({error}); copy it again") from error
     lost = sorted(name for name in wanted if not (index.parent / name).is_file())
     if lost:
-        raise ModelError(
-            f"{index.parent}: can't be opened: {len(lost)} of {len(wanted)} weight files are missing: {lost[0]}"
-        )
+        missing = f"{len(lost)} of {len(wanted)} weight files are missing, among them {lost[0]}"
+        raise ModelError(f"{index.parent}: can't be opened: {missing}")
 
 
 def base_of_adapter(folder: Path) -> str | None:

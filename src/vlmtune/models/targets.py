@@ -109,7 +109,7 @@ def unmatched(peft_config: Any, model: nn.Module, parts: Parts, scope: list[str]
 
 
 def _names(peft_config: Any, model: nn.Module, parts: Parts, scope: list[str]) -> list[str]:
-    """Problems of the fields that hold names. Modules are excluded, and trained beside the adapter, wherever they are."""
+    """Problems of the fields that hold names. What is excluded, or trained beside the adapter, may be in any part."""
     modules = [name for name, _ in model.named_modules() if name]
     parameters = [name for name, _ in model.named_parameters()]
     everywhere = sorted({*parts.prefixes.values()})
