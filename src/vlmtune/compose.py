@@ -11,6 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from vlmtune import paths
 from vlmtune.config import SCHEMA, Config, home
 from vlmtune.errors import CheckpointError, ConfigError, UsageError, nearest
 from vlmtune.strict import strict
@@ -64,13 +65,16 @@ def parse(overrides: Sequence[str]) -> list[Any]:
     parser = OverridesParser.create()
     parsed, problems = [], []
     for text in overrides:
+        text = paths.literal(text, parser)
         try:
             override = parser.parse_override(text)
             if not override.key_or_group:
                 raise HydraException("no key")
             parsed.append(override)
         except HydraException:
-            problems.append(f"{text}: is no override; write key=value, with quotes around spaces and brackets")
+            key, equals, value = text.partition("=")
+            quoting = f"; with quotes around what it holds: {paths.shown(key, value)}" if key and equals else ""
+            problems.append(f"{text}: is no override; write key=value{quoting}")
     if problems:
         raise UsageError(problems)
     return parsed
@@ -98,7 +102,8 @@ def read(command: str, overrides: Sequence[str], *, multirun: bool = False) -> t
     """
     usable, problems = normalise(overrides)
     if not multirun:
-        problems += [f"{override.lstrip('+')}: {NOT_ONE_RUN}" for override in usable if asks_for_several(override)]
+        several = [override.lstrip("+") for override in usable if asks_for_several(override)]
+        problems += [f"{override}: {NOT_ONE_RUN}: {paths.shown(*override.split('=', 1))}" for override in several]
     try:
         composed = compose(command, [one_choice(override) for override in usable])
         with_resume = saved_config(composed.resume, usable) if composed.get("resume") else composed

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -19,7 +18,33 @@ from rich.table import Table
 from vlmtune.errors import VlmtuneError
 
 log = logging.getLogger("vlmtune")
-console = Console(stderr=True)
+
+
+class StandardError(io.TextIOBase):
+    """Standard error as it is at each moment. What nobody reads any more (a closed pipe, a terminal that went away) is
+    dropped, as a run is worth more than its lines.
+    """
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            if sys.stderr is not None:
+                sys.stderr.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            if sys.stderr is not None:
+                sys.stderr.flush()
+
+    def isatty(self) -> bool:
+        return sys.stderr is not None and sys.stderr.isatty()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return getattr(sys.stderr, "encoding", None) or "utf-8"
+
+
+console = Console(file=StandardError())
 SECONDS_BETWEEN_LINES = 10.0
 """Where no terminal shows a bar, a line like it is logged this often at most."""
 
@@ -39,18 +64,6 @@ class TrainLog(logging.FileHandler):
             super().close()
 
 
-class Screen(logging.StreamHandler[Any]):
-    """Lines on standard error; where nobody reads them any more (a closed pipe) the run goes on."""
-
-    def handleError(self, record: logging.LogRecord) -> None: ...
-
-
-class Terminal(RichHandler):
-    """As `Screen`, in colour."""
-
-    def handleError(self, record: logging.LogRecord) -> None: ...
-
-
 @contextmanager
 def logging_to(folder: Path | None) -> Iterator[None]:
     """Log to the console, and in full to `folder/train.log`, the error that ends the block too; without a folder (other
@@ -58,9 +71,11 @@ def logging_to(folder: Path | None) -> Iterator[None]:
     """
     screen: logging.Handler
     if console.is_terminal:
-        screen = Terminal(console=console, show_path=False, show_level=False, omit_repeated_times=False, markup=False)
+        screen = RichHandler(
+            console=console, show_path=False, show_level=False, omit_repeated_times=False, markup=False
+        )
     else:
-        screen = Screen()
+        screen = logging.StreamHandler(console.file)
     screen.setFormatter(logging.Formatter("%(message)s"))
     handlers: list[logging.Handler] = [screen]
     if folder is not None:

@@ -83,7 +83,7 @@ class Encoder:
         """Batches are as long as a multiple of this."""
         self.tokenizer, self.stand_ins = with_stand_ins(processor.tokenizer, self.markers())
         self._marker = re.compile("|".join(sorted(map(re.escape, self.markers()), key=len, reverse=True)))
-        self.pieces = functools.cache(self._pieces)
+        self._known: dict[Shape, Pieces] = {}
 
     def markers(self) -> list[str]:
         """Strings that mean something else than their letters to the tokenizer or the processor."""
@@ -113,6 +113,12 @@ class Encoder:
         return sorted(i for i in ids if isinstance(i, int))
 
     # ---------------------------------------------------------------- text
+
+    def pieces(self, shape: Shape) -> Pieces:
+        """As `_pieces`, rendered once. (A `functools.cache` of a method would keep this object, and its model, alive.)"""
+        if shape not in self._known:
+            self._known[shape] = self._pieces(shape)
+        return self._known[shape]
 
     def _pieces(self, shape: Shape) -> Pieces:
         """Render a conversation of `shape` whose last question is to be answered."""
