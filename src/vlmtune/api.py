@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmtune.config import Config, DataConfig
 from vlmtune.data.records import BadRow, Split
-from vlmtune.errors import ConfigError, DataError
+from vlmtune.errors import ConfigError, DataError, VlmtuneError, memory_advice, storage_advice
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,23 +35,25 @@ def train(overrides: Sequence[str] = ()) -> dict[str, Any]:
 def run_in(folder: Path, config: Config) -> dict[str, Any]:
     """Run `config` in `folder`, and leave a result.json there whatever happens.
 
-    Raises ConfigError where the folder holds another run, and whatever ends the run early.
+    Raises ConfigError where the folder holds another run, and whatever ends the run early: on several processes the
+    error of the one that failed first.
     """
-    from vlmtune import display, lock, run
+    from vlmtune import display, environment, lock, ranks, run, signals, surroundings
 
-    if int(os.environ.get("RANK", 0)) != 0:
-        with display.logging_to(None):
+    environment.PEAK.start()
+    if ranks.rank() != 0:
+        with surroundings.kept(), display.logging_to(None), signals.ending_at_once(), _telling():
             return run.train(config, None)
-    check_free(folder, config)
-    folder.mkdir(parents=True, exist_ok=True)
-    with lock.held(folder):
-        return _run_alone(folder, config)
+    with storage_advice():
+        check_free(folder, config)
+        folder.mkdir(parents=True, exist_ok=True)
+        with lock.held(folder):
+            return _run_alone(folder, config)
 
 
 def _run_alone(folder: Path, config: Config) -> dict[str, Any]:
     """As `run_in`, in a folder that no other process uses."""
-    from vlmtune import display, durable, run, runfolder, signals
-    from vlmtune.data.table import BadRowsError, write_quarantine
+    from vlmtune import display, durable, run, runfolder, signals, surroundings
 
     for parent in (folder, folder / "checkpoints"):
         durable.repair_all(parent)
@@ -60,20 +61,58 @@ def _run_alone(folder: Path, config: Config) -> dict[str, Any]:
         if (folder / "base").exists():  # of a start that failed, perhaps with another seed
             durable.remove(folder / "base")
         runfolder.write_config(folder / "config.yaml", config)
-        (folder / "quarantine.csv").unlink(missing_ok=True)
-    with display.logging_to(folder), signals.ending_at_once():
-        try:
-            result = run.train(config, folder)
-            if config.preflight == "only":
-                runfolder.write_json(folder / "result.json", result)
-            return result
-        except BaseException as error:
+        for left_over in ("quarantine.csv", "result.json"):
+            (folder / left_over).unlink(missing_ok=True)
+    with surroundings.kept(), display.logging_to(folder), signals.ending_at_once(), _failure_written(folder):
+        result = run.train(config, folder)
+        if config.preflight == "only":
+            runfolder.write_json(folder / "result.json", result)
+        return result
+
+
+@contextmanager
+def _telling() -> Iterator[None]:
+    """An error on a rank other than the first is told to the first one."""
+    from vlmtune import ranks
+
+    try:
+        with memory_advice(), storage_advice():
+            yield
+    except Exception as error:
+        ranks.tell(error)
+        raise
+
+
+@contextmanager
+def _failure_written(folder: Path) -> Iterator[None]:
+    """What ends a run early becomes its result.json, unless one stands there already."""
+    from vlmtune import runfolder
+    from vlmtune.data.table import BadRowsError, write_quarantine
+
+    try:
+        with _first_error(), memory_advice(), storage_advice():
+            yield
+    except BaseException as error:
+        with suppress(OSError):  # on a full disk the error itself matters more
             if isinstance(error, BadRowsError):
                 write_quarantine(folder / "quarantine.csv", error.bad)
-            if not config.resume or not (folder / "result.json").exists():
-                with suppress(OSError):  # on a full disk the error itself matters more
-                    runfolder.write_failure(folder, error)
-            raise
+            if not (folder / "result.json").exists():
+                runfolder.write_failure(folder, error)
+        raise
+
+
+@contextmanager
+def _first_error() -> Iterator[None]:
+    """Where another rank failed first, its error in place of the connection that broke, or of the launcher's signal."""
+    from vlmtune import ranks, signals
+
+    try:
+        yield
+    except (Exception, signals.Interrupted) as error:
+        own = isinstance(error, VlmtuneError) or not ranks.several()
+        if not own and (first := ranks.told()) is not None:
+            raise first from error
+        raise
 
 
 def check_free(folder: Path, config: Config) -> None:
@@ -82,14 +121,20 @@ def check_free(folder: Path, config: Config) -> None:
     A run that stopped before it saved anything is no obstacle.
     """
     from vlmtune import durable, lock
+    from vlmtune import saved as earlier
+    from vlmtune.errors import CheckpointError
     from vlmtune.runfolder import read_result
 
     lock.check(Path(config.resume).expanduser() if config.resume else folder)
     if config.resume or not (folder / "config.yaml").exists():
         return
+    try:
+        earlier.read(folder / "config.yaml")
+    except CheckpointError as error:
+        raise ConfigError(f"{folder}: holds a config.yaml that no run wrote; choose another hydra.run.dir") from error
     result = read_result(folder) or {}
     saved = [*durable.names(folder / "checkpoints"), *({"model"} & {*durable.names(folder)})]
-    if saved or result.get("status") in ("completed", "interrupted"):
+    if saved or result.get("status") == "completed":
         raise ConfigError(
             f"{folder}: holds a run already; choose another hydra.run.dir, or go on with it: resume={folder}"
         )
@@ -120,11 +165,19 @@ class Predictor:
     """A fine-tuned model with everything that its answers depend on."""
 
     def __init__(self, folder: Path, config: Config):
+        from vlmtune import surroundings
+
+        self.config = config
+        with surroundings.kept(), memory_advice():
+            self._open(folder)
+            self.random_state = surroundings.random_state()
+
+    def _open(self, folder: Path) -> None:
         from vlmtune import session
         from vlmtune.data.encode import Encoder
         from vlmtune.models import load
 
-        self.config = config
+        config = self.config
         self.engine = session.engine(config)
         dtypes = session.dtypes(config, self.engine)
         self.model, processor = load.load_trained(folder, config, device=self.engine.device, **dtypes)
@@ -135,6 +188,19 @@ class Predictor:
             supervise=config.data.supervise,
             fast_jpeg=config.data.fast_jpeg,
         )
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """While inside, random numbers go on where this predictor's last answers ended, and the caller's stay."""
+        from vlmtune import session, surroundings
+
+        with surroundings.kept(), memory_advice():
+            session.quiet_libraries()
+            surroundings.set_random_state(self.random_state)
+            try:
+                yield
+            finally:
+                self.random_state = surroundings.random_state()
 
     def predict(self, frame: pd.DataFrame) -> pd.DataFrame:
         """A copy of `frame` with the column `answer_predictions`, in row order.
@@ -190,7 +256,7 @@ class Predictor:
         from vlmtune.generate import generate
 
         size = self.config.trainer.eval_batch_size
-        with display.bar("predicting", len(records)) as advance:
+        with self.at_work(), display.bar("predicting", len(records)) as advance:
             return generate(
                 self.model,
                 self.encoder,

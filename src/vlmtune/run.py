@@ -81,19 +81,20 @@ def train(config: Config, folder: Path | None) -> dict[str, Any]:
     adapters.set_total_steps(model, config, batches.total_steps)
     prepared, optimizer = engine.prepare(model, optimizer)
     recorder = Recorder(config, folder, engine, model, encoder, splits, batches)
-    progress = recorder.open(optimizer, scheduler, processor)
-    recorder.measure_baseline()
-    with recorder.training():
-        fit(
-            prepared,
-            [] if recorder.stopped_early else batches.steps(progress.step),
-            optimizer,
-            scheduler,
-            engine,
-            summed_loss,
-            progress,
-            max_grad_norm=config.trainer.max_grad_norm,
-            skip_nonfinite=config.trainer.nonfinite == "skip",
-            hooks=recorder.hooks(),
-        )
-    return recorder.finish()
+    with recorder.recording():
+        progress = recorder.open(optimizer, scheduler, processor)
+        recorder.measure_baseline()
+        with recorder.training():
+            fit(
+                prepared,
+                [] if recorder.stopped_early else batches.steps(progress.step),
+                optimizer,
+                scheduler,
+                engine,
+                summed_loss,
+                progress,
+                max_grad_norm=config.trainer.max_grad_norm,
+                skip_nonfinite=config.trainer.nonfinite == "skip",
+                hooks=recorder.hooks(),
+            )
+        return recorder.finish()

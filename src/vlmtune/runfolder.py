@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from vlmtune import display, environment, tracking
+from vlmtune import display, environment, signals, tracking
 from vlmtune.config import Config
 from vlmtune.data.cells import as_list, text_of, to_json
 from vlmtune.data.records import Split
@@ -160,21 +161,22 @@ def write_table(path: Path, frame: Any) -> None:
 
 
 def write_failure(folder: Path, error: BaseException) -> None:
-    """Say in result.json that and why the run failed, with what its log shows of how far it came."""
+    """Say in result.json that and why the run failed or was interrupted, with what its log shows of how far it came."""
+    stopped = isinstance(error, signals.Interrupted | KeyboardInterrupt)
     rows = tracking.read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else []
     last: dict[str, Any] = {}
     for row in rows:
         last |= row
-    write_json(
-        folder / "result.json",
-        {
-            "status": "failed",
-            "objective": None,
-            "steps": last.get("step", 0),
-            "examples": last.get("train/examples", 0),
-            "metrics": {name: value for name, value in last.items() if name.startswith(("eval/", "test/"))},
-            "speed": {},
-            "memory": {},
-            "error": {"type": type(error).__name__, "message": str(error)},
-        },
-    )
+    result: dict[str, Any] = {
+        "status": "interrupted" if stopped else "failed",
+        "objective": None,
+        "steps": last.get("step", 0),
+        "examples": last.get("train/examples", 0),
+        "metrics": {name: value for name, value in last.items() if name.startswith(("eval/", "test/"))},
+        "speed": {},
+        "memory": environment.memory(),
+        "error": {"type": type(error).__name__, "message": str(error)},
+    }
+    if stopped:
+        result["signal"] = getattr(error, "number", signal.SIGINT)
+    write_json(folder / "result.json", result)

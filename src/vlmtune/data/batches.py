@@ -17,7 +17,25 @@ from vlmtune.data.batch import Batch, padded, shared
 from vlmtune.data.encode import Encoder
 from vlmtune.data.records import Record
 from vlmtune.data.sampler import ByTokens, InOrder, Order, micro_batches
-from vlmtune.errors import ConfigError
+from vlmtune.errors import ConfigError, VlmtuneError
+from vlmtune.signals import SIGNALS
+
+TOLD = (VlmtuneError, OSError, MemoryError)
+
+
+class Told(Dataset[Any]):
+    """The items of `batches`, with a row's error as an item: raised in a worker process, it would come back wrapped in
+    torch's own text.
+    """
+
+    def __init__(self, batches: Batches):
+        self.batches = batches
+
+    def __getitem__(self, step: int) -> Any:
+        try:
+            return self.batches[step]
+        except TOLD as error:
+            return error
 
 
 class Batches(Dataset[list[Batch]]):
@@ -120,7 +138,7 @@ class Batches(Dataset[list[Batch]]):
         if workers is None:
             workers = 0 if self.on_cpu else 4  # on a CPU they would take the cores that compute
         loader = DataLoader(
-            self,
+            Told(self),
             batch_size=None,
             sampler=range(first, self.total_steps),
             num_workers=workers,
@@ -128,7 +146,10 @@ class Batches(Dataset[list[Batch]]):
             worker_init_fn=_ignore_signals,
             generator=torch.Generator(),  # or it draws its seed from the random state that a resume restored
         )
-        return iter(loader)
+        for item in loader:
+            if isinstance(item, TOLD):
+                raise item
+            yield item
 
 
 def is_streamed(records: Sequence[Record]) -> bool:
@@ -177,5 +198,5 @@ def _unlike(records: Sequence[Record], rows: Sequence[int], most: int) -> list[i
 
 def _ignore_signals(worker: int) -> None:
     """A signal to the process group is for the main process, which ends its step; it would miss a worker that died."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
