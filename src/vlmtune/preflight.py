@@ -51,7 +51,7 @@ def check_labels(encoder: Encoder, records: Sequence[Record]) -> str:
         if len(runs) == 1 and (ids[: len(start)] != start or labels[len(start) :] != ids[len(start) :]):
             raise DataError(f"{record.place}: generation would start from other tokens than training on {texts!r}")
         example = example or texts[-1]
-    return f"labels     {len(records)} rows are their answers and an end token, the first {example!r}"
+    return f"labels     {len(records)} rows lead to their answers and an end token, the first to {example!r}"
 
 
 def _composed(text: str) -> str:
