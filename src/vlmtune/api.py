@@ -151,7 +151,7 @@ class Predictor:
             column[record.row] = answer
         out["answer_predictions"] = column
         if split.bad:
-            reasons = {bad.index: bad.reason for bad in split.bad}
+            reasons = {bad.index: f"line {bad.line}: " * (bad.line > 0) + bad.reason for bad in split.bad}
             out["error"] = [reasons.get(row) for row in range(len(frame))]
         return out, split.bad
 
