@@ -89,6 +89,8 @@ def values(field: dataclasses.Field[Any]) -> str:
     rule = field.metadata
     if "choices" in rule:
         return ", ".join(f"`{choice}`" for choice in rule["choices"])
+    if "files" in rule or "per_split" in rule:
+        return "str, list or null" if "files" in rule else "str, {split: str} or null"
     kind = str(field.type).replace(" | None", " or null").replace("Any", "int, `epoch` or null")
     kind = kind.replace("dict[str, float]", "{part: float}").replace("list[str]", "list")
     if "least" not in rule:

@@ -74,6 +74,8 @@ ELSEWHERE = {
     "trainer.early_stopping_patience": "test_run.py::test_the_best_checkpoint_is_what_is_saved",
     "data._target_": "test_table.py::test_records_of_a_users_function_are_taken_as_they_are",
     "data.train": "test_table.py::test_a_record_is_its_row",
+    "data.header": "test_bad_tables.py::test_a_table_without_a_header_is_read_by_the_names_given",
+    "data.on_duplicate": "test_several_files.py::test_repeated_rows_are_left_out_and_listed",
     "data.validation": "test_table.py::test_a_given_validation_file_holds_nothing_out",
     "data.validation_fraction": "test_table.py::test_held_out_images_are_whole_disjoint_and_the_same_for_a_seed",
     "data.streaming": "test_hub.py::test_a_streamed_run_and_its_resumption",

@@ -215,7 +215,7 @@ class Predictor:
         place = str(frame.attrs.get("file", "the frame"))
         refuse_columns(frame.columns, (ANSWER, ERROR), place)
         split = audited(frame, self.config)
-        answers = Answers(frame, {bad.index: bad.reason for bad in split.bad})
+        answers = Answers(frame, reasons_of(split))
         self.fill(answers, split.records, [record.row for record in split.records])
         return answers.table()
 
@@ -303,6 +303,11 @@ def audited(frame: pd.DataFrame, config: Config) -> Split:
     return audit_frame(frame, data, config.task, file=file, answers_required=False)
 
 
+def reasons_of(split: Split) -> dict[int, str]:
+    """Of each bad row its position in the frame, and its reason with the line that it stands on."""
+    return {bad.index: f"line {bad.line}: " * (bad.line > 0) + bad.reason for bad in split.bad}
+
+
 def predict_file(folder: str, config: Config, output: str) -> int:
     """Answer the rows of `data.test` into the CSV file `output`; returns how many rows failed.
 
@@ -335,7 +340,7 @@ def _to_answer(config: Config) -> tuple[Answers, Sequence[Any], list[int]]:
         frame = read_files(data)["test"]
         refuse_columns(frame.columns, (ANSWER, ERROR), str(data.test))
         split = audited(frame, dataclasses.replace(config, data=data))
-        answers = Answers(frame, {bad.index: bad.reason for bad in split.bad})
+        answers = Answers(frame, reasons_of(split))
         _refuse_none(answers, config)
         return answers, split.records, [record.row for record in split.records]
     # audited by itself: what can't be used is told by its policy

@@ -67,7 +67,7 @@ class Recorder:
             bad = [row for split in self.splits.values() for row in split.bad]
             if bad:
                 table.write_quarantine(self.folder / "quarantine.csv", bad)
-                log.warning("left out %d rows that can't be used: %s", len(bad), self.folder / "quarantine.csv")
+                log.warning("left out %d rows: %s", len(bad), self.folder / "quarantine.csv")
             described = environment.describe(self.config.trainer.seed, self.batches.fingerprint, processor)
             described |= {"image_fingerprint": self.batches.image_fingerprint, "changes": self.progress.changes}
             runfolder.write_json(self.folder / "environment.json", described)

@@ -198,6 +198,10 @@ def combinations(config: Config) -> list[str]:
         found.append("data.on_duplicate: repeated rows of a stream aren't found; leave it out")
     if data.header is not None and data._target_ != "vlmtune.data.table.read_files":
         found.append("data.header: is for CSV and TSV files, with data=csv")
+    if data.header is not None and (not data.header or len(set(data.header)) < len(data.header)):
+        found.append(
+            f"data.header={data.header}: must name each column once, for instance [image_path,question,answer]"
+        )
     if data.streaming and trainer.share_prefix == "on":
         found.append("trainer.share_prefix=on: rows of a stream can't be grouped by their images; use auto")
     if data.streaming and "epoch" in (trainer.save_every, trainer.eval_every if data.validation else None):

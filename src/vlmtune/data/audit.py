@@ -70,7 +70,8 @@ def audit_frame(
     records, faults = [], []
     for row, (place, *cells) in enumerate(zip(at, *columns, strict=True)):
         record, found = readers[place.file].read(row, cells)
-        records.append(dataclasses.replace(record, line=place.line, number=place.row))
+        of_file = place.line or place.row != row + 1
+        records.append(dataclasses.replace(record, line=place.line, number=place.row) if of_file else record)
         faults.append([place.fault] if place.fault else found)
     _add_image_faults(records, faults, config)
     good = _group_by_content([record for record, found in zip(records, faults, strict=True) if not found])

@@ -62,7 +62,8 @@ def read_json_lines(path: Path) -> Rows:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        fault, item = byte_fault(line), None
+        item: Any = None
+        fault = byte_fault(line)
         if fault is None:
             try:
                 item = from_json(line, object_pairs_hook=_object)

@@ -64,9 +64,8 @@ def placed(
     import pandas as pd
 
     count = len(frame)
-    frame.index = pd.MultiIndex.from_arrays(
-        [[str(path)] * count, lines or [0] * count, range(1, count + 1)], names=INDEX
-    )
+    at = pd.DataFrame({"file": str(path), "line": list(lines) or 0, "row": range(1, count + 1)})
+    frame.index = pd.MultiIndex.from_frame(at)
     frame.attrs["file"] = str(path)
     frame.attrs["unread"] = {(str(path), row + 1): fault for row, fault in (faults or {}).items()}
     return frame
