@@ -191,7 +191,9 @@ BAD_MESSAGES = [
     ([{**messages()[0], "images": ["1.png"]}, messages()[1]], "message 1: 'images' holds images of one message"),
     ([*messages(), {"role": "observation", "content": "4"}], "message 3: role 'observation': tools are not read"),
     ([{"role": "developer", "content": "s"}, *messages()], "'developer' is not read; choose from: system, human, user"),
-    ([{"user": "What?", "assistant": "a"}], "message 1: has no role: its keys are assistant, user; read are role and"),
+    ([{"prompt": "What?", "reply": "a"}], "message 1: has no role: its keys are prompt, reply; read are role and"),
+    ([{"user": "What?", "assistant": "a", "bbox": [1]}], "message 2: 'bbox' holds places in the image"),
+    ({"role": ["user", "assistant"], "content": ["What?"]}, "conversation is dict"),
     ([{"role": "user", "text": "What?"}], "message 1: has no content: its keys are role, text"),
     ([{"role": "user", "content": "a", "value": "b"}], "message 1: has both content and value"),
     ([{"role": "system", "content": "<image>"}, *messages()], "message 1: an image in a system prompt"),
@@ -259,6 +261,18 @@ def test_parts_of_sharegpt_stand_under_value_and_empty_keys_of_another_form_besi
     told = [{"from": "human", "value": [IMAGE, TEXT], "content": None}, {"from": "gpt", "value": 42, "role": None}]
     record = read(folder, [{"conversations": told}], columns=LLAVA).records[0]
     assert record.turns == (Turn("What?", ("42",), (0,)),)
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        [{"user": "<image>\nWhat?", "assistant": "a cat", "source": "x"}],
+        [{"human": "<image>\nWhat?", "assistant": "a cat"}],
+        {"role": ["user", "assistant"], "content": ["<image>\nWhat?", "a cat"]},
+    ],
+)
+def test_pairs_and_lists_by_key_are_messages(folder: Path, told: Any) -> None:
+    assert chat(folder, told).turns == (Turn("What?", ("a cat",), (0,)),)
 
 
 # ---------------------------------------------------------------- marks in a table

@@ -149,7 +149,9 @@ class HubTable:
         reader = Rows(self.dataset, config, task, self.name, answers_required)
         check = Check(reader, config)
         first: dict[Hashable, int] = {}
-        digest, good, groups = hashlib.sha256(), [], []
+        digest = hashlib.sha256()
+        good: list[int] = []
+        groups: list[Hashable] = []
         split = Split([], None)
         with display.bar(f"checking {self.name}", len(self.dataset)) as advance:
             for row, cells in enumerate(self.dataset):
