@@ -214,7 +214,7 @@ BAD_MESSAGES = [
     (messages(user="<video>\nWhat happens?"), "<video> stands where a video is shown"),
     (messages(user="What do you hear?<audio>"), "<audio> stands where a sound is shown"),
     (messages(user=[{"type": "text", "text": "<image><image>Equal?"}]), r"2 places \(<image>\) for 1 images"),
-    ("[" * 100_000, "nested too deeply"),
+    ("[" * 100_000, "conversation is nested too deeply"),
 ]
 
 

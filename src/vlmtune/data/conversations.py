@@ -128,6 +128,8 @@ def _messages(cell: Any) -> list[Any]:
             cell = from_json(cell)
         except json.JSONDecodeError as error:
             raise DataError(f"conversation is not JSON: {error}") from None
+        except DataError as error:
+            raise DataError(f"conversation is {error}") from None
     cell = _by_message(as_list(cell))
     if isinstance(cell, str) or not isinstance(cell, Sequence) or not cell:
         raise DataError(f"conversation is {type(cell).__name__}; a list of messages is needed")
