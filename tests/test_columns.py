@@ -302,6 +302,16 @@ def test_a_column_of_videos_makes_every_mark_one(folder: Path) -> None:
     assert reason(folder, rows).startswith("<video> stands where a video is shown")
 
 
+def test_another_programs_mark_stays_text_and_is_said(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    marks = ["<img>0.png</img>", "<image 1>", "<|image_1|>", "<image_placeholder>"]
+    split = read(folder, [question(question=f"{mark} What?") for mark in marks])
+    assert [record.question for record in split.records] == [f"{mark} What?" for mark in marks]
+    assert "4 questions hold a mark such as <img>0.png</img>, which stays text" in caplog.text
+    caplog.clear()
+    read(folder, [question(question="What does <img> mean in HTML?")])
+    assert not caplog.records
+
+
 # ---------------------------------------------------------------- missing columns
 
 

@@ -122,7 +122,8 @@ class Reader:
         read = self.read_conversation if "conversation" in of_role else self.read_question
         faults = self._refusals(others) if self.refusable else []
         try:
-            record, found = read(row, text_of(system, "system prompt").strip() or None, **of_role)
+            own = text_of(system, "system prompt")
+            record, found = read(row, own if own.strip() else None, **of_role)
         except DataError as error:
             record, found = self._record((Turn(""),), [], row), error.problems
         return record, faults + found
@@ -164,6 +165,7 @@ class Reader:
                 faults.append(f"{len(places)} places ({PLACE}) for {len(images)} images")
             if mark := media_mark(text, self.unread.media):
                 faults.append(mark)
+            self.unread.note_marks(text)
             if not images and not text.strip():
                 faults.append("nothing to answer: the row has neither an image nor a question")
         except DataError as error:

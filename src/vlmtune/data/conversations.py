@@ -194,6 +194,8 @@ class Reader:
             images += [None] * len(at)
         if role == "user" and (mark := media_mark(text, self.unread.media)):
             raise DataError(mark)
+        if role == "user":
+            self.unread.note_marks(text)
         return Message(role, text, at, self._is_trained(message, role))
 
     def _role(self, message: dict[str, Any]) -> str:
