@@ -127,11 +127,13 @@ def test_several_images_a_row_are_known_by_content(tmp_path: Path) -> None:
     assert len(set(once.groups)) == 6
 
 
-def test_a_repeated_row_is_found(tmp_path: Path) -> None:
+def test_repeated_rows_are_kept_left_out_or_refused(tmp_path: Path) -> None:
     rows(question=["Is it?", "Is it?", "a?", "b?", "c?", "d?"], answer=["yes"] * 6).save_to_disk(str(tmp_path / "set"))
-    assert len(opened(tmp_path / "set")["train"].records) == 6
-    assert len(opened(tmp_path / "set", on_duplicate="drop")["train"].records) == 5
-    with pytest.raises(BadRowsError, match=r"data\.on_duplicate=keep"):
+    assert len(opened(tmp_path / "set")["train"]) == 6
+    dropped = opened(tmp_path / "set", on_duplicate="drop")["train"]
+    assert [record.row for record in dropped.records] == [0, 2, 3, 4, 5]
+    assert [(row.row, row.reason) for row in dropped.bad] == [(2, "duplicate of row 1")]
+    with pytest.raises(BadRowsError, match="duplicate of row 1"):
         opened(tmp_path / "set", on_duplicate="fail")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Sequence
 from contextlib import suppress
@@ -39,15 +38,27 @@ def run_in(folder: Path, config: Config) -> dict[str, Any]:
 
     Raises ConfigError where the folder holds another run, and whatever ends the run early.
     """
-    from vlmtune import display, run, runfolder, signals
-    from vlmtune.data.table import BadRowsError, write_quarantine
+    from vlmtune import display, lock, run
 
     if int(os.environ.get("RANK", 0)) != 0:
         with display.logging_to(None):
             return run.train(config, None)
     check_free(folder, config)
     folder.mkdir(parents=True, exist_ok=True)
+    with lock.held(folder):
+        return _run_alone(folder, config)
+
+
+def _run_alone(folder: Path, config: Config) -> dict[str, Any]:
+    """As `run_in`, in a folder that no other process uses."""
+    from vlmtune import display, durable, run, runfolder, signals
+    from vlmtune.data.table import BadRowsError, write_quarantine
+
+    for parent in (folder, folder / "checkpoints"):
+        durable.repair_all(parent)
     if not config.resume:  # a resumed run's files are touched once it is known to be the same run
+        if (folder / "base").exists():  # of a start that failed, perhaps with another seed
+            durable.remove(folder / "base")
         runfolder.write_config(folder / "config.yaml", config)
         (folder / "quarantine.csv").unlink(missing_ok=True)
     with display.logging_to(folder), signals.ending_at_once():
@@ -66,12 +77,19 @@ def run_in(folder: Path, config: Config) -> dict[str, Any]:
 
 
 def check_free(folder: Path, config: Config) -> None:
-    """Raise ConfigError where `folder` holds a run that this one does not resume. A failed start is no obstacle."""
+    """Raise ConfigError where a running process uses the folder, or where it holds a run that this one does not resume.
+
+    A run that stopped before it saved anything is no obstacle.
+    """
+    from vlmtune import durable, lock
+    from vlmtune.runfolder import read_result
+
+    lock.check(Path(config.resume).expanduser() if config.resume else folder)
     if config.resume or not (folder / "config.yaml").exists():
         return
-    result = folder / "result.json"
-    status = json.loads(result.read_text())["status"] if result.exists() else "running"
-    if status not in ("failed", "preflight") or (folder / "checkpoints").exists():
+    result = read_result(folder) or {}
+    saved = [*durable.names(folder / "checkpoints"), *({"model"} & {*durable.names(folder)})]
+    if saved or result.get("status") in ("completed", "interrupted"):
         raise ConfigError(
             f"{folder}: holds a run already; choose another hydra.run.dir, or go on with it: resume={folder}"
         )
@@ -80,10 +98,11 @@ def check_free(folder: Path, config: Config) -> None:
 def load(folder: str | Path, *, overrides: Sequence[str] = ()) -> Predictor:
     """Open a finished run (its folder, or the `model/` in it) to answer questions.
 
-    `overrides`: keys of the run's config to change, for instance `["generation.max_new_tokens=32"]`.
+    `overrides`: keys of the run's config to change, for instance `["generation.max_new_tokens=32"]`. The folder of the
+    run's own images, `data.image_root`, counts only where it is among them: other tables have other images.
     Raises CheckpointError: no run there; ModelError: its base model can't be opened.
     """
-    from vlmtune.compose import normalise, saved_config
+    from vlmtune.compose import names, normalise, saved_config
     from vlmtune.strict import strict
 
     path = Path(folder).expanduser()
@@ -91,7 +110,10 @@ def load(folder: str | Path, *, overrides: Sequence[str] = ()) -> Predictor:
     usable, problems = normalise(overrides)
     if problems:
         raise ConfigError(problems)
-    return Predictor(path, strict(saved_config(path, usable)))
+    config = strict(saved_config(path, usable))
+    if not names(usable, "data.image_root"):
+        config.data.image_root = None
+    return Predictor(path, config)
 
 
 class Predictor:
@@ -117,17 +139,24 @@ class Predictor:
     def predict(self, frame: pd.DataFrame) -> pd.DataFrame:
         """A copy of `frame` with the column `answer_predictions`, in row order.
 
-        `frame` has the run's image and question columns; an image is a path, bytes or a PIL image. A row that can't be
-        used gets no answer (NA) and its reason in a column `error`; the others are answered.
+        `frame` has the run's image and question columns; an image is a path, bytes or a PIL image. Relative paths start
+        at the folder of the file that vlmtune read the frame from, and for a frame made otherwise at the working
+        directory, unless `load(..., overrides=["data.image_root=FOLDER"])` says where.
+
+        A row that can't be used gets no answer (NA) and its reason in a column `error`; the others are answered.
         """
         return self._predict(frame)[0]
 
     def _predict(self, frame: pd.DataFrame) -> tuple[pd.DataFrame, list[BadRow]]:
         """The answered frame, and the rows that could not be used."""
-        from vlmtune.data.table import audit_frame
+        from vlmtune.data.table import audit_frame, image_root_of
 
         file = str(frame.attrs.get("file", ""))  # relative paths start at the folder of a table that was read from one
-        data = dataclasses.replace(self.config.data, check_images="decode")  # one bad image must not end the others
+        data = dataclasses.replace(
+            self.config.data,
+            image_root=image_root_of(self.config.data, "test"),
+            check_images="decode",  # one bad image must not end the others
+        )
         split = audit_frame(frame, data, self.config.task, file=file, answers_required=False)
         try:
             answers = self.answer(split.records)
@@ -140,7 +169,7 @@ class Predictor:
             column[record.row] = answer
         out["answer_predictions"] = column
         if split.bad:
-            reasons = {bad.row - 1: bad.reason for bad in split.bad}
+            reasons = {bad.index: bad.reason for bad in split.bad}
             out["error"] = [reasons.get(row) for row in range(len(frame))]
         return out, split.bad
 
@@ -152,7 +181,7 @@ class Predictor:
                 self.encoder.encode([record], answered=False)
                 kept.append(record)
             except DataError as error:
-                split.bad.append(BadRow(record.file, 0, record.row + 1, "; ".join(error.problems)))
+                split.bad.append(record.refused("; ".join(error.problems)))
         split.records = kept
 
     def answer(self, records: Sequence[Any]) -> list[str]:
@@ -218,11 +247,10 @@ READ_FILES = "vlmtune.data.table.read_files"
 
 def of_test_rows(data: DataConfig) -> DataConfig:
     """The config for reading `data.test` alone: a file, or a data set of a hub where the run trained on such."""
-    from vlmtune.data.files import READERS
+    from vlmtune.data.files import files_of, is_table
 
     own = dataclasses.replace(data, train=None, validation=None, validation_fraction=0.0)
-    is_file = Path(str(data.test)).suffix.lower() in READERS
-    hub = data._target_ == "vlmtune.data.hub.load" and not is_file
+    hub = data._target_ == "vlmtune.data.hub.load" and not all(map(is_table, files_of(data.test)))
     return own if hub else dataclasses.replace(own, _target_=READ_FILES)
 
 

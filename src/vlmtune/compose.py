@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
+from vlmtune import saved
 from vlmtune.config import SCHEMA, Config, home
+from vlmtune.data.files import files_of
 from vlmtune.errors import CheckpointError, ConfigError, UsageError, nearest
-from vlmtune.strict import strict
+from vlmtune.strict import strict, unreadable
 
 NOT_ONE_RUN = "means several runs; put -m in front of it, or quote the value if it is one text"
 PACKAGE = Path(__file__).resolve().parent
@@ -80,7 +83,6 @@ def compose(command: str, overrides: Sequence[str]) -> DictConfig:
     """Hydra's composition of `conf/<command>.yaml` with normalised overrides. Raises ConfigError."""
     import hydra
     from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
 
     logging.getLogger("hydra").setLevel(logging.ERROR)
     try:
@@ -98,7 +100,7 @@ def read(command: str, overrides: Sequence[str], *, multirun: bool = False) -> t
     """
     usable, problems = normalise(overrides)
     if not multirun:
-        problems += [f"{override.lstrip('+')}: {NOT_ONE_RUN}" for override in usable if asks_for_several(override)]
+        problems += [_several(override.lstrip("+")) for override in usable if asks_for_several(override)]
     try:
         composed = compose(command, [one_choice(override) for override in usable])
         with_resume = saved_config(composed.resume, usable) if composed.get("resume") else composed
@@ -108,6 +110,13 @@ def read(command: str, overrides: Sequence[str], *, multirun: bool = False) -> t
     if problems:
         raise ConfigError(problems)
     return config, composed
+
+
+def _several(override: str) -> str:
+    key, _, value = override.partition("=")
+    if key in ("data.train", "data.validation", "data.test"):
+        return f"{override}: to read several files write {key}=[{value}]; to make a run of each put -m in front"
+    return f"{override}: {NOT_ONE_RUN}"
 
 
 def asks_for_several(override: str) -> bool:
@@ -125,23 +134,26 @@ def one_choice(override: str) -> str:
 
 
 def saved_config(run: str | Path, overrides: Sequence[str]) -> DictConfig:
-    """The config of an earlier run with these overrides on top. Raises CheckpointError where there is none."""
+    """The config of an earlier run with these overrides on top.
+
+    Raises CheckpointError where there is none, ConfigError where it names code that no override asks for again.
+    """
     path = Path(run).expanduser() / "config.yaml"
     if not path.is_file():
         raise CheckpointError(f"{run}: is no run folder (it has no config.yaml){_runs_nearby(Path(run))}")
-    saved = OmegaConf.load(path)
-    assert isinstance(saved, DictConfig)
-    for override in parse(overrides):
+    config = saved.read(path)
+    if problems := unreadable(config):
+        raise CheckpointError([f"{path}: {problem}" for problem in problems])
+    parsed = [override for override in parse(overrides) if not override.key_or_group.startswith("hydra")]
+    for override in parsed:
         if override.key_or_group in groups():
             raise ConfigError(f"{override.key_or_group}: a finished run keeps its groups; set single keys of them")
-        if not override.key_or_group.startswith("hydra"):
-            OmegaConf.update(saved, override.key_or_group, override.value(), force_add=True)
-    asked = any(override.key_or_group == "model.trust_remote_code" for override in parse(overrides))
-    if OmegaConf.select(saved, "model.trust_remote_code") and not asked:
-        raise ConfigError(
-            f"{path}: that run ran its model's own code; to run it again, set model.trust_remote_code=true"
-        )
-    return saved
+        try:
+            OmegaConf.update(config, override.key_or_group, override.value(), force_add=True)
+        except OmegaConfBaseException as error:
+            raise CheckpointError(f"{path}: holds no group for {override.key_or_group}; restore the file") from error
+    saved.refuse_code(config, path, {override.key_or_group for override in parsed})
+    return config
 
 
 def _runs_nearby(path: Path) -> str:
@@ -157,6 +169,23 @@ def overlay(composed: DictConfig, overrides: Sequence[str]) -> Config:
     if problems:
         raise ConfigError(problems)
     own = [o for o in usable if o.lstrip("+").split("=")[0] not in ("run", "output")]
-    saved = saved_config(composed.run, own)
-    OmegaConf.update(saved, "data.streaming", False)  # that was for training rows
-    return strict(saved)
+    config = saved_config(composed.run, own)
+    OmegaConf.update(config, "data.streaming", False)  # that was for training rows
+    if names(own, "data.test") and not names(own, "data.image_root") and not _own_test(composed.run, config):
+        OmegaConf.update(config, "data.image_root", None)  # it was for the run's own tables
+    return strict(config)
+
+
+def names(overrides: Sequence[str], key: str) -> bool:
+    """Whether one of the overrides sets `key`, or a key in it."""
+    return any(f"{override.key_or_group}.".startswith(f"{key}.") for override in parse(overrides))
+
+
+def _own_test(run: str | Path, config: DictConfig) -> bool:
+    """Whether `data.test` names what it named in the run itself."""
+    own = saved.read(Path(run).expanduser() / "config.yaml")
+    before, now = (
+        [Path(name).expanduser().absolute() for name in files_of(OmegaConf.select(one, "data.test"))]
+        for one in (own, config)
+    )
+    return now == before

@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import importlib
 import re
+import string
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 
 from vlmtune.errors import ConfigError, nearest
+from vlmtune.metrics_vqa import vqa_accuracy, vqa_accuracy_lenient
 
 Metric = Callable[[str, Sequence[str]], float]
 
 TRAILING_PUNCTUATION = ".,;:!?。"
-ARTICLES = {"a", "an", "the"}
-NUMBER_WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-DIGITS = {word: str(number) for number, word in enumerate(NUMBER_WORDS)} | {"none": "0"}
+ASCII_PUNCTUATION = str.maketrans("", "", string.punctuation)
 NUMBER = re.compile(r"[+-]?(\d{1,3}(,\d{3})+|\d+)?(\.\d+)?(e[+-]?\d+)?")
 ANLS_THRESHOLD = 0.5
 RELATIVE_TOLERANCE = 0.05
@@ -41,52 +41,32 @@ def words(text: str) -> list[str]:
 
 
 def exact_match(prediction: str, references: Sequence[str]) -> float:
-    """1 if the prediction equals one of the references, both normalised; else 0."""
-    return float(normalise(prediction) in map(normalise, references))
+    """1 if the prediction equals one of the references after `normalise`; else 0.
 
-
-def vqa_accuracy(prediction: str, references: Sequence[str]) -> float:
-    """VQA v2's accuracy: an answer is right when three of the people asked gave it, and in part when fewer did.
-
-    One person is left out in turn and the scores min(matches / 3, 1) against the others are averaged. The usual code
-    does that with any number of references, and so a single reference always scores 0 and two or three never score 1.
-    Here the divisor is at most the number of people left: three or more of four or more references count as published,
-    three references score matches / 3, two score matches / 2, and one is a normalised comparison.
-
-    Source: Antol et al. 2015, arXiv:1505.00468; Goyal et al. 2017, arXiv:1612.00837.
+    Our own rule. SQuAD's exact match also drops articles and all ASCII punctuation, so that it takes `the 3.5` for `35`
+    and `-5` for `5`; here those differ, and letters that only look different in Unicode (`é` in one or two characters)
+    are equal.
     """
-    answer = _vqa_normalise(prediction)
-    people = len(references)
-    matches = sum(answer == _vqa_normalise(reference) for reference in references)
-    if people < 2:
-        return float(matches)
-    enough = min(3, people - 1)
-    left_out_agrees = min((matches - 1) / enough, 1) * matches
-    left_out_differs = min(matches / enough, 1) * (people - matches)
-    return (left_out_agrees + left_out_differs) / people
-
-
-def _vqa_normalise(text: str) -> str:
-    """Apply VQA's rules to an answer: no articles, digits for number words, no punctuation but decimal points."""
-    text = re.sub(r"(?<=\d),(?=\d)|['\u2019`]", "", normalise(text))
-    text = re.sub(r"(?<!\d)\.|\.(?!\d)|[^\w\s.]", " ", text)
-    return " ".join(DIGITS.get(word, word) for word in text.split() if word not in ARTICLES)
+    return float(normalise(prediction) in map(normalise, references))
 
 
 def anls(prediction: str, references: Sequence[str]) -> float:
     """Average normalised Levenshtein similarity for document questions: forgives slips of reading, up to half the text.
 
-    1 - distance / length of the longer text, best over the references; 0 from a distance of half the text on.
-
-    Source: Biten et al. 2019, arXiv:1905.13648.
+    1 - distance / length, best over the references; 0 where that is below 0.5. Equal to the evaluation script of the
+    DocVQA and InfographicVQA leaderboards (rrc.cvc.uab.es, infographicsvqa_eval.py), which is known for three choices:
+    case and runs of whitespace don't count in the distance, the length is that of the longer text as it was given, its
+    surplus whitespace included, and a similarity of exactly 0.5 is kept. The paper's formula (Biten et al. 2019,
+    arXiv:1905.13648) gives 0 at exactly 0.5 and says nothing of case or whitespace.
     """
-    return _best(_similarity, normalise(prediction), map(normalise, references))
+    return _best(_similarity, prediction, references)
 
 
-def _similarity(left: str, right: str) -> float:
-    longer = max(len(left), len(right))
-    distance = _levenshtein(left, right) / longer if longer else 0.0
-    return 1 - distance if distance < ANLS_THRESHOLD else 0.0
+def _similarity(prediction: str, reference: str) -> float:
+    left, right = (" ".join(text.lower().split()) for text in (prediction, reference))
+    longer = max(len(prediction.upper()), len(reference.upper()))  # `ß` counts twice, as in the script
+    similarity = 1 - _levenshtein(left, right) / longer if longer else 1.0
+    return similarity if similarity >= ANLS_THRESHOLD else 0.0
 
 
 def _levenshtein(left: str, right: str) -> int:
@@ -101,12 +81,41 @@ def _levenshtein(left: str, right: str) -> int:
 
 
 def relaxed_accuracy(prediction: str, references: Sequence[str]) -> float:
-    """Chart questions: 1 if a number is within 5 % of a reference, or another text equals it normalised; else 0.
+    """Chart questions: 1 if a number is within 5 % of a reference, or the texts are equal but for their case; else 0.
+
+    Equal to the code that ChartQA's numbers are computed with (relaxed_correctness in github.com/google-research/
+    pix2struct, pix2struct/metrics.py), best over the references:
+
+    - A number is what Python's `float` reads, with `%` at its end for hundredths: `12%` is 0.12 and differs from `12`;
+      `1,200` and `$5` are texts.
+    - A reference of 0 is compared as text, so `0` and `0.0` differ. The tolerance holds for years too.
+    - Nothing is stripped: `blue.` and `blue` differ.
+
+    `relaxed_accuracy_lenient` forgives these. Source: Methani et al. 2020 (PlotQA), arXiv:1909.00997; Masry et al. 2022
+    (ChartQA), arXiv:2203.10244.
+    """
+    return _best(_within_tolerance, prediction, references)
+
+
+def _within_tolerance(prediction: str, reference: str) -> float:
+    predicted, expected = _float(prediction), _float(reference)
+    if predicted is None or not expected:
+        return float(prediction.lower() == reference.lower())
+    return float(abs(predicted - expected) / abs(expected) <= RELATIVE_TOLERANCE)
+
+
+def _float(text: str) -> float | None:
+    try:
+        return float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        return None
+
+
+def relaxed_accuracy_lenient(prediction: str, references: Sequence[str]) -> float:
+    """`relaxed_accuracy` for numbers as people write them; not a published metric.
 
     `1,200` is read as 1200. A percent sign on one side only may stand for either reading: `12%` agrees with 12 and with
-    0.12. The tolerance holds for years too (2010 passes for 2015), as in the published metric.
-
-    Source: Methani et al. 2020 (PlotQA), arXiv:1909.00997; Masry et al. 2022 (ChartQA), arXiv:2203.10244.
+    0.12. `0` equals `0.0`. Texts are compared as `exact_match` does.
     """
     return _best(_nearly_equal, prediction, references)
 
@@ -126,22 +135,33 @@ def _number(text: str) -> float | None:
 
 
 def token_f1(prediction: str, references: Sequence[str]) -> float:
-    """Harmonic mean of precision and recall of words, articles left out, order ignored; best over the references.
+    """Harmonic mean of precision and recall of words, order ignored; best over the references.
 
-    Source: Rajpurkar et al. 2016 (SQuAD), arXiv:1606.05250.
+    Equal to the F1 of SQuAD 2.0's evaluation (evaluate-v2.0.py): texts in lower case, ASCII punctuation deleted (`dont`
+    for `don't`), articles left out, words split at whitespace. A reference without a word counts only where all are so.
+
+    Source: Rajpurkar et al. 2016 and 2018, arXiv:1606.05250, arXiv:1806.03822.
     """
 
     def f1(left: str, right: str) -> float:
-        a, b = ([word for word in words(text) if word not in ARTICLES] for text in (left, right))
+        a, b = _squad_words(left), _squad_words(right)
         return _f1(sum((Counter(a) & Counter(b)).values()), len(a), len(b))
 
-    return _best(f1, prediction, references)
+    return _best(f1, prediction, [text for text in references if _squad_words(text)] or [""])
+
+
+def _squad_words(text: str) -> list[str]:
+    return re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(ASCII_PUNCTUATION)).split()
 
 
 def rouge_l(prediction: str, references: Sequence[str]) -> float:
     """ROUGE-L: harmonic mean of precision and recall of the longest common subsequence of words; best over references.
 
-    Source: Lin 2004, https://aclanthology.org/W04-1013; equal weights (beta = 1), no stemming.
+    Equal weights (beta = 1), no stemming. On English text equal to the package rouge_score without its stemmer, but for
+    the underscore, which joins words here, and for two texts without a word, which score 1 here and 0 there. That
+    package drops all letters but a to z, so that other scripts score 0; here they count.
+
+    Source: Lin 2004, https://aclanthology.org/W04-1013.
     """
 
     def f1(left: str, right: str) -> float:
@@ -167,15 +187,17 @@ def _f1(shared: int, predicted: int, expected: int) -> float:
     return 2 * shared / (predicted + expected) if predicted + expected else 1.0
 
 
-def _best(compare: Callable[[str, str], float], prediction: str, references: Sequence[str] | map[str]) -> float:
+def _best(compare: Callable[[str, str], float], prediction: str, references: Sequence[str]) -> float:
     return max(compare(prediction, reference) for reference in references)
 
 
 METRICS: dict[str, Metric] = {
     "exact_match": exact_match,
     "vqa_accuracy": vqa_accuracy,
+    "vqa_accuracy_lenient": vqa_accuracy_lenient,
     "anls": anls,
     "relaxed_accuracy": relaxed_accuracy,
+    "relaxed_accuracy_lenient": relaxed_accuracy_lenient,
     "token_f1": token_f1,
     "rouge_l": rouge_l,
 }

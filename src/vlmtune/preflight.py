@@ -17,8 +17,8 @@ from vlmtune.config import Config, GenerationConfig, ImageConfig
 from vlmtune.data.batch import Batch, padded, shared
 from vlmtune.data.batches import Batches
 from vlmtune.data.encode import IGNORE, Encoder
-from vlmtune.data.files import SHOWN
 from vlmtune.data.records import Record
+from vlmtune.data.rows import SHOWN
 from vlmtune.errors import ConfigError, DataError, ModelError, TrainingError
 from vlmtune.generate import generate
 from vlmtune.loss import summed_loss

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from vlmtune import checkpoint, display, environment, report, runfolder, signals, tracking
+from vlmtune import checkpoint, display, environment, report, resume, runfolder, session, signals, tracking
 from vlmtune.config import Config
 from vlmtune.data import table
 from vlmtune.data.batches import Batches
@@ -23,6 +23,8 @@ from vlmtune.errors import CheckpointError, TrainingError
 from vlmtune.evaluation import Evaluation, evaluate
 from vlmtune.loop import Hooks, NonFinite, Progress, StepReport
 from vlmtune.models import adapters
+from vlmtune.models.parts import base_of
+from vlmtune.optim import go_to
 
 log = logging.getLogger("vlmtune")
 
@@ -56,6 +58,9 @@ class Recorder:
     def open(self, optimizer: Any, scheduler: Any, processor: Any) -> Progress:
         """Write what describes the run, start the trackers, and go on from a checkpoint if the config says so."""
         self.optimizer, self.scheduler, self.processor = optimizer, scheduler, processor
+        commit = getattr(base_of(self.model).config, "_commit_hash", None)
+        files = environment.model_files(str(self.config.model.path), commit)
+        self.identity = resume.identity(self.config, self.batches, self.engine, files)
         if self.config.resume:
             self._resume()
         if self.main:
@@ -64,6 +69,7 @@ class Recorder:
                 table.write_quarantine(self.folder / "quarantine.csv", bad)
                 log.warning("left out %d rows that can't be used: %s", len(bad), self.folder / "quarantine.csv")
             described = environment.describe(self.config.trainer.seed, self.batches.fingerprint, processor)
+            described |= {"image_fingerprint": self.batches.image_fingerprint, "changes": self.progress.changes}
             runfolder.write_json(self.folder / "environment.json", described)
             self.metrics_file = tracking.MetricsFile(
                 self.folder / "metrics.jsonl", resume_step=self.progress.step if self.config.resume else None
@@ -72,20 +78,18 @@ class Recorder:
         return self.progress
 
     def _resume(self) -> None:
-        found = checkpoint.all_checkpoints(self.folder / "checkpoints")
-        if not found:
-            raise CheckpointError(f"resume={self.folder}: has no checkpoint; it stopped before the first one was saved")
+        found = session.decided_by_first(lambda: checkpoint.newest(self.folder), self.engine)
         self.progress = checkpoint.load_checkpoint(
-            found[-1], self.model, self.optimizer, self.engine.scaler, self.batches.identity, self.engine.process_index
+            found, self.model, self.optimizer, self.engine.scaler, self.identity, self.engine.process_index
         )
-        for _ in range(self.progress.step):
-            self.scheduler.step()
+        go_to(self.scheduler, self.progress.step)
         patience = self.config.trainer.early_stopping_patience
         self.stopped_early = patience is not None and self.progress.since_best >= patience
         if self.main:  # from here on the folder is this run's
+            checkpoint.set_aside(found)
             runfolder.write_config(self.folder / "config.yaml", self.config)
             (self.folder / "result.json").unlink(missing_ok=True)
-        log.info("going on from step %d (%s)", self.progress.step, found[-1])
+        log.info("going on from step %d (%s)", self.progress.step, found)
 
     def measure_baseline(self) -> None:
         """Evaluate the untrained model, unless that is switched off, impossible or already done."""
@@ -243,7 +247,7 @@ class Recorder:
                 self.optimizer,
                 self.engine.scaler,
                 self.progress,
-                self.batches.identity,
+                self.identity,
                 states,
                 keep=self.config.trainer.keep_checkpoints,
             )
@@ -297,7 +301,13 @@ class Recorder:
         best = self.progress.best_step
         if best is None or best == self.progress.step:
             return False
-        checkpoint.load_weights(self.folder / "checkpoints" / f"step_{best:06d}", self.model)
+        chosen = self.folder / "checkpoints" / f"step_{best:06d}"
+        try:
+            session.decided_by_first(lambda: checkpoint.check(chosen), self.engine)
+        except CheckpointError as error:
+            log.warning("the best checkpoint can't be used, so the model is that of the last step: %s", error)
+            return False
+        checkpoint.load_weights(chosen, self.model)
         log.info("took the weights of step %d, where %s was best", best, self.config.trainer.best_metric)
         return True
 

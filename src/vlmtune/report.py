@@ -13,6 +13,8 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from vlmtune.tracking import read_metrics, thumbnail
 
 if TYPE_CHECKING:
@@ -91,11 +93,8 @@ def _text(path: Path) -> str:
 
 def _columns(config: str) -> tuple[str, str]:
     """The names of the question and answer columns in predictions.csv."""
-    from omegaconf import OmegaConf
-
-    tree = OmegaConf.create(config)
-    question, answer = (OmegaConf.select(tree, f"data.columns.{name}", default=name) for name in ("question", "answer"))
-    return question, answer
+    columns = ((yaml.safe_load(config) or {}).get("data") or {}).get("columns") or {}
+    return columns.get("question") or "question", columns.get("answer") or "answer"
 
 
 def _figures(result: dict[str, Any]) -> list[tuple[str, str]]:

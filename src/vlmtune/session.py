@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import warnings
+from collections.abc import Callable
 from functools import cache, partial, wraps
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import torch
 
 from vlmtune import display
 from vlmtune.config import Config, TrainerConfig
-from vlmtune.errors import ConfigError
+from vlmtune.errors import ConfigError, VlmtuneError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -44,8 +46,9 @@ def engine(config: Config) -> Any:
     AcceleratorState._reset_state()  # a multirun's jobs may differ in precision
     set_seed(trainer.seed)
     cpu = not torch.cuda.is_available()  # or a launcher's CPU ranks would each believe to be alone
-    # a tower that trains gets no gradient from rows without images
-    unused = not config.uses_adapter or config.adapter["parts"] != ["language"]
+    # a tower, or a module trained beside an adapter, gets no gradient from rows without images
+    beside = config.adapter["parts"] != ["language"] or bool(config.adapter.get("modules_to_save"))
+    unused = not config.uses_adapter or beside
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision="no" if precision == "fp32" else precision,
@@ -59,6 +62,9 @@ def import_bitsandbytes() -> None:
     """Import it, with the functions that it has torch compile set up at their first call: torch's compiler takes a
     second to import, and PEFT imports bitsandbytes whether a run quantizes or not.
     """
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return
 
     def compiled_later(function: Any = None, **options: Any) -> Any:
         if function is None:
@@ -89,6 +95,24 @@ def agree_on_folder(folder: Path | None, engine: Any) -> Path:
     if engine.num_processes > 1:
         broadcast_object_list(agreed)
     return Path(agreed[0])
+
+
+def decided_by_first(decide: Callable[[], Any], engine: Any) -> Any:
+    """What `decide` returns on the first rank, on every rank; where it raises a VlmtuneError, every rank does."""
+    from accelerate.utils import broadcast_object_list
+
+    if engine.num_processes == 1:
+        return decide()
+    found: list[Any] = [None, None]
+    if engine.is_main_process:
+        try:
+            found[0] = decide()
+        except VlmtuneError as error:
+            found[1] = error
+    broadcast_object_list(found)
+    if found[1] is not None:
+        raise found[1]
+    return found[0]
 
 
 def all_ranks(yes: bool, engine: Any) -> bool:

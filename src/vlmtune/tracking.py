@@ -84,9 +84,26 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The objects of a metrics.jsonl, in order, none if there is no file; a half-written last line is ignored."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The objects of a metrics.jsonl, in order, none if there is no file; a half-written last line is ignored.
+
+    Lines that are no object with a step are left out, with a warning.
+    """
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    rows, strange = [], []
+    for number, line in enumerate(text.splitlines(keepends=True), start=1):
+        if not line.endswith("\n"):
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+        else:
+            strange.append(number)
+    if strange:
+        log.warning("%s: left out %d lines that can't be read, the first is line %d", path, len(strange), strange[0])
+    return rows
 
 
 def build(config: TrackerConfig, run_config: Mapping[str, Any], folder: Path) -> Tracker:

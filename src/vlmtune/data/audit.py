@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import logging
 import os
-import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -34,6 +33,7 @@ from vlmtune.data.columns import (
 from vlmtune.data.conversations import PLACE, media_mark, parse, placed
 from vlmtune.data.images import Source, content_key, image_size, open_image
 from vlmtune.data.meanings import AUDIO, COLUMNS, PARTS, VIDEO, Unread, meaning_of, refusal
+from vlmtune.data.paths import local_path
 from vlmtune.data.records import Record, Split, Turn
 from vlmtune.data.rows import places
 from vlmtune.errors import DataError
@@ -249,9 +249,7 @@ class Reader:
             raise DataError(f"not an image: the cell is {kind}; give a path, bytes or a PIL image")
         text = str(cell)
         if text not in self.paths:
-            if re.match(r"\w[\w+.-]+://|data:", text):
-                raise DataError(f"image is a URL: {text:.80}; download it first and give its path")
-            self.paths[text] = Path(os.path.realpath(self.root / os.path.expanduser(text)))
+            self.paths[text] = Path(os.path.realpath(self.root / os.path.expanduser(local_path(text))))
         return self.paths[text], str(self.paths[text])
 
 

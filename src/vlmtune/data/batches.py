@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -47,16 +48,19 @@ class Batches(Dataset[list[Batch]]):
             "tokens per forward pass": self.trainer.batch_tokens,
             "training rows": len(self.records),
             "data fingerprint": self.fingerprint,
+            "image content": self.image_fingerprint,
             "seed": self.trainer.seed,
             "share_prefix": self.share,
             "steps in all": self.total_steps,
         }
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
-        if not hasattr(self, "_fingerprint"):
-            self._fingerprint = environment.fingerprint(self.records)
-        return self._fingerprint
+        return environment.fingerprint(self.records)
+
+    @cached_property
+    def image_fingerprint(self) -> str | None:
+        return environment.image_fingerprint(self.records)
 
     def _order(self) -> Order | InOrder | ByTokens:
         if self.streamed:

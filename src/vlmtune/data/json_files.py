@@ -36,7 +36,8 @@ def read_json(path: Path, key: str | None = None) -> Rows:
     try:
         found = from_json(text, object_pairs_hook=_object, strict=byte_fault(text) is None)
     except (ValueError, DataError) as error:
-        line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        known = isinstance(error, json.JSONDecodeError)
+        line = f", line {error.lineno}, character {error.colno}" if known else ""  # type: ignore[union-attr]
         of_lines = text.lstrip().startswith("{") and "Extra data" in str(error)
         hint = "; a file with one object per line ends in .jsonl" if of_lines else ""
         raise DataError(f"{path}{line}: is {_broken(error)}{hint}") from None
@@ -53,8 +54,10 @@ def read_json(path: Path, key: str | None = None) -> Rows:
 
 def read_json_lines(path: Path) -> Rows:
     """Read a file with one JSON object per line; blank lines are skipped."""
-    rows = Rows()
-    for number, line in enumerate(read_lines(path), start=1):
+    rows, lines = Rows(), read_lines(path)
+    if lines[0].strip() == "[":
+        raise DataError(f"{path}: holds a JSON list; let its name end in .json")
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         fault, item = byte_fault(line), None

@@ -12,12 +12,21 @@ from typing import Any
 
 import torch
 
+from vlmtune import durable
 from vlmtune.config import Config, ModelConfig
 from vlmtune.errors import CheckpointError, ConfigError, ModelError
 from vlmtune.models.image_budget import fit_model
 from vlmtune.models.parts import find_parts
 from vlmtune.models.processors import hub_options, is_original_internvl2, load_processor, remote
-from vlmtune.models.quantization import keep_trainable_on_cpu, quantization_config
+from vlmtune.models.quantization import (
+    check_method,
+    check_quantized,
+    keep_trainable_on_cpu,
+    quantization_config,
+    quantized_bits,
+    use_stored,
+    whole_modules,
+)
 from vlmtune.models.rewrites import rewrite
 
 log = logging.getLogger("vlmtune")
@@ -39,7 +48,7 @@ def load(
         ask_hub(config)
         processor = load_processor(config)
         model = _load_model(config, quantization, dtype, compute_dtype, device, processor)
-    if quantization["method"] is not None and device.type == "cpu":
+    if device.type == "cpu":
         keep_trainable_on_cpu(model)
     if rewritten := rewrite(model, device, compute_dtype):
         log.info("on a CPU: %s", ", ".join(rewritten))
@@ -76,10 +85,13 @@ def _load_model(
     fit_model(architecture, processor)
     if config.attention != "auto":
         options["attn_implementation"] = config.attention
+    stored = use_stored(architecture, quantization, compute_dtype)
     if quantization["method"] is not None:
         with torch.device("meta"):
             skeleton = cls._from_config(architecture) if hasattr(cls, "_from_config") else cls.from_config(architecture)
-        options["quantization_config"] = quantization_config(quantization, find_parts(skeleton), compute_dtype)
+        skip = whole_modules(skeleton, find_parts(skeleton), quantization)
+        options["quantization_config"] = quantization_config(quantization, skip, compute_dtype)
+        check_method(options["quantization_config"], quantization["method"], device)
     model, report = cls.from_pretrained(
         config.path,
         config=architecture,
@@ -95,6 +107,10 @@ def _load_model(
         if names:
             what = "missing from its files" if problem == "missing" else "of another shape in its files"
             raise ModelError(f"{config.path}: {len(names)} weights are {what}, among them {', '.join(names[:3])}")
+    if quantization["method"] is not None:
+        check_quantized(model, find_parts(model), quantization["parts"])
+    if stored:
+        log.info("the checkpoint is stored in %d bits, and stays so", quantized_bits(model))
     return model
 
 
@@ -127,7 +143,8 @@ def make_fresh(config: ModelConfig, folder: Path, seed: int, engine: Any) -> Non
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"model.fresh={config.fresh}: {error}") from error
     if engine.is_main_process and not folder.exists():
-        build(folder, seed)
+        with durable.whole(folder) as partial:
+            build(partial, seed)
     engine.wait_for_everyone()
     config.path = str(folder)
 
@@ -213,9 +230,10 @@ def load_trained(
     """
     from vlmtune.models.adapters import load_adapter
 
-    saved = folder / "model"
+    saved = durable.existing(folder / "model")
     if not saved.is_dir():
         raise CheckpointError(f"{folder}: this run has not saved a model; its result.json says why")
+    durable.verify(saved)
     types = {"dtype": dtype, "compute_dtype": compute_dtype}
     if not config.uses_adapter:
         own = dataclasses.replace(config.model, path=str(saved))
