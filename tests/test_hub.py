@@ -98,7 +98,7 @@ def test_images_are_bounded_before_they_are_decoded(saved: Path) -> None:
     [
         ("set/train:validation", "is a single split, so it has no 'validation'"),
         ("set:trian", "has no split 'trian'; did you mean train"),
-        ("somebody/nothing", r"data\.train=.*can't be opened"),
+        ("somebody/nothing", r"data\.train=.*the hub can't be reached.*hf download.*data\.train=FOLDER"),
     ],
 )
 def test_what_is_not_there_says_so(saved: Path, path: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:

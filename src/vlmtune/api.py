@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmtune.config import Config, DataConfig
-from vlmtune.data.records import BadRow, Split
-from vlmtune.errors import ConfigError, DataError
+from vlmtune.data.records import Split
+from vlmtune.errors import ConfigError, DataError, VlmtuneError, memory_advice, storage_advice
+from vlmtune.outputs import ANSWER, ERROR, SCORE, Answers, Rows, output_file, refuse_columns, tell_formulas
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,23 +36,25 @@ def train(overrides: Sequence[str] = ()) -> dict[str, Any]:
 def run_in(folder: Path, config: Config) -> dict[str, Any]:
     """Run `config` in `folder`, and leave a result.json there whatever happens.
 
-    Raises ConfigError where the folder holds another run, and whatever ends the run early.
+    Raises ConfigError where the folder holds another run, and whatever ends the run early: on several processes the
+    error of the one that failed first.
     """
-    from vlmtune import display, lock, run
+    from vlmtune import display, environment, lock, ranks, run, signals, surroundings
 
-    if int(os.environ.get("RANK", 0)) != 0:
-        with display.logging_to(None):
+    environment.PEAK.start()
+    if ranks.rank() != 0:
+        with surroundings.kept(), display.logging_to(None), signals.ending_at_once(), _telling():
             return run.train(config, None)
-    check_free(folder, config)
-    folder.mkdir(parents=True, exist_ok=True)
-    with lock.held(folder):
-        return _run_alone(folder, config)
+    with storage_advice():
+        check_free(folder, config)
+        folder.mkdir(parents=True, exist_ok=True)
+        with lock.held(folder):
+            return _run_alone(folder, config)
 
 
 def _run_alone(folder: Path, config: Config) -> dict[str, Any]:
     """As `run_in`, in a folder that no other process uses."""
-    from vlmtune import display, durable, run, runfolder, signals
-    from vlmtune.data.table import BadRowsError, write_quarantine
+    from vlmtune import display, durable, run, runfolder, signals, surroundings
 
     for parent in (folder, folder / "checkpoints"):
         durable.repair_all(parent)
@@ -60,20 +62,58 @@ def _run_alone(folder: Path, config: Config) -> dict[str, Any]:
         if (folder / "base").exists():  # of a start that failed, perhaps with another seed
             durable.remove(folder / "base")
         runfolder.write_config(folder / "config.yaml", config)
-        (folder / "quarantine.csv").unlink(missing_ok=True)
-    with display.logging_to(folder), signals.ending_at_once():
-        try:
-            result = run.train(config, folder)
-            if config.preflight == "only":
-                runfolder.write_json(folder / "result.json", result)
-            return result
-        except BaseException as error:
+        for left_over in ("quarantine.csv", "result.json"):
+            (folder / left_over).unlink(missing_ok=True)
+    with surroundings.kept(), display.logging_to(folder), signals.ending_at_once(), _failure_written(folder):
+        result = run.train(config, folder)
+        if config.preflight == "only":
+            runfolder.write_json(folder / "result.json", result)
+        return result
+
+
+@contextmanager
+def _telling() -> Iterator[None]:
+    """An error on a rank other than the first is told to the first one."""
+    from vlmtune import ranks
+
+    try:
+        with memory_advice(), storage_advice():
+            yield
+    except Exception as error:
+        ranks.tell(error)
+        raise
+
+
+@contextmanager
+def _failure_written(folder: Path) -> Iterator[None]:
+    """What ends a run early becomes its result.json, unless one stands there already."""
+    from vlmtune import runfolder
+    from vlmtune.data.table import BadRowsError, write_quarantine
+
+    try:
+        with _first_error(), memory_advice(), storage_advice():
+            yield
+    except BaseException as error:
+        with suppress(OSError):  # on a full disk the error itself matters more
             if isinstance(error, BadRowsError):
                 write_quarantine(folder / "quarantine.csv", error.bad)
-            if not config.resume or not (folder / "result.json").exists():
-                with suppress(OSError):  # on a full disk the error itself matters more
-                    runfolder.write_failure(folder, error)
-            raise
+            if not (folder / "result.json").exists():
+                runfolder.write_failure(folder, error)
+        raise
+
+
+@contextmanager
+def _first_error() -> Iterator[None]:
+    """Where another rank failed first, its error in place of the connection that broke, or of the launcher's signal."""
+    from vlmtune import ranks, signals
+
+    try:
+        yield
+    except (Exception, signals.Interrupted) as error:
+        own = isinstance(error, VlmtuneError) or not ranks.several()
+        if not own and (first := ranks.told()) is not None:
+            raise first from error
+        raise
 
 
 def check_free(folder: Path, config: Config) -> None:
@@ -82,14 +122,20 @@ def check_free(folder: Path, config: Config) -> None:
     A run that stopped before it saved anything is no obstacle.
     """
     from vlmtune import durable, lock
+    from vlmtune import saved as earlier
+    from vlmtune.errors import CheckpointError
     from vlmtune.runfolder import read_result
 
     lock.check(Path(config.resume).expanduser() if config.resume else folder)
     if config.resume or not (folder / "config.yaml").exists():
         return
+    try:
+        earlier.read(folder / "config.yaml")
+    except CheckpointError as error:
+        raise ConfigError(f"{folder}: holds a config.yaml that no run wrote; choose another hydra.run.dir") from error
     result = read_result(folder) or {}
     saved = [*durable.names(folder / "checkpoints"), *({"model"} & {*durable.names(folder)})]
-    if saved or result.get("status") in ("completed", "interrupted"):
+    if saved or result.get("status") == "completed":
         raise ConfigError(
             f"{folder}: holds a run already; choose another hydra.run.dir, or go on with it: resume={folder}"
         )
@@ -120,11 +166,19 @@ class Predictor:
     """A fine-tuned model with everything that its answers depend on."""
 
     def __init__(self, folder: Path, config: Config):
+        from vlmtune import surroundings
+
+        self.config = config
+        with surroundings.kept(), memory_advice():
+            self._open(folder)
+            self.random_state = surroundings.random_state()
+
+    def _open(self, folder: Path) -> None:
         from vlmtune import session
         from vlmtune.data.encode import Encoder
         from vlmtune.models import load
 
-        self.config = config
+        config = self.config
         self.engine = session.engine(config)
         dtypes = session.dtypes(config, self.engine)
         self.model, processor = load.load_trained(folder, config, device=self.engine.device, **dtypes)
@@ -136,6 +190,19 @@ class Predictor:
             fast_jpeg=config.data.fast_jpeg,
         )
 
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """While inside, random numbers go on where this predictor's last answers ended, and the caller's stay."""
+        from vlmtune import session, surroundings
+
+        with surroundings.kept(), memory_advice():
+            session.quiet_libraries()
+            surroundings.set_random_state(self.random_state)
+            try:
+                yield
+            finally:
+                self.random_state = surroundings.random_state()
+
     def predict(self, frame: pd.DataFrame) -> pd.DataFrame:
         """A copy of `frame` with the column `answer_predictions`, in row order.
 
@@ -145,101 +212,149 @@ class Predictor:
 
         A row that can't be used gets no answer (NA) and its reason in a column `error`; the others are answered.
         """
-        return self._predict(frame)[0]
+        place = str(frame.attrs.get("file", "the frame"))
+        refuse_columns(frame.columns, (ANSWER, ERROR), place)
+        split = audited(frame, self.config)
+        answers = Answers(frame, {bad.index: bad.reason for bad in split.bad})
+        self.fill(answers, split.records, [record.row for record in split.records])
+        return answers.table()
 
-    def _predict(self, frame: pd.DataFrame) -> tuple[pd.DataFrame, list[BadRow]]:
-        """The answered frame, and the rows that could not be used."""
-        from vlmtune.data.table import audit_frame, image_root_of
+    def fill(
+        self,
+        answers: Answers,
+        records: Sequence[Any],
+        rows: Sequence[int],
+        done: Callable[[int], None] = lambda stop: None,
+    ) -> None:
+        """Answer `records`, which stand at `rows` of the frame; a row that fails gets its reason, the others go on.
 
-        file = str(frame.attrs.get("file", ""))  # relative paths start at the folder of a table that was read from one
-        data = dataclasses.replace(
-            self.config.data,
-            image_root=image_root_of(self.config.data, "test"),
-            check_images="decode",  # one bad image must not end the others
-        )
-        split = audit_frame(frame, data, self.config.task, file=file, answers_required=False)
-        try:
-            answers = self.answer(split.records)
-        except DataError:
-            self._set_apart(split)
-            answers = self.answer(split.records)
-        out = frame.copy()
-        column: list[str | None] = [None] * len(frame)
-        for record, answer in zip(split.records, answers, strict=True):
-            column[record.row] = answer
-        out["answer_predictions"] = column
-        if split.bad:
-            reasons = {bad.index: bad.reason for bad in split.bad}
-            out["error"] = [reasons.get(row) for row in range(len(frame))]
-        return out, split.bad
-
-    def _set_apart(self, split: Split) -> None:
-        """Move records that the model's family refuses (an image too thin, say) to the split's bad rows."""
-        kept = []
-        for record in split.records:
-            try:
-                self.encoder.encode([record], answered=False)
-                kept.append(record)
-            except DataError as error:
-                split.bad.append(record.refused("; ".join(error.problems)))
-        split.records = kept
-
-    def answer(self, records: Sequence[Any]) -> list[str]:
-        """One answer per record, in order."""
+        After each batch `done` is told the row before which all are answered.
+        """
         from vlmtune import display
-        from vlmtune.generate import generate
 
         size = self.config.trainer.eval_batch_size
-        with display.bar("predicting", len(records)) as advance:
-            return generate(
-                self.model,
-                self.encoder,
-                records,
-                self.config.generation,
-                batch_size=size,
-                autocast=self.engine.autocast,
-                share=self.shares_answers(records),
-                advance=advance,
-            )
+        with self.at_work(), display.bar("predicting", len(records)) as advance:
+            try:
+                share = self.shares_answers(records)
+            except (DataError, RuntimeError, MemoryError) as error:
+                reason_of(error)
+                share = False
+            for start in range(0, len(records), size):
+                batch = [records[i] for i in range(start, min(start + size, len(records)))]
+                self._fill_batch(answers, batch, rows[start : start + size], share)
+                done(rows[start + len(batch) - 1] + 1)
+                advance(len(batch))
+
+    def _fill_batch(self, answers: Answers, records: Sequence[Any], rows: Sequence[int], share: bool) -> None:
+        """Answer some records together, and where that fails one by one."""
+        try:
+            found = self.answer(records, share=share)
+        except (DataError, RuntimeError, MemoryError) as error:
+            reason = reason_of(error)
+            if len(records) == 1:
+                answers.reasons[rows[0]] = reason
+            else:
+                for record, row in zip(records, rows, strict=True):
+                    self._fill_batch(answers, [record], [row], False)
+        else:
+            answers.texts |= dict(zip(rows, found, strict=True))
+
+    def answer(self, records: Sequence[Any], *, share: bool = False) -> list[str]:
+        """One answer per record, in order; `share`: neighbours that show one image are answered with it once."""
+        from vlmtune.generate import generate
+
+        return generate(
+            self.model,
+            self.encoder,
+            records,
+            self.config.generation,
+            batch_size=self.config.trainer.eval_batch_size,
+            autocast=self.engine.autocast,
+            share=share,
+        )
 
     def shares_answers(self, records: Sequence[Any]) -> bool:
         """Whether neighbouring rows that show the same image are answered with the image once: where a few of them get
         the answers that they get one by one.
         """
-        from vlmtune.data.batches import groups_of, repeated
+        from vlmtune.data.batches import groups_of, probes
         from vlmtune.preflight import answers_agree
 
-        probe = repeated(records, groups_of(records), most=6)
-        return answers_agree(self.model, self.encoder, probe, self.engine)
+        found = probes(self.encoder, records, groups_of(records, self.encoder), most=6)
+        return bool(found) and all(answers_agree(self.model, self.encoder, rows, self.engine) for rows in found)
+
+
+def reason_of(error: Exception) -> str:
+    """Why one row can't be answered; raises errors that concern all of them."""
+    if isinstance(error, DataError):
+        return "; ".join(error.problems)
+    memory = ("out of memory", "allocate memory", "enough memory")
+    if isinstance(error, MemoryError) or any(text in str(error) for text in memory):
+        return "out of memory: this row needs more than there is; see trainer.eval_batch_size, model.image.max_tokens"
+    raise error
+
+
+def audited(frame: pd.DataFrame, config: Config) -> Split:
+    """The frame's rows to be answered, each image decoded once: a bad one must not end the others."""
+    from vlmtune.data.table import audit_frame, image_root_of
+
+    file = str(frame.attrs.get("file", ""))  # relative paths start at the folder of a table that was read from one
+    data = dataclasses.replace(config.data, image_root=image_root_of(config.data, "test"), check_images="decode")
+    return audit_frame(frame, data, config.task, file=file, answers_required=False)
 
 
 def predict_file(folder: str, config: Config, output: str) -> int:
     """Answer the rows of `data.test` into the CSV file `output`; returns how many rows failed.
 
-    Raises DataError where the file can't be read or no row can be used.
+    Raises ConfigError where `output` can't be written, DataError where the table can't be read or no row can be used:
+    all before the model is opened. What ends it later leaves the rows answered so far in `output`.partial.
     """
     from vlmtune import display
-    from vlmtune.data.table import load as load_table
-    from vlmtune.data.table import read_files
-    from vlmtune.runfolder import write_table
 
     if config.data.test is None:
         raise ConfigError("data.test: missing; give the CSV file to answer, for instance data.test=test.csv")
-    target = output_file(output)
+    target = output_file(output, inputs_of(config.data), Path(folder))
     with display.logging_to(None):
-        data = of_test_rows(config.data)
-        if data._target_ == READ_FILES:
-            frame = read_files(data)["test"]
-            answered, bad = Predictor(Path(folder), config)._predict(frame)
-        else:  # audited by itself: what can't be used is told by its policy
-            split = load_table(data, config.task, config.trainer.seed, ("test",), answers_required=False)["test"]
-            records: Any = split.records
-            frame, bad = records.frame(), []
-            answered = frame.assign(answer_predictions=Predictor(Path(folder), config).answer(records))
-    if bad and len(bad) == len(frame):
-        raise DataError(f"{config.data.test}: no row can be used; the first: {bad[0].reason}")
-    write_table(target, answered)
-    return len(bad)
+        answers, records, rows = _to_answer(config)
+        predictor = Predictor(Path(folder), config)
+        with closing(Rows(target, answers)) as rest:
+            predictor.fill(answers, records, rows, rest.write)
+            _refuse_none(answers, config)
+            rest.finish()
+        tell_formulas(target, answers.texts.values())
+    return len(answers.reasons)
+
+
+def _to_answer(config: Config) -> tuple[Answers, Sequence[Any], list[int]]:
+    """The table of `data.test`, its usable records, and the row of each."""
+    from vlmtune.data.table import load as load_table
+    from vlmtune.data.table import read_files
+
+    data = of_test_rows(config.data)
+    if data._target_ == READ_FILES:
+        frame = read_files(data)["test"]
+        refuse_columns(frame.columns, (ANSWER, ERROR), str(data.test))
+        split = audited(frame, dataclasses.replace(config, data=data))
+        answers = Answers(frame, {bad.index: bad.reason for bad in split.bad})
+        _refuse_none(answers, config)
+        return answers, split.records, [record.row for record in split.records]
+    # audited by itself: what can't be used is told by its policy
+    records: Any = load_table(data, config.task, config.trainer.seed, ("test",), answers_required=False)["test"].records
+    answers = Answers(records.frame())
+    refuse_columns(answers.frame.columns, (ANSWER, ERROR), str(data.test))
+    return answers, records, list(range(len(records)))
+
+
+def _refuse_none(answers: Answers, config: Config) -> None:
+    if len(answers.reasons) == len(answers.frame) > 0:
+        first = answers.reasons[min(answers.reasons)]
+        raise DataError(f"{config.data.test}: no row can be used; the first: {first}")
+
+
+def inputs_of(data: DataConfig) -> list[str]:
+    """The files that the config reads."""
+    values = (getattr(data, split) for split in ("train", "validation", "test"))
+    return [str(name) for value in values for name in (value if isinstance(value, list) else [value]) if name]
 
 
 READ_FILES = "vlmtune.data.table.read_files"
@@ -254,14 +369,6 @@ def of_test_rows(data: DataConfig) -> DataConfig:
     return own if hub else dataclasses.replace(own, _target_=READ_FILES)
 
 
-def output_file(output: str) -> Path:
-    """The file to write to. Raises ConfigError where its folder does not exist, before any time is spent."""
-    target = Path(output).expanduser()
-    if not target.parent.is_dir():
-        raise ConfigError(f"output={output}: the folder {target.parent} does not exist")
-    return target
-
-
 def evaluate_run(folder: str, config: Config, output: str | None) -> str:
     """Score a finished run on `data.test`, or on its validation rows without one; returns the scores as a table.
 
@@ -272,12 +379,14 @@ def evaluate_run(folder: str, config: Config, output: str | None) -> str:
     from vlmtune.evaluation import evaluate
     from vlmtune.runfolder import write_predictions
 
-    target = output_file(output) if output is not None else None
+    target = None if output is None else output_file(output, inputs_of(config.data), Path(folder))
     split = "validation" if config.data.test is None else "test"
     if split == "test":
         config.data = of_test_rows(config.data)
     with display.logging_to(None):
         rows = table.load(config.data, config.task, config.trainer.seed, (split,))[split]
+        if target is not None and rows.frame is not None:
+            refuse_columns(rows.frame.columns, (ANSWER, SCORE), str(getattr(config.data, split) or split))
         predictor = Predictor(Path(folder), config)
         found = evaluate(
             predictor.model,
@@ -290,6 +399,7 @@ def evaluate_run(folder: str, config: Config, output: str | None) -> str:
         )
     if target is not None:
         write_predictions(target, rows, found, config.task.metrics[0])
+        tell_formulas(target, found.predictions)
     title = f"{len(rows)} {split} rows" + (f", {len(rows.bad)} more left out" if rows.bad else "")
     return display.table(title, ("metric", "value"), [(name, f"{value:.4f}") for name, value in found.metrics.items()])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vlmtune import saved
+from vlmtune import paths, saved
 from vlmtune.config import SCHEMA, Config, home
 from vlmtune.data.files import files_of
 from vlmtune.errors import CheckpointError, ConfigError, UsageError, nearest
@@ -67,13 +68,16 @@ def parse(overrides: Sequence[str]) -> list[Any]:
     parser = OverridesParser.create()
     parsed, problems = [], []
     for text in overrides:
+        text = paths.literal(text, parser)
         try:
             override = parser.parse_override(text)
             if not override.key_or_group:
                 raise HydraException("no key")
             parsed.append(override)
         except HydraException:
-            problems.append(f"{text}: is no override; write key=value, with quotes around spaces and brackets")
+            key, equals, value = text.partition("=")
+            quoting = f"; with quotes around what it holds: {paths.shown(key, value)}" if key and equals else ""
+            problems.append(f"{text}: is no override; write key=value{quoting}")
     if problems:
         raise UsageError(problems)
     return parsed
@@ -115,8 +119,9 @@ def read(command: str, overrides: Sequence[str], *, multirun: bool = False) -> t
 def _several(override: str) -> str:
     key, _, value = override.partition("=")
     if key in ("data.train", "data.validation", "data.test"):
-        return f"{override}: to read several files write {key}=[{value}]; to make a run of each put -m in front"
-    return f"{override}: {NOT_ONE_RUN}"
+        again = shlex.quote(f"{key}=[{value}]")
+        return f"{override}: to read several files write {again}; to make a run of each put -m in front"
+    return f"{override}: {NOT_ONE_RUN}: {paths.shown(key, value)}"
 
 
 def asks_for_several(override: str) -> bool:

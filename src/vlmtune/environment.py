@@ -49,6 +49,7 @@ def describe(seed: int, fingerprint: str, processor: Any) -> dict[str, Any]:
         "versions": versions,
         "devices": devices,
         "threads": torch.get_num_threads(),
+        "variables": variables(),
         "image_processor": type(processor.image_processor).__name__,
         "seed": seed,
         "data_fingerprint": fingerprint,
@@ -140,10 +141,60 @@ def _content(image: Any) -> bytes:
     return hashlib.blake2b(f"{image.size}{image.mode}".encode() + image.tobytes(), digest_size=16).digest()
 
 
-def memory() -> dict[str, int]:
-    """Peak memory of this process in bytes: resident, and allocated on the current accelerator (0 without one)."""
-    import torch
+class Peak:
+    """Peak memory since `start`, so that a run's is its own and not that of an earlier one in the same process.
 
-    unit = 1 if sys.platform == "darwin" else 1024
-    device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    return {"peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "peak_device_bytes": device}
+    The kernel's own mark (VmHWM) is reset where that is allowed (Linux); elsewhere the largest value seen at the calls
+    of `resident` counts. What the process holds already when a run starts is part of it.
+    """
+
+    def __init__(self) -> None:
+        self.kernel, self.seen = False, 0
+
+    def start(self) -> None:
+        self.seen = 0
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+            self.kernel = True
+        except OSError:
+            self.kernel = False
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.cuda.is_initialized():
+            torch.cuda.reset_peak_memory_stats()
+
+    def resident(self) -> int:
+        """Bytes of main memory."""
+        self.seen = max(self.seen, _status("VmHWM" if self.kernel else "VmRSS"))
+        return self.seen
+
+
+def _status(name: str) -> int:
+    """Bytes that Linux says under `name` of this process; elsewhere the process's whole peak."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+    except (OSError, StopIteration):
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+PEAK = Peak()
+
+
+def memory() -> dict[str, int]:
+    """Peak memory of the present run on this process in bytes: resident, and allocated on the current accelerator (0
+    without one). Processes that prepare batches are not counted.
+    """
+    torch = sys.modules.get("torch")
+    device = torch.cuda.max_memory_allocated() if torch is not None and torch.cuda.is_available() else 0
+    return {"peak_rss_bytes": PEAK.resident(), "peak_device_bytes": device}
+
+
+VARIABLES = ("ACCELERATE_", "CUBLAS_", "CUDA_", "HF_", "MKL_", "NCCL_", "NVIDIA_TF32", "OMP_", "PYTORCH_", "TORCH_")
+
+
+def variables() -> dict[str, str]:
+    """Environment variables by which torch and its libraries may compute otherwise; none that may hold a secret."""
+    secret = ("TOKEN", "KEY", "SECRET", "PASSWORD")
+    chosen = {name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)}
+    return {name: value for name, value in chosen.items() if not any(word in name for word in secret)}

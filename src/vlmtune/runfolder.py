@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import signal
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from vlmtune import display, environment, tracking
+from vlmtune import display, environment, signals, tracking
 from vlmtune.config import Config
 from vlmtune.data.cells import as_list, text_of, to_json
 from vlmtune.data.records import Split
@@ -21,6 +23,7 @@ if TYPE_CHECKING:  # they import torch, and a run that fails at once should not 
     from vlmtune.evaluation import Evaluation
     from vlmtune.loop import Progress
 
+log = logging.getLogger("vlmtune")
 FILES = {"model": "model", "predictions": "predictions.csv", "curves": "report.html", "numbers": "result.json"}
 
 
@@ -127,8 +130,13 @@ def _absolute(path: str) -> str:
 
 
 def write_predictions(path: Path, split: Split, found: Evaluation, metric: str) -> None:
-    """Write the split's own columns, answer_predictions and the score, in row order."""
+    """Write the split's own columns, answer_predictions and the score, in row order.
+
+    A column of the input that has one of these names is kept as NAME_before.
+    """
     import pandas as pd
+
+    from vlmtune.outputs import ANSWER, SCORE
 
     if hasattr(split.records, "frame"):
         frame = split.records.frame()
@@ -137,13 +145,22 @@ def write_predictions(path: Path, split: Split, found: Evaluation, metric: str) 
     else:
         rows = [(record.group, record.question, record.answers[0]) for record in split.records]
         frame = pd.DataFrame(rows, columns=["image_path", "question", "answer"])
-    frame["answer_predictions"] = found.predictions
-    frame["score"] = [scores[metric] for scores in found.scores]
+    for name in (ANSWER, SCORE):
+        if name in frame.columns:
+            log.warning("%s: the input's column %s is kept as %s_before", path, name, name)
+    frame = frame.rename(columns={name: f"{name}_before" for name in (ANSWER, SCORE)})
+    frame[ANSWER] = found.predictions
+    frame[SCORE] = [scores[metric] for scores in found.scores]
     write_table(path, frame)
 
 
 def write_table(path: Path, frame: Any) -> None:
     """Write a frame as CSV, lists and objects in its cells as JSON."""
+    write_whole(path, as_cells(frame).to_csv(index=False))
+
+
+def as_cells(frame: Any) -> Any:
+    """The frame with what a CSV cell can hold: lists and objects as JSON."""
 
     import pandas as pd
 
@@ -156,25 +173,26 @@ def write_table(path: Path, frame: Any) -> None:
     objects = [name for name in frame.columns if frame[name].dtype == object]
     # Series.map would infer a type, and make floats of integers beside a missing value
     cells = {name: pd.Series([*map(flat, frame[name])], frame.index, dtype=object) for name in objects}
-    write_whole(path, frame.assign(**cells).to_csv(index=False))
+    return frame.assign(**cells)
 
 
 def write_failure(folder: Path, error: BaseException) -> None:
-    """Say in result.json that and why the run failed, with what its log shows of how far it came."""
+    """Say in result.json that and why the run failed or was interrupted, with what its log shows of how far it came."""
+    stopped = isinstance(error, signals.Interrupted | KeyboardInterrupt)
     rows = tracking.read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else []
     last: dict[str, Any] = {}
     for row in rows:
         last |= row
-    write_json(
-        folder / "result.json",
-        {
-            "status": "failed",
-            "objective": None,
-            "steps": last.get("step", 0),
-            "examples": last.get("train/examples", 0),
-            "metrics": {name: value for name, value in last.items() if name.startswith(("eval/", "test/"))},
-            "speed": {},
-            "memory": {},
-            "error": {"type": type(error).__name__, "message": str(error)},
-        },
-    )
+    result: dict[str, Any] = {
+        "status": "interrupted" if stopped else "failed",
+        "objective": None,
+        "steps": last.get("step", 0),
+        "examples": last.get("train/examples", 0),
+        "metrics": {name: value for name, value in last.items() if name.startswith(("eval/", "test/"))},
+        "speed": {},
+        "memory": environment.memory(),
+        "error": {"type": type(error).__name__, "message": str(error)},
+    }
+    if stopped:
+        result["signal"] = getattr(error, "number", signal.SIGINT)
+    write_json(folder / "result.json", result)

@@ -17,6 +17,7 @@ from vlmtune.config import OPEN_GROUPS, PARTS, Config, nested_schema
 from vlmtune.errors import ConfigError, nearest
 from vlmtune.metrics import resolve
 from vlmtune.models import peft_fields, quantization
+from vlmtune.paths import expand
 
 
 def strict(composed: DictConfig) -> Config:
@@ -30,8 +31,7 @@ def strict(composed: DictConfig) -> Config:
         raw = OmegaConf.to_container(ours, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
-    assert isinstance(raw, dict)
-    config: Config = _read(Config, raw, "", problems)
+    config: Config = _read(Config, expand(raw), "", problems)
     if not problems:
         problems = combinations(config)
     if problems:

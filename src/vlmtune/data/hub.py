@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import logging
 import sys
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -20,6 +20,7 @@ from vlmtune.data.columns import SAMPLE, column_problems, columns_with_text, tel
 from vlmtune.data.images import image_size, open_image
 from vlmtune.data.records import BadRow, Record, Split
 from vlmtune.errors import DataError, nearest
+from vlmtune.hub import unreachable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -65,6 +66,11 @@ def _open(path: str, split: str, subset: str | None, *, streaming: bool = False)
         source = str(folder) if folder.is_dir() else place
         return datasets.load_dataset(source, name=subset, split=wanted, streaming=streaming)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        if unreachable(error):
+            raise DataError(
+                f"data.{split}={path}: is not in the local cache, and the hub can't be reached. Connect once, or fetch "
+                f"it elsewhere with `hf download --repo-type dataset {place}` and give the folder: data.{split}=FOLDER"
+            ) from error
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise DataError(f"data.{split}={path}: can't be opened: {reason}") from error
 
@@ -244,6 +250,8 @@ class StreamedRows(Sequence[Record]):
     def __init__(self, dataset: Any, reader: Rows, config: DataConfig, seed: int):
         self.dataset, self.reader, self.config = dataset, reader, config
         self.fingerprint = f"stream of {reader.file}, {config.shuffle_buffer} rows shuffled, seed {seed}"
+        self.refuse: Callable[[Record], list[str]] = lambda record: []
+        """What the model has against a row, set once it is known."""
         self.next, self.rows = 0, self._rows()
 
     def __len__(self) -> int:
@@ -267,6 +275,7 @@ class StreamedRows(Sequence[Record]):
             for row, cells in enumerate(self.dataset):
                 record, faults = Check(self.reader, self.config)(row, cells)
                 self.reader.tell()
+                faults = faults or self.refuse(record)
                 if not faults:
                     usable += 1
                     yield record

@@ -18,9 +18,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
+import logging
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,6 +32,7 @@ from vlmtune.data.file_kinds import no_image
 from vlmtune.data.paths import existing
 from vlmtune.errors import DataError
 
+log = logging.getLogger("vlmtune")
 Source = Path | bytes | Image.Image | Callable[[], Image.Image]
 """Where an image comes from: a file, a file's content, an image in memory, or a function that returns one."""
 
@@ -49,13 +51,15 @@ TURNS = {
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Enough:
     """How large an image must stay for a processor that will scale it down further."""
 
     pixels: int = 0
     side: int = 0
     """Of the shorter side."""
+    told: bool = field(default=False, compare=False)
+    """Whether the log says that images are reduced."""
 
     def reduction(self, width: int, height: int) -> int:
         """The largest of 8, 4, 2 by which both sides may be divided and still be 1.4 times what is needed; else 1."""
@@ -65,6 +69,17 @@ class Enough:
             if width * height >= 1.96 * self.pixels * scale**2 and min(width, height) >= 1.4 * self.side * scale
         )
         return next(fits, 1)
+
+    def tell(self, name: str, width: int, height: int, scale: int) -> None:
+        """Log the first image that is decoded at a reduced size: the model sees slightly other pixels."""
+        if not self.told:
+            log.info(
+                "data.fast_jpeg: JPEG files much larger than the model sees are decoded at a reduced size, first %s, "
+                "%d x %d at 1/%d; pixels differ a little from those of the whole image scaled down, in training and "
+                "prediction alike (data.fast_jpeg=false: never)",
+                *(name, width, height, scale),
+            )
+        self.told = True
 
 
 def open_image(source: Source | str, max_pixels: int, enough: Enough | None = None) -> Image.Image:
@@ -79,6 +94,7 @@ def open_image(source: Source | str, max_pixels: int, enough: Enough | None = No
 
     def decoded(image: Image.Image) -> Image.Image:
         if enough is not None and image.format == "JPEG" and (scale := enough.reduction(*image.size)) > 1:
+            enough.tell(_name(source), *image.size, scale)
             image.draft(None, (-(-image.width // scale), -(-image.height // scale)))
         return _rgb(_upright(image))
 

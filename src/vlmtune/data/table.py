@@ -172,7 +172,7 @@ def _audited(
             problems += error.problems
     bad = [row for split in found.values() for row in split.bad]
     for name, split in found.items():
-        problems += _refusals(name, split, config)
+        problems += refusals(name, split, config)
         problems += _repeats_refused(name, split, config, bad)
     if problems:
         raise BadRowsError(problems, bad)
@@ -185,7 +185,7 @@ def image_root_of(config: DataConfig, split: str) -> str | None:
     return root.get(split) if isinstance(root, Mapping) else root
 
 
-def _refusals(name: str, split: Split, config: DataConfig) -> list[str]:
+def refusals(name: str, split: Split, config: DataConfig) -> list[str]:
     """Why the policy does not let this split pass, if it doesn't."""
     total = len(split.records) + len(split.bad)
     if total == 0:

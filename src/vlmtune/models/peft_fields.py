@@ -128,16 +128,8 @@ def refusals(method: str) -> Iterator[None]:
             yield
         except ConfigError:
             raise
-        except (
-            TypeError,
-            ValueError,
-            NotImplementedError,
-            RuntimeError,
-            ImportError,
-            LookupError,
-            AttributeError,
-        ) as e:
-            raise ConfigError(f"adapter={method}: PEFT refuses it here: {e}") from e
+        except (TypeError, ValueError, RuntimeError, ImportError, LookupError, AttributeError) as error:
+            raise ConfigError(f"adapter={method}: PEFT refuses it here: {error}") from error
     ignored = {" ".join(str(warning.message).split()) for warning in seen}
     ignored = {text for text in ignored if IGNORED.search(text)}
     if ignored:

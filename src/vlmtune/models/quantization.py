@@ -63,7 +63,7 @@ def quantization_config(quantization: dict[str, Any], skip: list[str], compute_d
 
 
 def check_method(config: Any, method: str, device: torch.device) -> None:
-    """Raise ConfigError where `method` can't quantize while loading, or adapters can't train over it, on this machine."""
+    """Raise ConfigError where `method` can't quantize while loading on this machine, or nothing can train over it."""
     from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
     try:

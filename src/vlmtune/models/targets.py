@@ -17,6 +17,8 @@ log = logging.getLogger("vlmtune")
 ALL_LINEAR = "all-linear"
 NAMES = ("target_modules", "exclude_modules", "feedforward_modules", "modules_to_save", "target_parameters")
 """Fields that hold names of modules or parameters."""
+PATTERNS = ("rank_pattern", "alpha_pattern", "lambda_pattern", "n_frequency_pattern", "block_size_pattern")
+"""Fields that hold values for some of the targets."""
 
 
 def names_as_lists(fields: dict[str, Any], model: nn.Module) -> dict[str, Any]:
@@ -48,10 +50,15 @@ def narrow(peft_config: Any, model: nn.Module, parts: Parts, scope: list[str]) -
     if getattr(peft_config, "target_modules", None) is None:
         return  # parameters alone
     found = [name for name in taken(peft_config, model) if parts.of(name) in scope]
-    feedforward = getattr(peft_config, "feedforward_modules", None)
-    if feedforward:
-        peft_config.feedforward_modules = {name for name in found if matches(feedforward, name)}
+    if getattr(peft_config, "feedforward_modules", None):
+        from peft.tuners.ia3 import IA3Model
+
+        is_feedforward = IA3Model._check_target_module_feedforward
+        peft_config.feedforward_modules = {name for name in found if is_feedforward(peft_config, name)}
     peft_config.target_modules = set(found)
+    without = [part for part in scope if part not in {parts.of(name) for name in found}]
+    if without:
+        log.warning("adapter.parts: adapter.target_modules takes nothing in %s", ", ".join(without))
     for key in ("layers_to_transform", "layers_pattern"):  # applied: PEFT refuses them beside full names
         if getattr(peft_config, key, None) is not None:
             setattr(peft_config, key, None)
@@ -78,44 +85,45 @@ def ends_with_one(name: str, endings: Iterable[str]) -> bool:
 
 def unmatched(peft_config: Any, model: nn.Module, parts: Parts, scope: list[str]) -> list[str]:
     """Problems of names, layers and patterns that would have no effect; plain PEFT passes over most of them."""
-    everything = [name for name, _ in model.named_modules() if name]
-    inside = [name for name in everything if parts.of(name) in scope]
-    parameters = [name for name, _ in model.named_parameters()]
-    problems = []
-    for key in ("target_modules", "feedforward_modules"):
-        problems += _nowhere(key, getattr(peft_config, key, None), everything, parts, scope)
-    problems += _nowhere("target_parameters", getattr(peft_config, "target_parameters", None), parameters, parts, scope)
-    for key in ("exclude_modules", "modules_to_save"):  # the second is trained wherever it is
-        problems += _nowhere(
-            key, getattr(peft_config, key, None), everything, parts, sorted({*parts.prefixes.values()})
-        )
+    problems = _names(peft_config, model, parts, scope)
     if problems or getattr(peft_config, "target_modules", None) is None:
         return problems
+    where = "+".join(scope)
     if not peft_config.target_modules and not getattr(peft_config, "target_parameters", None):
         return ["adapter.target_modules: is empty; give all-linear, or names: [q_proj,v_proj]"]
-    problems += _layers(peft_config, model, parts, scope)
     if getattr(peft_config, "ensure_weight_tying", False) and parts.of(parts.head) != "language":
         problems.append("adapter.ensure_weight_tying: input and output embedding of this model are not tied")
-    if (
-        not problems
-        and peft_config.target_modules
-        and not [name for name in taken(peft_config, model) if parts.of(name) in scope]
-    ):
+    problems += _layers(peft_config, model, parts, scope)
+    chosen = [name for name in taken(peft_config, model) if parts.of(name) in scope]
+    if peft_config.target_modules and not chosen and not problems:
         linear = {n.rsplit(".", 1)[-1] for n, m in modules_in(model, parts, scope) if isinstance(m, nn.Linear)}
         problems.append(
-            f"adapter.target_modules: nothing in {'+'.join(scope)} is left to put an adapter on, after exclude_modules, "
+            f"adapter.target_modules: nothing in {where} is left to put an adapter on, after exclude_modules, "
             f"modules_to_save and layers_to_transform; its linear layers are {', '.join(sorted(linear))}"
         )
-    for key in ("rank_pattern", "alpha_pattern", "lambda_pattern", "n_frequency_pattern", "block_size_pattern"):
+    for key in PATTERNS:
         for pattern in getattr(peft_config, key, None) or {}:
-            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in inside):
-                problems.append(f"adapter.{key}: {pattern} is no target in {'+'.join(scope)}")
+            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in chosen):
+                problems.append(f"adapter.{key}: {pattern} is no target in {where}")
+    return problems
+
+
+def _names(peft_config: Any, model: nn.Module, parts: Parts, scope: list[str]) -> list[str]:
+    """Problems of the fields that hold names. What is excluded, or trained beside the adapter, may be in any part."""
+    modules = [name for name, _ in model.named_modules() if name]
+    parameters = [name for name, _ in model.named_parameters()]
+    everywhere = sorted({*parts.prefixes.values()})
+    problems = []
+    for key in NAMES:
+        names = parameters if key == "target_parameters" else modules
+        places = everywhere if key in ("exclude_modules", "modules_to_save") else scope
+        problems += _nowhere(key, getattr(peft_config, key, None), names, parts, places)
     return problems
 
 
 def _nowhere(key: str, wanted: Any, names: list[str], parts: Parts, scope: list[str]) -> list[str]:
     """Problems of the names (or the regular expression) in `wanted` that mean nothing in `scope`."""
-    if not wanted or wanted == ALL_LINEAR:
+    if not wanted or (isinstance(wanted, str) and wanted.lower() == ALL_LINEAR):
         return []
     problems = []
     inside = [name for name in names if parts.of(name) in scope]

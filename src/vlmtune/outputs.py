@@ -1,0 +1,185 @@
+"""The table that predict.py and evaluate.py write: checked before anything is computed, kept when they are ended.
+
+predict.py writes each batch of rows, in the input's order, to FILE.partial, which becomes FILE when all rows are there.
+What ends it before that leaves whole rows in FILE.partial.
+"""
+
+from __future__ import annotations
+
+import csv
+import logging
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlmtune.errors import ConfigError, DataError, VlmtuneError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+log = logging.getLogger("vlmtune")
+ANSWER, ERROR, SCORE = "answer_predictions", "error", "score"
+FORMULA = re.compile(r"[=@\t\r]|[+-](?![\d.,]*\d%?$)")
+"""What a spreadsheet takes for a formula; a signed number is none."""
+
+
+# ---------------------------------------------------------------- before anything is computed
+
+
+def output_file(output: str | None, inputs: Iterable[str], run: Path) -> Path:
+    """The file to write to: a new one, or one with former answers, which is replaced.
+
+    Raises ConfigError where it can't be written or would replace anything else: one of `inputs`, a file of the run, a
+    table of the user's, a device. A symbolic link stays, and the file that it names is written.
+    """
+    if not str(output or "").strip():
+        raise ConfigError("output: missing; name a CSV file, for instance output=predictions.csv")
+    try:
+        target = Path(str(output)).expanduser().resolve()
+        problem = _problem(target, inputs, run) or _unwritable(target)
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, a loop of links, a NUL
+        problem = str(getattr(error, "strerror", None) or error)
+    if problem:
+        raise ConfigError(f"output={output}: {problem}")
+    return target
+
+
+def _problem(target: Path, inputs: Iterable[str], run: Path) -> str | None:
+    if target.is_dir():
+        return "is a folder; name a CSV file in it"
+    if not target.parent.is_dir():
+        return f"the folder {target.parent} does not exist"
+    if target.suffix.lower() != ".csv":
+        return f"is written as CSV; let its name end with .csv, for instance {target.name}.csv"
+    if not target.exists():
+        return None
+    if not target.is_file():
+        return "is no regular file; name another"
+    if any(Path(name).expanduser().exists() and target.samefile(Path(name).expanduser()) for name in inputs):
+        return "is the table that is read; name another file"
+    if target.parent == run.expanduser().resolve():
+        return "belongs to the run; name a file elsewhere"
+    if target.stat().st_size and ANSWER not in _header(target):
+        return f"holds something else than former answers (no column {ANSWER}); name another file, or delete it"
+    return None
+
+
+def _header(path: Path) -> list[str]:
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        return next(csv.reader([file.readline(1_000_000)]), [])
+
+
+def _unwritable(target: Path) -> str | None:
+    """Why no file can be made beside the target, found by making one."""
+    try:
+        open_new(partial_of(target)).close()
+        partial_of(target).unlink()
+    except OSError as error:
+        return f"can't be written: {error.strerror}"
+    return None
+
+
+def partial_of(target: Path) -> Path:
+    return target.with_name(f"{target.name}.partial")
+
+
+def open_new(path: Path) -> Any:
+    """A new file in the place of whatever bears this name; a link's target is left alone."""
+    path.unlink(missing_ok=True)
+    return path.open("x", encoding="utf-8", newline="")
+
+
+def refuse_columns(columns: Any, ours: Sequence[str], place: str) -> None:
+    """Raise DataError where the input has a column that the output would overwrite, or several of one name."""
+    if getattr(columns, "nlevels", 1) > 1:
+        raise DataError(f"{place}: its columns have {columns.nlevels} levels; give it names of one level")
+    names = list(columns)
+    problems = [
+        f"{place}: has a column {name!r} already, which the answers would overwrite; rename it, for instance to "
+        f"{name}_before"
+        for name in ours
+        if name in names
+    ]
+    problems += [f"{place}: has {names.count(name)} columns {name!r}; rename one" for name in repeated(names)]
+    if problems:
+        raise DataError(problems)
+
+
+def repeated(names: Sequence[Any]) -> list[Any]:
+    """The names that are there more than once."""
+    return [name for name in dict.fromkeys(names) if names.count(name) > 1]
+
+
+# ---------------------------------------------------------------- rows as they come
+
+
+@dataclass
+class Answers:
+    """A frame's answers, of which some are still missing."""
+
+    frame: pd.DataFrame
+    reasons: dict[int, str] = field(default_factory=dict)
+    """Why rows have no answer, by their position in the frame."""
+    texts: dict[int, str] = field(default_factory=dict)
+
+    def table(self, start: int = 0, stop: int | None = None) -> pd.DataFrame:
+        """A copy of these rows with the column answer_predictions, and `error` if any row of the frame has one."""
+        part = self.frame.iloc[start:stop].copy()
+        rows = range(start, start + len(part))
+        part[ANSWER] = [self.texts.get(row) for row in rows]
+        if self.reasons:
+            part[ERROR] = [self.reasons.get(row) for row in rows]
+        return part
+
+
+class Rows:
+    """Answers on their way into a file."""
+
+    def __init__(self, target: Path, answers: Answers):
+        self.target, self.partial, self.answers = target, partial_of(target), answers
+        self.written, self.with_reasons = 0, bool(answers.reasons)
+        self.file: Any = None
+
+    def write(self, stop: int) -> None:
+        """Write all rows before `stop` that are not written yet. Raises VlmtuneError on a full disk."""
+        try:
+            self._write(stop)
+        except OSError as error:
+            raise VlmtuneError(
+                f"{self.partial}: can't be written ({error.strerror}); rows before that are in it"
+            ) from error
+
+    def _write(self, stop: int) -> None:
+        from vlmtune.runfolder import as_cells
+
+        self.file = self.file or open_new(self.partial)
+        if self.with_reasons != bool(self.answers.reasons):  # the first row that failed brings a column more
+            self.file.seek(0)
+            self.file.truncate()
+            self.written, self.with_reasons = 0, True
+        part = as_cells(self.answers.table(self.written, stop))
+        self.file.write(part.to_csv(index=False, header=self.written == 0))
+        self.file.flush()
+        self.written = stop
+
+    def finish(self) -> None:
+        """Write the rest, and give the file its name."""
+        self.write(len(self.answers.frame))
+        os.fsync(self.file.fileno())
+        self.close()
+        self.partial.replace(self.target)
+
+    def close(self) -> None:
+        """Leave the partial file as it is."""
+        if self.file is not None:
+            self.file.close()
+
+
+def tell_formulas(path: Path, answers: Iterable[str]) -> None:
+    """Say that a spreadsheet would run some of these answers: they are written as they are, so as to be read again."""
+    count = sum(FORMULA.match(answer) is not None for answer in answers)
+    if count:
+        log.warning("%s: %d answers begin as a formula does; open it in a spreadsheet as text alone", path, count)
