@@ -191,7 +191,9 @@ BAD_MESSAGES = [
     ([{**messages()[0], "images": ["1.png"]}, messages()[1]], "message 1: 'images' holds images of one message"),
     ([*messages(), {"role": "observation", "content": "4"}], "message 3: role 'observation': tools are not read"),
     ([{"role": "developer", "content": "s"}, *messages()], "'developer' is not read; choose from: system, human, user"),
-    ([{"user": "What?", "assistant": "a"}], "message 1: has no role: its keys are assistant, user; read are role and"),
+    ([{"prompt": "What?", "reply": "a"}], "message 1: has no role: its keys are prompt, reply; read are role and"),
+    ([{"user": "What?", "assistant": "a", "bbox": [1]}], "message 2: 'bbox' holds places in the image"),
+    ({"role": ["user", "assistant"], "content": ["What?"]}, "conversation is dict"),
     ([{"role": "user", "text": "What?"}], "message 1: has no content: its keys are role, text"),
     ([{"role": "user", "content": "a", "value": "b"}], "message 1: has both content and value"),
     ([{"role": "system", "content": "<image>"}, *messages()], "message 1: an image in a system prompt"),
@@ -212,7 +214,7 @@ BAD_MESSAGES = [
     (messages(user="<video>\nWhat happens?"), "<video> stands where a video is shown"),
     (messages(user="What do you hear?<audio>"), "<audio> stands where a sound is shown"),
     (messages(user=[{"type": "text", "text": "<image><image>Equal?"}]), r"2 places \(<image>\) for 1 images"),
-    ("[" * 100_000, "nested too deeply"),
+    ("[" * 100_000, "conversation is nested too deeply"),
 ]
 
 
@@ -261,6 +263,18 @@ def test_parts_of_sharegpt_stand_under_value_and_empty_keys_of_another_form_besi
     assert record.turns == (Turn("What?", ("42",), (0,)),)
 
 
+@pytest.mark.parametrize(
+    "told",
+    [
+        [{"user": "<image>\nWhat?", "assistant": "a cat", "source": "x"}],
+        [{"human": "<image>\nWhat?", "assistant": "a cat"}],
+        {"role": ["user", "assistant"], "content": ["<image>\nWhat?", "a cat"]},
+    ],
+)
+def test_pairs_and_lists_by_key_are_messages(folder: Path, told: Any) -> None:
+    assert chat(folder, told).turns == (Turn("What?", ("a cat",), (0,)),)
+
+
 # ---------------------------------------------------------------- marks in a table
 
 
@@ -286,6 +300,16 @@ def test_marks_in_a_table_are_places_or_faults(folder: Path, cell: Any, text: st
 def test_a_column_of_videos_makes_every_mark_one(folder: Path) -> None:
     rows = [question(), question(question="Is it in <video> too?"), question(question="Who?", video="a.mp4")]
     assert reason(folder, rows).startswith("<video> stands where a video is shown")
+
+
+def test_another_programs_mark_stays_text_and_is_said(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    marks = ["<img>0.png</img>", "<image 1>", "<|image_1|>", "<image_placeholder>"]
+    split = read(folder, [question(question=f"{mark} What?") for mark in marks])
+    assert [record.question for record in split.records] == [f"{mark} What?" for mark in marks]
+    assert "4 questions hold a mark such as <img>0.png</img>, which stays text" in caplog.text
+    caplog.clear()
+    read(folder, [question(question="What does <img> mean in HTML?")])
+    assert not caplog.records
 
 
 # ---------------------------------------------------------------- missing columns

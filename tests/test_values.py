@@ -285,6 +285,13 @@ def test_classes_are_trained_on_by_name(folder: Path) -> None:
     assert answers(Split(pickle.loads(pickle.dumps(records)))) == [("dog",), ("cat",)], "loaders' processes read too"
 
 
+def test_a_set_that_was_read_as_tensors_is_read_as_values(folder: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    table = labelled(folder, [1, 0], datasets.ClassLabel(names=["cat", "dog"])).with_format("numpy", columns=["label"])
+    table.save_to_disk(str(folder / "set"))
+    assert answers(load(DataConfig(train=str(folder / "set"), **HUB), TaskConfig(), 0)["train"]) == [("dog",), ("cat",)]
+
+
 def test_classes_in_lists_are_names_too(folder: Path) -> None:
     datasets = pytest.importorskip("datasets")
     classes = datasets.List(datasets.ClassLabel(names=["cat", "dog"]))

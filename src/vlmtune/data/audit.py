@@ -5,22 +5,17 @@ The part of a reason up to its first colon or number names its kind.
 
 from __future__ import annotations
 
-import base64
 import dataclasses
-import hashlib
 import logging
 import os
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image
-
 from vlmtune.config import DataConfig, TaskConfig
-from vlmtune.data.answers import PYTHON_LIST, Lists, answers_of
-from vlmtune.data.cells import Number, as_list, column_values, is_blank, json_list, text_of
+from vlmtune.data.answers import Lists, answers_of
+from vlmtune.data.cells import column_values, text_of
 from vlmtune.data.columns import (
     column_problems,
     columns_with_text,
@@ -32,8 +27,8 @@ from vlmtune.data.columns import (
 )
 from vlmtune.data.conversations import PLACE, media_mark, parse, placed
 from vlmtune.data.images import Source, content_key, image_size, open_image
-from vlmtune.data.meanings import AUDIO, COLUMNS, PARTS, VIDEO, Unread, meaning_of, refusal
-from vlmtune.data.paths import local_path
+from vlmtune.data.located import Locator
+from vlmtune.data.meanings import AUDIO, COLUMNS, VIDEO, Unread, meaning_of, refusal
 from vlmtune.data.records import Record, Split, Turn
 from vlmtune.data.rows import places
 from vlmtune.errors import DataError
@@ -99,10 +94,8 @@ class Reader:
     def __init__(
         self, config: DataConfig, task: TaskConfig, file: str, answers_required: bool, present: Iterable[Any] = ()
     ):
-        own = Path(file).expanduser()
-        self.root = Path(config.image_root).expanduser() if config.image_root else own if own.is_dir() else own.parent
         self.task, self.file, self.answers_required = task, file, answers_required
-        self.config, self.separator = config, config.image_separator
+        self.config = config
         self.names = names_of(config.columns)
         self.unread = Unread(config.ignore, answers_required)
         self.refusable = refusable(present, config, self.unread)
@@ -110,7 +103,7 @@ class Reader:
         self.unread.media = any(meaning_of(name, COLUMNS) in (VIDEO, AUDIO) for name in self.refusable)
         self.columns = [*self.names.values(), config.columns.system or "", *self.refusable]
         self.lists = Lists(config.answer_lists)
-        self.paths: dict[str, Path] = {}
+        self.images = Locator(config, file, self.unread)
 
     def read_cells(self, row: int, cells: Mapping[str, Any]) -> tuple[Record, list[str]]:
         """A row as columns and cells."""
@@ -123,7 +116,8 @@ class Reader:
         read = self.read_conversation if "conversation" in of_role else self.read_question
         faults = self._refusals(others) if self.refusable else []
         try:
-            record, found = read(row, text_of(system, "system prompt").strip() or None, **of_role)
+            own = text_of(system, "system prompt")
+            record, found = read(row, own if own.strip() else None, **of_role)
         except DataError as error:
             record, found = self._record((Turn(""),), [], row), error.problems
         return record, faults + found
@@ -160,11 +154,12 @@ class Reader:
         text = ""
         try:
             text, places = placed(text_of(question, "question"))
-            images = self.locate_all(image)
+            images = self.images.of_cell(image)
             if len(places) not in (0, len(images)):
                 faults.append(f"{len(places)} places ({PLACE}) for {len(images)} images")
             if mark := media_mark(text, self.unread.media):
                 faults.append(mark)
+            self.unread.note_marks(text)
             if not images and not text.strip():
                 faults.append("nothing to answer: the row has neither an image nor a question")
         except DataError as error:
@@ -191,12 +186,12 @@ class Reader:
         self, row: int, system: str | None, image: Any, conversation: Any
     ) -> tuple[Record, list[str]]:
         found = parse(conversation, answers_required=self.answers_required, unread=self.unread)
-        images = self.locate_all(image)
+        images = self.images.of_cell(image)
         open_places = sum(source is None for source in found.images)
         if open_places != len(images) and (found.images or not images):
             raise DataError(f"{open_places} places ({PLACE}) for {len(images)} images")
         of_row = iter(images)
-        placed_images = [next(of_row) if source is None else self.locate(source) for source in found.images]
+        placed_images = [next(of_row) if source is None else self.images.locate(source) for source in found.images]
         if system is not None and found.system not in (None, system):
             raise DataError(
                 f"two system prompts: column {self.config.columns.system!r} and a message hold different ones"
@@ -219,68 +214,6 @@ class Reader:
         keys = tuple(key for _, key in images)
         group = None if not keys else keys[0] if len(keys) == 1 else keys
         return Record(turns, tuple(source for source, _ in images), group, self.file, row, system)
-
-    def locate_all(self, cell: Any) -> list[tuple[Source, Hashable]]:
-        """The images of a cell, each with its key."""
-        listed = _list(cell, self.separator)
-        if listed is not None:
-            return [self.locate(item) for item in listed]
-        return [] if is_blank(cell) else [self.locate(cell)]
-
-    def locate(self, cell: Any) -> tuple[Source, Hashable]:
-        """One image and its key: equal for equal images."""
-        if isinstance(cell, dict) and {"bytes", "path"} & cell.keys():  # an image as Hugging Face's data sets store it
-            self.unread.check(cell, frozenset(("bytes", "path")), PARTS, "an image's ")
-            path = cell.get("path")
-            if not cell.get("bytes") and "://" in str(path):  # in an archive, or on a hub
-                return partial(_from_data_set, cell), str(path)
-            cell = cell.get("bytes") or path
-        if isinstance(cell, str) and cell.startswith("data:image/") and ";base64," in cell[:64]:
-            cell = _decoded(cell)
-        if isinstance(cell, bytes):
-            return cell, hashlib.sha256(cell).hexdigest()
-        if isinstance(cell, Image.Image) or callable(cell):
-            return cell, id(cell)
-        if is_blank(cell):
-            raise DataError("not an image: an image in the list is missing")
-        if not isinstance(cell, str | Path) or isinstance(cell, Number):
-            kind = "a number" if isinstance(cell, Number) else type(cell).__name__
-            raise DataError(f"not an image: the cell is {kind}; give a path, bytes or a PIL image")
-        text = str(cell)
-        if text not in self.paths:
-            self.paths[text] = Path(os.path.realpath(self.root / os.path.expanduser(local_path(text))))
-        return self.paths[text], str(self.paths[text])
-
-
-def _from_data_set(cell: dict[str, Any]) -> Image.Image:
-    import datasets
-
-    picture: Image.Image = datasets.Image().decode_example(cell)
-    return picture
-
-
-def _list(cell: Any, separator: str | None) -> list[Any] | None:
-    """The items of a cell that holds several images: a list, a JSON list of texts, or texts between separators."""
-    cell = as_list(cell)
-    if isinstance(cell, list | tuple):
-        return list(cell)
-    if not isinstance(cell, str):
-        return None
-    if PYTHON_LIST.fullmatch(cell):
-        raise DataError(f'image is a Python list: {cell:.60}; write JSON: ["a.png", "b.png"]')
-    found = json_list(cell)
-    if found is not None and all(isinstance(item, str) for item in found):
-        return found
-    if separator is not None and separator in cell:
-        return [part.strip() for part in cell.split(separator)]
-    return None
-
-
-def _decoded(url: str) -> bytes:
-    try:
-        return base64.b64decode(url.partition(";base64,")[2], validate=True)
-    except ValueError as error:
-        raise DataError(f"not an image: the data URL is not base64 ({error})") from None
 
 
 # ---------------------------------------------------------------- images and repeats

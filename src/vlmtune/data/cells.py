@@ -27,6 +27,9 @@ class Number(str):
 
     __slots__ = ()
 
+    def __repr__(self) -> str:
+        return str(self)
+
 
 class Unreadable(str):
     """A value that can't be used, which only matters where it is read; as a text it is the value itself."""

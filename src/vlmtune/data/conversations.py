@@ -9,6 +9,8 @@ and the one of OpenAI's chat interface, whose content is a text or a list of par
     [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]},
      {"role": "assistant", "content": "A cat."}]
 
+Pairs such as {"user": "What is it?", "assistant": "A cat."} (The Cauldron) are read as two messages each.
+
 `<image>` in a question, or a part of type image, stands for the row's next image; beside parts of type image it stays
 text. Whether the model sees an image where it is placed is for its chat template to say: LLaVA 1.5's puts images first.
 Nothing is guessed: turns must take turns, and places and images must match in number. Keys that nothing reads are
@@ -126,10 +128,30 @@ def _messages(cell: Any) -> list[Any]:
             cell = from_json(cell)
         except json.JSONDecodeError as error:
             raise DataError(f"conversation is not JSON: {error}") from None
-    cell = as_list(cell)
+        except DataError as error:
+            raise DataError(f"conversation is {error}") from None
+    cell = _by_message(as_list(cell))
     if isinstance(cell, str) or not isinstance(cell, Sequence) or not cell:
         raise DataError(f"conversation is {type(cell).__name__}; a list of messages is needed")
-    return list(cell)
+    return [message for item in cell for message in _of_pair(item)]
+
+
+def _by_message(cell: Any) -> Any:
+    """Older data sets hold one list for each key; as messages. Anything else is left as it is."""
+    lists = [as_list(value) for value in cell.values()] if isinstance(cell, dict) else []
+    if not lists or not all(isinstance(value, list) for value in lists) or len(set(map(len, lists))) > 1:
+        return cell
+    return [dict(zip(cell, row, strict=True)) for row in zip(*lists, strict=True)]
+
+
+def _of_pair(item: Any) -> list[Any]:
+    """The question and the answer of an item that holds both, as in The Cauldron; a message alone."""
+    asker = next((key for key in ("user", "human") if isinstance(item, dict) and key in item), None)
+    if asker is None or "assistant" not in item or any(key in item for key in ROLE_KEYS):
+        return [item]
+    others = {key: value for key, value in item.items() if key not in (asker, "assistant")}
+    question = {"role": "user", "content": item[asker]}
+    return [question, {**others, "role": "assistant", "content": item["assistant"]}]
 
 
 def _has_image_parts(messages: Iterable[Any]) -> bool:
@@ -172,6 +194,8 @@ class Reader:
             images += [None] * len(at)
         if role == "user" and (mark := media_mark(text, self.unread.media)):
             raise DataError(mark)
+        if role == "user":
+            self.unread.note_marks(text)
         return Message(role, text, at, self._is_trained(message, role))
 
     def _role(self, message: dict[str, Any]) -> str:

@@ -86,6 +86,7 @@ def _undecoded(dataset: Any) -> Any:
             return datasets.List(stored(feature.feature), length=feature.length)
         return {name: stored(inner) for name, inner in feature.items()} if isinstance(feature, dict) else feature
 
+    dataset = dataset.with_format(None)  # a saved set remembers the tensors, or the columns, it was last read as
     if dataset.features is None:  # a stream that has not been looked at
         dataset = dataset._resolve_features()
     for column, feature in dataset.features.items():

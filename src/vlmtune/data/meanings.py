@@ -7,6 +7,7 @@ Axolotl's and TRL's forms each carry some of them. Every other name that nothing
 from __future__ import annotations
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -143,6 +144,9 @@ PARTS = _table(
 )
 """Of one part of a message's content, of its `image_url`, or of an image as an object."""
 
+FOREIGN = re.compile(r"<img>[^<]+</img>|<image[ _]\d+>|<\|image(_\d+|_pad)?\|>|<image_placeholder>|<ImageHere>")
+"""How Qwen-VL, MMMU, Phi-3, Qwen2-VL, DeepSeek-VL and InternLM-XComposer mark an image in a text."""
+
 TOOL_ROLES = ("tool", "function", "function_call", "observation", "tool_call", "tool_response", "ipython")
 """Roles of messages that stand for a tool's part."""
 
@@ -164,6 +168,9 @@ class Unread:
         """Whether the table has a column of videos or sounds, so that `<video>` in a text is one."""
         self.keys: Counter[str] = Counter()
         """Keys of messages and images, and how often they held something."""
+        self.marks: Counter[str] = Counter()
+        """Marks of other notations in questions, and how many have them."""
+        self.told = False
 
     def meaning(self, name: str, table: Mapping[str, Meaning]) -> Meaning | None:
         """What a name that nothing reads means, if it is refused."""
@@ -180,8 +187,20 @@ class Unread:
             if meaning is None and name not in self.ignored and not says_nothing(value):
                 self.keys[name] += 1
 
+    def note_marks(self, question: str) -> None:
+        """Count a question in which an image has another program's mark."""
+        if ("<im" in question or "<|im" in question or "<Im" in question) and (found := FOREIGN.search(question)):
+            self.marks[found[0]] += 1
+
     def tell(self, file: str) -> None:
-        """Name the keys in the log, once."""
+        """Name the keys in the log, once, and the marks that stay text."""
+        if self.marks and not self.told:
+            count, example = sum(self.marks.values()), next(iter(self.marks))
+            log.warning(
+                "%s: %d questions hold a mark such as %s, which stays text: an image stands where <image> does",
+                *(file, count, example),
+            )
+            self.told = True
         if self.keys:
             log.info("%s: keys of messages not read: %s", file, ", ".join(self.keys))
             self.ignored |= self.keys.keys()

@@ -1,0 +1,93 @@
+"""Cells that name images -> where each image comes from; nothing is opened here."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+from collections.abc import Hashable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from vlmtune.config import DataConfig
+from vlmtune.data.answers import PYTHON_LIST
+from vlmtune.data.cells import Number, as_list, is_blank, json_list
+from vlmtune.data.images import Source
+from vlmtune.data.meanings import PARTS, Unread
+from vlmtune.data.paths import local_path
+from vlmtune.errors import DataError
+
+
+class Locator:
+    """Finds the images of one file's rows. Relative paths start from `data.image_root`, else from the file's folder."""
+
+    def __init__(self, config: DataConfig, file: str, unread: Unread):
+        own = Path(file).expanduser()
+        self.root = Path(config.image_root).expanduser() if config.image_root else own if own.is_dir() else own.parent
+        self.separator, self.unread = config.image_separator, unread
+        self.paths: dict[str, Path] = {}
+
+    def of_cell(self, cell: Any) -> list[tuple[Source, Hashable]]:
+        """The images of a cell, each with its key."""
+        listed = _list(cell, self.separator)
+        if listed is not None:
+            return [self.locate(item) for item in listed]
+        return [] if is_blank(cell) else [self.locate(cell)]
+
+    def locate(self, cell: Any) -> tuple[Source, Hashable]:
+        """One image and its key: equal for equal images."""
+        if isinstance(cell, dict) and {"bytes", "path"} & cell.keys():  # an image as Hugging Face's data sets store it
+            self.unread.check(cell, frozenset(("bytes", "path")), PARTS, "an image's ")
+            path = cell.get("path")
+            if not cell.get("bytes") and "://" in str(path):  # in an archive, or on a hub
+                return partial(_from_data_set, cell), str(path)
+            cell = cell.get("bytes") or path
+        if isinstance(cell, str) and cell.startswith("data:image/") and ";base64," in cell[:64]:
+            cell = _decoded(cell)
+        if isinstance(cell, bytes):
+            return cell, hashlib.sha256(cell).hexdigest()
+        if isinstance(cell, Image.Image) or callable(cell):
+            return cell, id(cell)
+        if is_blank(cell):
+            raise DataError("not an image: an image in the list is missing")
+        if not isinstance(cell, str | Path) or isinstance(cell, Number):
+            kind = "a number" if isinstance(cell, Number) else type(cell).__name__
+            raise DataError(f"not an image: the cell is {kind}; give a path, bytes or a PIL image")
+        text = str(cell)
+        if text not in self.paths:
+            self.paths[text] = Path(os.path.realpath(self.root / os.path.expanduser(local_path(text))))
+        return self.paths[text], str(self.paths[text])
+
+
+def _from_data_set(cell: dict[str, Any]) -> Image.Image:
+    import datasets
+
+    picture: Image.Image = datasets.Image().decode_example(cell)
+    return picture
+
+
+def _list(cell: Any, separator: str | None) -> list[Any] | None:
+    """The items of a cell that holds several images: a list, a JSON list of texts, or texts between separators."""
+    cell = as_list(cell)
+    if isinstance(cell, list | tuple):
+        return list(cell)
+    if not isinstance(cell, str):
+        return None
+    if PYTHON_LIST.fullmatch(cell):
+        raise DataError(f'image is a Python list: {cell:.60}; write JSON: ["a.png", "b.png"]')
+    found = json_list(cell)
+    if found is not None and all(isinstance(item, str) for item in found):
+        return found
+    if separator is not None and separator in cell:
+        return [part.strip() for part in cell.split(separator)]
+    return None
+
+
+def _decoded(url: str) -> bytes:
+    try:
+        return base64.b64decode(url.partition(";base64,")[2], validate=True)
+    except ValueError as error:
+        raise DataError(f"not an image: the data URL is not base64 ({error})") from None
