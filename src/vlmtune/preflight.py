@@ -70,7 +70,8 @@ def check_inputs(encoder: Encoder, records: Sequence[Record]) -> str:
         return f"inputs     made by {type(encoder.family).__name__}"
     shapes = {encoder.prompt.shape(record): record for record in reversed(records)}
     made = [_check_input(encoder, record) for record in list(shapes.values())[:SHAPES]]
-    named = f"{type(encoder.processor).__name__}: {', '.join(max(made, key=len))}"
+    names = sorted({name for found in made for name in found})
+    named = f"{type(encoder.processor).__name__}: {', '.join(names)}"
     return f"inputs     the tokens and tensors of {named} ({len(made)} shapes of row)"
 
 

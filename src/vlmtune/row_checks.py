@@ -19,7 +19,7 @@ from vlmtune.data.conversations import PLACE
 from vlmtune.data.encode import Encoder
 from vlmtune.data.images import image_size
 from vlmtune.data.records import BadRow, Record, Split
-from vlmtune.data.table import BadRowsError, chosen, refusals
+from vlmtune.data.table import BadRowsError, chosen_rows, refusals
 from vlmtune.data.template import Shape, conversation
 from vlmtune.errors import DataError, ModelError
 from vlmtune.models.parts import base_of
@@ -130,7 +130,7 @@ def _set_apart(split: Split, reasons: dict[int, str]) -> None:
         record = split.records[number]
         line = int(lines[record.row]) if lines is not None else 0
         split.bad.append(BadRow(record.file, line, record.row + 1, reason))
-    split.records = chosen(split.records, [n for n in range(len(split.records)) if n not in reasons])
+    split.records = chosen_rows(split.records, [n for n in range(len(split.records)) if n not in reasons])
 
 
 class Look:

@@ -209,8 +209,8 @@ def _hold_out(train: Split, fraction: float, seed: int) -> tuple[Split, Split]:
         raise DataError(f"data.validation_fraction={fraction:g}: all rows show one image; set data.validation instead")
     count = min(max(1, round(fraction * len(groups))), len(groups) - 1)
     chosen = set(random.Random(seed).sample(groups, count))
-    kept = chosen(train.records, [i for i, key in enumerate(keys) if key not in chosen])
-    taken = chosen(train.records, [i for i, key in enumerate(keys) if key in chosen])
+    kept = chosen_rows(train.records, [i for i, key in enumerate(keys) if key not in chosen])
+    taken = chosen_rows(train.records, [i for i, key in enumerate(keys) if key in chosen])
     return Split(kept, train.frame, train.bad), Split(taken, train.frame)
 
 
@@ -230,7 +230,7 @@ def _joined(groups: Sequence[Hashable]) -> list[Hashable]:
     return [root(group[0] if isinstance(group, tuple) else group) for group in groups]
 
 
-def chosen(records: Sequence[Record], rows: Sequence[int]) -> Sequence[Record]:
+def chosen_rows(records: Sequence[Record], rows: Sequence[int]) -> Sequence[Record]:
     """These of the records; what reads them from disk goes on doing so."""
     select = getattr(records, "select", None)
     return select(rows) if select else [records[row] for row in rows]
@@ -243,4 +243,4 @@ def _limited(split: Split, name: str, config: DataConfig, seed: int) -> Split:
     if getattr(split.records, "in_order", False):
         raise ConfigError("data.max_train_rows: a stream is as long as trainer.max_steps asks for")
     rows = sorted(random.Random(seed).sample(range(len(split)), most)) if name == "train" else range(most)
-    return dataclasses.replace(split, records=chosen(split.records, rows))
+    return dataclasses.replace(split, records=chosen_rows(split.records, rows))
