@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import unicodedata
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import groupby
@@ -40,7 +39,7 @@ def check_labels(encoder: Encoder, records: Sequence[Record]) -> str:
         runs = [list(run) for supervised, run in groupby(labels, IGNORE.__ne__) if supervised]
         texts = [encoder.tokenizer.decode(run, skip_special_tokens=False) for run in runs]
         wanted = encoder.supervised_texts(record)
-        if list(map(_composed, texts)) != list(map(_composed, wanted)):
+        if list(map(encoder.composed, texts)) != list(map(encoder.composed, wanted)):
             raise DataError(
                 f"{record.place}: would train on {texts!r} in place of {wanted!r}; this tokenizer can't write it"
             )
@@ -52,11 +51,6 @@ def check_labels(encoder: Encoder, records: Sequence[Record]) -> str:
             raise DataError(f"{record.place}: generation would start from other tokens than training on {texts!r}")
         example = example or texts[-1]
     return f"labels     {len(records)} rows are their answers and an end token, the first {example!r}"
-
-
-def _composed(text: str) -> str:
-    """The form of a text that tokenizers compare in: they may compose accents and drop outer space."""
-    return unicodedata.normalize("NFC", text).strip()
 
 
 def check_inputs(encoder: Encoder, records: Sequence[Record]) -> str:
