@@ -102,15 +102,13 @@ def test_prompts_are_the_templates(encoder: Encoder) -> None:
     processor, other = encoder.processor, []
     for name, row in shapes().items():
         record, messages = record_of(row), messages_of(row)
-        try:
-            wanted = processor.apply_chat_template(messages[:-1], add_generation_prompt=True)
-        except Exception as refusal:
-            with pytest.raises(DataError, match="refuses"):
+        if encoder.family.needs_image and (len(record.turns) > 1 or record.system is not None):
+            with pytest.raises(DataError, match="refuses the conversation: PaliGemma takes one question"):
                 encoder.render(record, answered=False)
-            assert "PaliGemma" in str(refusal), name
             continue
         if encoder.family.needs_image and not record.images:
             continue
+        wanted = processor.apply_chat_template(messages[:-1], add_generation_prompt=True)
         if encoder.render(record, answered=False)[0] != wanted:
             other.append(name)
         if type(encoder.family) is Family:
@@ -154,7 +152,7 @@ def test_every_shape_passes_the_proof_before_training(encoder: Encoder, supervis
 def test_all_answers_are_found_where_images_differ_between_questions(
     encoder_of: Callable[[str], Encoder], family: str
 ) -> None:
-    """SmolVLM's template writes a space after `User:` where no image follows; an answer's separator is another thing."""
+    """SmolVLM's template writes a space after `User:` where no image follows, which is no part of a separator."""
     encoder = Encoder(encoder_of(family).processor, supervise="all")
     turns = (Turn("a?", ("one",), (0,)), Turn("b?", (" two",)), Turn("c?", ("",), (2,)), Turn("d?", ("four",)))
     row = Record(turns, (PICTURES[0], PICTURES[1]))
