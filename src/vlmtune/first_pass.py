@@ -49,8 +49,8 @@ def check_loss(model: Any, encoder: Encoder, records: Sequence[Record], engine: 
     allowed = 2e-2 if _computes_in_halves(model, engine) else 1e-3
     if not gap <= allowed and torch.isfinite(own):
         raise TrainingError(
-            f"the loss of the first rows is {float(ours):.6f}, and the model's own from the same labels {float(own):.6f} "
-            f"(relative difference {gap:.1e}, allowed {allowed:.0e}); please report this model"
+            f"the loss of the first rows is {float(ours):.6f}, and the model's own from the same labels "
+            f"{float(own):.6f} (relative difference {gap:.1e}, allowed {allowed:.0e}); please report this model"
         )
     return f"loss       {float(ours):.4f} a token, the model's own to {gap:.0e} ({len(rows)} rows)"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import unicodedata
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import groupby
@@ -40,7 +39,7 @@ def check_labels(encoder: Encoder, records: Sequence[Record]) -> str:
         runs = [list(run) for supervised, run in groupby(labels, IGNORE.__ne__) if supervised]
         texts = [encoder.tokenizer.decode(run, skip_special_tokens=False) for run in runs]
         wanted = encoder.supervised_texts(record)
-        if list(map(_composed, texts)) != list(map(_composed, wanted)):
+        if list(map(encoder.composed, texts)) != list(map(encoder.composed, wanted)):
             raise DataError(
                 f"{record.place}: would train on {texts!r} in place of {wanted!r}; this tokenizer can't write it"
             )
@@ -54,11 +53,6 @@ def check_labels(encoder: Encoder, records: Sequence[Record]) -> str:
     return f"labels     {len(records)} rows lead to their answers and an end token, the first to {example!r}"
 
 
-def _composed(text: str) -> str:
-    """The form of a text that tokenizers compare in: they may compose accents and drop outer space."""
-    return unicodedata.normalize("NFC", text).strip()
-
-
 def check_inputs(encoder: Encoder, records: Sequence[Record]) -> str:
     """Raise ModelError unless a row of each shape reaches the model as its family's processor would write it by itself:
     the same tokens, and every tensor that it returns.
@@ -70,7 +64,8 @@ def check_inputs(encoder: Encoder, records: Sequence[Record]) -> str:
         return f"inputs     made by {type(encoder.family).__name__}"
     shapes = {encoder.prompt.shape(record): record for record in reversed(records)}
     made = [_check_input(encoder, record) for record in list(shapes.values())[:SHAPES]]
-    named = f"{type(encoder.processor).__name__}: {', '.join(max(made, key=len))}"
+    names = sorted({name for found in made for name in found})
+    named = f"{type(encoder.processor).__name__}: {', '.join(names)}"
     return f"inputs     the tokens and tensors of {named} ({len(made)} shapes of row)"
 
 

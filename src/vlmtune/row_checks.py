@@ -77,7 +77,6 @@ def check_rows(encoder: Encoder, splits: dict[str, Split], config: Config, limit
         if is_streamed(split.records):
             split.records.refuse = look.faults_of  # type: ignore[attr-defined]
             continue
-        count += len(split.records)
         reasons, bounds = look.through(split.records)
         if name == "train":
             usable = [n for n in range(len(bounds)) if n not in reasons]
@@ -85,6 +84,7 @@ def check_rows(encoder: Encoder, splits: dict[str, Split], config: Config, limit
         if reasons:
             _set_apart(split, reasons)
             problems += refusals(name, split, config.data)
+        count += len(split.records)
     if problems:
         raise BadRowsError(problems, [row for split in splits.values() for row in split.bad])
     train = splits["train"].records if "train" in splits and not is_streamed(splits["train"].records) else []

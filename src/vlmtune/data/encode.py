@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
+import unicodedata
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -137,6 +138,16 @@ class Encoder:
         text, spans = self.render(record, answered=True)
         names = [name for begin, end in spans for name in self._added_name.findall(text[begin:end])]
         return [self.tokenizer.convert_tokens_to_ids(name) for name in names]
+
+    def composed(self, text: str) -> str:
+        """The form of a text that tokenizers compare in: they may compose accents, drop outer space, and write a space
+        after an added token (Llama's).
+        """
+        return self._around_added.sub(r"\1", unicodedata.normalize("NFC", text)).strip()
+
+    @functools.cached_property
+    def _around_added(self) -> re.Pattern[str]:
+        return re.compile(rf"\s*({self._added_name.pattern})\s*")
 
     @functools.cached_property
     def _added_ids(self) -> set[int]:
