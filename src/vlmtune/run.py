@@ -42,6 +42,7 @@ def train(config: Config, folder: Path | None) -> dict[str, Any]:
     dtypes = session.dtypes(config, engine)
 
     # model and what trains of it
+    adapters.check(config)
     if config.model.fresh:
         load.make_fresh(config.model, folder / "base", config.trainer.seed, engine)
     model, processor = load.load(config.model, config.quantization, device=engine.device, **dtypes)

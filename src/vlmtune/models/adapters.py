@@ -47,7 +47,7 @@ def adapt(model: Any, config: Config, parts: Parts, *, total_steps: int) -> Any:
             "adapter.use_dora: PEFT and bitsandbytes lose the scales of int8 weights after the first pass on a CPU; "
             "use quantization=nf4 or none, or adapter=lora"
         )
-    fields = names_as_lists(config.adapter, model)
+    fields = names_as_lists(config.adapter)
     if method == "adalora":
         fields.setdefault("total_step", total_steps)
     peft_config = build_config(with_default_targets(fields, model))
@@ -58,6 +58,13 @@ def adapt(model: Any, config: Config, parts: Parts, *, total_steps: int) -> Any:
     freeze_other_biases(adapted, parts, scope)
     check_saved(adapted)
     return with_lora_in_one_step(adapted)
+
+
+def check(config: Config) -> None:
+    """Raise ConfigError where PEFT refuses the values of `adapter`, before a model is loaded for them."""
+    if config.uses_adapter:
+        length = {"total_step": 10**9} if config.adapter["method"] == "adalora" else {}  # not known yet
+        build_config({**length, **names_as_lists(config.adapter)})
 
 
 def with_default_targets(fields: dict[str, Any], model: Any) -> dict[str, Any]:

@@ -13,7 +13,24 @@ from vlmtune import hub
 from vlmtune.config import ModelConfig
 from vlmtune.errors import ModelError
 
-PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+SETTINGS = (
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+)
+"""Small files of a checkpoint; transformers reads on without some of them where they are damaged."""
+MISSING = {
+    "Can't load image processor": "has no files of an image processor (preprocessor_config.json); copy them from the "
+    "original checkpoint. A text-only model has none",
+    "has no image processor": "has no image processor, so it is no vision-language model",
+    "Couldn't instantiate the backend tokenizer": "has no tokenizer.json; copy it from the original checkpoint",
+    "Unrecognized configuration class": "is of a type that reads no images, or that this transformers can't open",
+    "Error while deserializing header": "its weights (*.safetensors) are cut or damaged; copy them again",
+}
+"""Part of what transformers says -> what it means."""
 POINTER = b"version https://git-lfs"
 
 
@@ -39,6 +56,8 @@ def check_place(path: str) -> None:
             raise adapter_error(f"{path}/model", base_of_adapter(place / "model"), run=path)
         raise ModelError(f"model.path={path}: is the folder of a run; its model is model.path={path}/model")
     check_names(path, names)
+    for name in names.intersection(SETTINGS):
+        check_settings(place / name)
     for index in place.glob("*.safetensors.index.json"):
         check_shards(index)
     for file in place.glob("*.safetensors"):
@@ -59,14 +78,24 @@ def check_names(path: str, names: Collection[str]) -> None:
         raise ModelError(f"{path}: can't be opened: has no config.json{gguf}; give a checkpoint in the hub's layout")
     if ".safetensors" in endings:
         return
-    pickled = sorted(name for name in names if Path(name).suffix in PICKLED and name != "training_args.bin")
+    pickled = sorted(name for name in names if Path(name).suffix == ".bin" and name != "training_args.bin")
     if pickled:
         raise ModelError(
             f"{path}: has its weights in {pickled[0]} alone, which can run code when it is read; convert them once: "
             f"python -c \"import transformers as t; t.AutoModelForImageTextToText.from_pretrained('{path}')"
             f".save_pretrained('NEW')\", copy the tokenizer's and processor's files beside, and set model.path=NEW"
         )
-    raise ModelError(f"{path}: can't be opened: has no weights (*.safetensors)")
+    raise ModelError(f"{path}: can't be opened: has no weights (*.safetensors) in the hub's layout")
+
+
+def check_settings(file: Path) -> None:
+    """Raise ModelError where a file of settings is no JSON object."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ModelError(f"{file.parent}: can't be opened: {file.name} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{file.parent}: can't be opened: {file.name} holds a {type(content).__name__}, not an object")
 
 
 def check_shards(index: Path) -> None:
@@ -129,7 +158,8 @@ def explained(config: ModelConfig) -> Iterator[None]:
                 f"{path}: carries Python code of its own; read it, then set model.trust_remote_code=true to run it"
             ) from error
         if Path(str(path)).is_dir():
-            raise ModelError(f"{path}: can't be opened: {_first_line(error)}") from error
+            meaning = next((said for part, said in MISSING.items() if part in text), _first_line(error))
+            raise ModelError(f"{path}: can't be opened: {meaning}") from error
         if caused_by(GatedRepoError) or "gated repo" in text:
             raise ModelError(
                 f"{path} is gated: accept its licence on {page}, then log in once with `hf auth login` "
@@ -153,4 +183,5 @@ def explained(config: ModelConfig) -> Iterator[None]:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    first = next(iter(str(error).strip().splitlines()), "")
+    return first if first and not isinstance(error, LookupError) else f"{type(error).__name__} {first}".strip()

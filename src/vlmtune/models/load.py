@@ -20,6 +20,7 @@ from vlmtune.models.processors import hub_options, is_original_internvl2, load_p
 from vlmtune.models.quantization import (
     check_method,
     check_quantized,
+    check_stored,
     keep_trainable_on_cpu,
     quantization_config,
     quantized_bits,
@@ -112,6 +113,7 @@ def _load_model(
     if quantization["method"] is not None:
         check_quantized(model, find_parts(model), quantization["parts"])
     if stored:
+        check_stored(model)
         log.info("the checkpoint is stored in %d bits, and stays so", quantized_bits(model))
     return model
 

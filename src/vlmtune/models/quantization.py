@@ -31,6 +31,9 @@ def problems(quantization: dict[str, Any]) -> list[str]:
         for key in quantization
         if key.startswith(OTHERS.get(method, ())) or key == "llm_int8_enable_fp32_cpu_offload"
     ]
+    kind = quantization.get("bnb_4bit_quant_type", "nf4")
+    if kind not in ("nf4", "fp4"):
+        found.append(f"quantization.bnb_4bit_quant_type={kind}: choose from: fp4, nf4")
     own = {"bitsandbytes_4bit": "load_in_4bit", "bitsandbytes_8bit": "load_in_8bit"}.get(method)
     if own and quantization.get(own) is not True:
         found.append(f"quantization.{own}={quantization.get(own)}: must be true with quantization.method={method}")
@@ -58,7 +61,7 @@ def quantization_config(quantization: dict[str, Any], skip: list[str], compute_d
     fields[key] = [*(fields.get(key) or []), *skip]
     try:
         return cls(**fields)
-    except (TypeError, ValueError, ImportError) as error:
+    except (TypeError, ValueError, ImportError, AttributeError) as error:
         raise ConfigError(f"quantization: {error}") from error
 
 
@@ -66,8 +69,14 @@ def check_method(config: Any, method: str, device: torch.device) -> None:
     """Raise ConfigError where `method` can't quantize while loading on this machine, or nothing can train over it."""
     from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
+    cls = AUTO_QUANTIZER_MAPPING[method]
+    if cls.requires_calibration:
+        raise ConfigError(
+            f"quantization.method={method}: can't quantize while loading; give a checkpoint that is stored so in "
+            "model.path, and quantization=none"
+        )
     try:
-        quantizer = AUTO_QUANTIZER_MAPPING[method](config, pre_quantized=False)
+        quantizer = cls(config, pre_quantized=False)
         quantizer.validate_environment(device_map={"": device})
     except (ImportError, ValueError, RuntimeError, KeyError) as error:
         raise ConfigError(f"quantization.method={method}: {error}") from error
@@ -110,6 +119,18 @@ def linear_layers(model: nn.Module, parts: Parts) -> Iterator[tuple[str, str]]:
             yield name, "head" if is_head else parts.of(name)
 
 
+def check_stored(model: nn.Module) -> None:
+    """Raise ModelError where a checkpoint says that bitsandbytes quantized it, and its weights are whole."""
+    from vlmtune.models.parts import is_quantized
+
+    replaced = any(type(module).__name__ in ("Linear4bit", "Linear8bitLt") for module in model.modules())
+    if replaced and not any(is_quantized(parameter) for parameter in model.parameters()):
+        raise ModelError(
+            "config.json says that the weights are quantized, and they are whole; take quantization_config out of it, "
+            "and quantize while loading: quantization=nf4"
+        )
+
+
 def check_quantized(model: nn.Module, parts: Parts, wanted: list[str]) -> None:
     """Raise ModelError where a wanted part has ended up without a single quantized layer."""
     from vlmtune.models.parts import is_quantized
@@ -135,9 +156,13 @@ def use_stored(architecture: Any, quantization: dict[str, Any], compute_dtype: t
 
     Raises ConfigError where the run would quantize it once more.
     """
+    from transformers.quantizers import AutoHfQuantizer
+
     stored = getattr(architecture, "quantization_config", None)
     if not stored:
         return False
+    if not isinstance(stored, dict) or not AutoHfQuantizer.supports_quant_method(stored):
+        raise ModelError(f"config.json: this transformers can't read its quantization_config: {stored}")
     if quantization["method"] is not None:
         raise ConfigError(
             f"quantization: the checkpoint is stored in {stored_bits(stored)} bits already; use quantization=none, "

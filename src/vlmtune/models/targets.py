@@ -21,16 +21,14 @@ PATTERNS = ("rank_pattern", "alpha_pattern", "lambda_pattern", "n_frequency_patt
 """Fields that hold values for some of the targets."""
 
 
-def names_as_lists(fields: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+def names_as_lists(fields: dict[str, Any]) -> dict[str, Any]:
     """`fields`, where one name given without brackets is a list of it: `q_proj` means `[q_proj]`.
 
     PEFT reads a text as a regular expression of full names, or letter by letter, and then matches nothing.
     """
-    known = {name for name, _ in [*model.named_modules(), *model.named_parameters()]}
 
     def is_name(value: Any) -> bool:
-        plain = isinstance(value, str) and value.lower() != ALL_LINEAR and re.fullmatch(r"[\w.]+", value)
-        return bool(plain) and value not in known
+        return isinstance(value, str) and value.lower() != ALL_LINEAR and bool(re.fullmatch(r"[\w.]+", value))
 
     return {key: [value] if key in NAMES and is_name(value) else value for key, value in fields.items()}
 
