@@ -44,7 +44,6 @@ def run_in(folder: Path, config: Config) -> dict[str, Any]:
         with display.logging_to(None):
             return run.train(config, None)
     check_free(folder, config)
-    folder.mkdir(parents=True, exist_ok=True)
     with lock.held(folder):
         return _run_alone(folder, config)
 
@@ -64,7 +63,7 @@ def _run_alone(folder: Path, config: Config) -> dict[str, Any]:
     with display.logging_to(folder), signals.ending_at_once():
         try:
             result = run.train(config, folder)
-            if config.preflight == "only":
+            if config.preflight == "only" and not config.resume:  # or the run that was looked at loses its own result
                 runfolder.write_json(folder / "result.json", result)
             return result
         except BaseException as error:
