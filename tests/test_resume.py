@@ -6,6 +6,8 @@ import dataclasses
 import logging
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -83,7 +85,7 @@ def test_all_differences_are_in_one_error() -> None:
     now = identity(adapter__r=8, data__supervise="all") | {"share_prefix": False}
     with pytest.raises(CheckpointError) as caught:
         changes(FOLDER, identity(), now, 4)
-    assert len(caught.value.problems) == 4
+    assert len(caught.value.problems) == 3
     assert "share_prefix was True, now False: set trainer.share_prefix to what it was" in str(caught.value)
 
 
@@ -279,6 +281,11 @@ def cut_back(run: Path, step: int) -> None:
     (run / "result.json").unlink()
 
 
+def losses(run: Path) -> list[float]:
+    rows = [yaml.safe_load(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row["train/loss"] for row in rows if "train/loss" in row]
+
+
 def test_a_change_is_applied_recorded_and_kept(overrides: Overrides, tmp_path: Path) -> None:
     run = tmp_path / "run"
     vlmtune.train(overrides("trainer.scheduler.name=constant"))
@@ -308,6 +315,31 @@ def test_a_refused_resume_leaves_the_run_as_it_was(overrides: Overrides, tmp_pat
     Image.new("RGB", (56, 56), "green").save(tmp_path / "0.png")
     with pytest.raises(CheckpointError, match="image content was"):
         vlmtune.train([f"resume={run}"])
+
+
+def test_a_look_at_a_run_leaves_its_result(overrides: Overrides, tmp_path: Path) -> None:
+    vlmtune.train(overrides())
+    before = (tmp_path / "run" / "result.json").read_bytes()
+    assert vlmtune.train([f"resume={tmp_path / 'run'}", "preflight=only"])["status"] == "preflight"
+    assert (tmp_path / "run" / "result.json").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_two_processes_and_back(overrides: Overrides, tmp_path: Path) -> None:
+    """A step takes the same rows; without dropout the losses are those of one process."""
+    run, straight = tmp_path / "run", tmp_path / "straight"
+    vlmtune.train(overrides("trainer.log_every=1", name="straight"))
+    vlmtune.train(overrides("trainer.log_every=1"))
+    cut_back(run, 2)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "src/train.py", f"resume={run}"]
+    refused = subprocess.run(command, capture_output=True, text=True)
+    assert refused.returncode == 1
+    assert "rows per step was 4, now 8" in refused.stderr
+    assert "set trainer.batch_size=2" in refused.stderr
+    subprocess.run([*command, "trainer.batch_size=2"], check=True)
+    assert losses(run) == pytest.approx(losses(straight), abs=1e-5)
+    cut_back(run, 2)
+    assert vlmtune.train([f"resume={run}", "trainer.batch_size=4"])["steps"] == 4
 
 
 def test_config_yaml_edited_by_hand_is_compared_too(overrides: Overrides, tmp_path: Path) -> None:

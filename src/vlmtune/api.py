@@ -66,7 +66,7 @@ def _run_alone(folder: Path, config: Config) -> dict[str, Any]:
             (folder / left_over).unlink(missing_ok=True)
     with surroundings.kept(), display.logging_to(folder), signals.ending_at_once(), _failure_written(folder):
         result = run.train(config, folder)
-        if config.preflight == "only":
+        if config.preflight == "only" and not config.resume:  # or the run that was looked at loses its own result
             runfolder.write_json(folder / "result.json", result)
         return result
 

@@ -228,7 +228,9 @@ def load_checkpoint(
     if scaler is not None and "scaler" in state:
         scaler.load_state_dict(state["scaler"])
     rng = _read(folder / "random.safetensors")
-    own = rank if f"{rank}.cpu" in rng else 0  # more processes than there were
+    own = rank if f"{rank}.cpu" in rng else 0
+    if own != rank:
+        log.warning("process %d was not there before: it draws dropout as the first one does", rank)
     torch.set_rng_state(rng[f"{own}.cpu"])
     if torch.cuda.is_available() and f"{own}.cuda" in rng:
         torch.cuda.set_rng_state(rng[f"{own}.cuda"])

@@ -20,11 +20,14 @@ NAME = ".lock"
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Hold the folder while inside. Raises ConfigError that names the process that holds it.
+    """Hold the folder, which is made if need be, while inside.
+
+    Raises ConfigError that names the process that holds it, or says why it can't be written.
 
     The system lets go of the lock when its process ends, however that happens, so none is ever stale.
     """
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         file = (folder / NAME).open("a+")
     except OSError as error:
         raise ConfigError(f"{folder}: can't be written: {error.strerror}; choose another hydra.run.dir") from error

@@ -175,11 +175,9 @@ def changes(folder: Path, was: Mapping[str, Any], now: Mapping[str, Any], step: 
         elif kind_of(key) is not Kind.FREE:
             found.append({"step": step, "key": key, "was": before, "now": value})
     if problems:
-        run = folder.parent.parent
-        way = (
-            f"for another run choose another hydra.run.dir; to start from this one's model: model.path={run / 'model'}"
-        )
-        raise CheckpointError([*(f"{folder}: {problem}" for problem in problems), way])
+        model = folder.parent.parent / "model"
+        problems[-1] += f". For another run choose another hydra.run.dir; model.path={model} starts from this model"
+        raise CheckpointError([f"{folder}: {problem}" for problem in problems])
     for change in found:
         log.info("changed on resume: %s %s -> %s", change["key"], change["was"], change["now"])
     return found

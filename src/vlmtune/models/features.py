@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from vlmtune.config import DataConfig
-from vlmtune.models.image_cache import Entry, Pixels, joined, pixels_mark
+from vlmtune.models.cache_folder import Entry
+from vlmtune.models.image_cache import Pixels, joined, pixels_mark
 from vlmtune.models.parts import Parts, base_of
 
 FROZEN = ("vision", "projector")
