@@ -205,10 +205,10 @@ def reason_of(error: Exception) -> str:
 
 def audited(frame: pd.DataFrame, config: Config) -> Split:
     """The frame's rows to be answered, each image decoded once: a bad one must not end the others."""
-    from vlmtune.data.table import audit_frame
+    from vlmtune.data.table import audit_frame, image_root_of
 
     file = str(frame.attrs.get("file", ""))  # relative paths start at the folder of a table that was read from one
-    data = dataclasses.replace(config.data, check_images="decode")
+    data = dataclasses.replace(config.data, image_root=image_root_of(config.data, "test"), check_images="decode")
     return audit_frame(frame, data, config.task, file=file, answers_required=False)
 
 
