@@ -17,7 +17,7 @@ from vlmtune.checkpoint import save_model
 from vlmtune.data.batch import padded
 from vlmtune.errors import CheckpointError, ConfigError
 from vlmtune.loss import model_inputs
-from vlmtune.models.adapters import adapt, expand_targets, load_adapter
+from vlmtune.models.adapters import adapt, load_adapter
 from vlmtune.models.parts import find_parts
 
 # PEFT 0.19 still asks transformers 5 for the property's old name
@@ -60,7 +60,7 @@ def test_the_scope_may_be_other_parts(model_of: Callable[[str], Any], family: st
     model = model_of(family)
     parts = find_parts(model)
     for scope in (["vision"], ["projector"], ["vision", "projector"]):
-        found = expand_targets(model, parts, "all-linear", scope, "target_modules")
+        found = tiny.targets(model, parts, "all-linear", scope)
         assert {parts.of(name) for name in found} == set(scope)
     assert {parts.of(name) for name in adapted(model, parts=["vision"])} == {"vision"}
 
@@ -79,8 +79,8 @@ def test_a_regular_expression_stays_in_its_scope(model_of: Callable[[str], Any])
     ("targets", "message"),
     [
         (["q_proj", "qproj"], r"adapter\.target_modules: qproj matches nothing in language; did you mean .*q_proj"),
-        (["fc1"], r"fc1 matches nothing in language; choose from: .*gate_proj.*q_proj"),
-        (".*fc1", r"fc1 matches nothing in language"),
+        (["fc1"], r"fc1 is in vision only; add vision to adapter\.parts=\[language\]"),
+        (".*fc1", r"fc1 is in vision only"),
         (["proj"], r"proj matches nothing"),
     ],
 )

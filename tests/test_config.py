@@ -134,7 +134,7 @@ def test_all_problems_come_in_one_error_with_what_would_work() -> None:
         "trainer.batch_size='many': must be of type int",
         "trainer.scheduler.warmup_fraction=1.5: must be at least 0 and at most 1",
         "trainer.precision=bf61: did you mean bf16?",
-        "data.columns=3: is a group of keys; set one of image, question, answer, conversation",
+        "data.columns=3: is a group of keys; set one of image, question, answer, conversation, system",
     ]
 
 

@@ -20,7 +20,6 @@ from vlmtune.data.records import Record
 from vlmtune.errors import ModelError
 from vlmtune.generate import generate
 from vlmtune.loss import model_inputs, summed_loss
-from vlmtune.models.adapters import expand_targets
 from vlmtune.models.parts import find_parts
 from vlmtune.preflight import check_inputs, layouts_agree
 
@@ -80,7 +79,7 @@ def test_every_weight_is_in_one_part_and_each_part_has_weights(model: Any, famil
 
 def test_a_bare_list_means_the_language_model(model: Any) -> None:
     """By themselves these names also hit vision towers, and Idefics' perceiver and cross-attention."""
-    found = expand_targets(model, find_parts(model), ["q_proj", "v_proj"], ["language"], "target_modules")
+    found = tiny.targets(model, find_parts(model), ["q_proj", "v_proj"], ["language"])
     layers = sum(name.endswith("self_attn.q_proj") and name.startswith(LANGUAGE) for name, _ in model.named_modules())
     assert len(found) == 2 * layers
     assert all(name.startswith(LANGUAGE) and name.endswith(("self_attn.q_proj", "self_attn.v_proj")) for name in found)
@@ -91,7 +90,7 @@ def test_every_part_can_carry_an_adapter(model: Any, family: str) -> None:
     for part in ("vision", "projector", "language"):
         if (family, part) == ("gemma3", "projector"):
             continue  # a bare parameter, no layer
-        found = expand_targets(model, parts, "all-linear", [part], "target_modules")
+        found = tiny.targets(model, parts, "all-linear", [part])
         assert found
         assert {parts.of(name) for name in found} == {part}
 

@@ -98,7 +98,7 @@ def test_images_are_bounded_before_they_are_decoded(saved: Path) -> None:
     [
         ("set/train:validation", "is a single split, so it has no 'validation'"),
         ("set:trian", "has no split 'trian'; did you mean train"),
-        ("somebody/nothing", r"data\.train=.*can't be opened"),
+        ("somebody/nothing", r"data\.train=.*the hub can't be reached.*hf download.*data\.train=FOLDER"),
     ],
 )
 def test_what_is_not_there_says_so(saved: Path, path: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,10 +127,14 @@ def test_several_images_a_row_are_known_by_content(tmp_path: Path) -> None:
     assert len(set(once.groups)) == 6
 
 
-def test_a_repeated_row_is_a_bad_row(tmp_path: Path) -> None:
+def test_repeated_rows_are_kept_left_out_or_refused(tmp_path: Path) -> None:
     rows(question=["Is it?", "Is it?", "a?", "b?", "c?", "d?"], answer=["yes"] * 6).save_to_disk(str(tmp_path / "set"))
+    assert len(opened(tmp_path / "set")["train"]) == 6
+    dropped = opened(tmp_path / "set", on_duplicate="drop")["train"]
+    assert [record.row for record in dropped.records] == [0, 2, 3, 4, 5]
+    assert [(row.row, row.reason) for row in dropped.bad] == [(2, "duplicate of row 1")]
     with pytest.raises(BadRowsError, match="duplicate of row 1"):
-        opened(tmp_path / "set")
+        opened(tmp_path / "set", on_duplicate="fail")
 
 
 @pytest.mark.parametrize(

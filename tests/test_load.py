@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import torch
 from huggingface_hub import errors as hub
@@ -22,6 +21,7 @@ from transformers import PreTrainedConfig
 import tiny
 from vlmtune.config import Config, ModelConfig
 from vlmtune.errors import CheckpointError, ConfigError, ModelError
+from vlmtune.hub import http
 from vlmtune.models.load import load, load_trained, make_fresh
 from vlmtune.models.processors import hub_options
 
@@ -120,7 +120,7 @@ def test_a_language_model_is_no_vision_language_model(copied: Path) -> None:
 
 
 def answer(status: int, kind: type[HfHubHTTPError], text: str = "") -> HfHubHTTPError:
-    response = httpx.Response(status, request=httpx.Request("GET", f"https://huggingface.co/{REPO}"))
+    response = http().Response(status, request=http().Request("GET", f"https://huggingface.co/{REPO}"))
     return kind(text or f"{status} Client Error", response=response)
 
 
@@ -136,8 +136,8 @@ def answer(status: int, kind: type[HfHubHTTPError], text: str = "") -> HfHubHTTP
         (answer(404, hub.RevisionNotFoundError), r"model\.revision=abc: .* has no such revision; see .*/commits"),
         (hub.LocalEntryNotFoundError("not cached"), r"hf download somebody/some-model.*model\.path=FOLDER"),
         (hub.OfflineModeIsEnabled("offline mode is enabled"), "the hub can't be reached"),
-        (httpx.ConnectError("name or service not known"), "the hub can't be reached"),
-        (httpx.ReadTimeout("timed out"), "the hub can't be reached"),
+        (http().ConnectError("name or service not known"), "the hub can't be reached"),
+        (http().ReadTimeout("timed out"), "the hub can't be reached"),
         (answer(500, HfHubHTTPError), f"^{REPO}: can't be opened: 500"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",

@@ -95,9 +95,9 @@ def test_wandb_marks_a_failed_run(tmp_path: Path) -> None:
     assert wandb_offline.read(tmp_path)["exit_code"] == 1
 
 
-def test_wandb_mode_of_the_environment_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_mode_of_the_environment_wins_over_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert isinstance(build(TrackerConfig(mode="online"), {}, tmp_path), Nothing)
+    assert isinstance(build(TrackerConfig(), {}, tmp_path), Nothing)
     monkeypatch.setenv("WANDB_MODE", "ofline")
     with pytest.raises(ConfigError, match="did you mean offline"):
         build(TrackerConfig(), {}, tmp_path)

@@ -39,7 +39,9 @@ from vlmtune.loop import Progress, StepReport
 from vlmtune.loss import summed_loss
 from vlmtune.models import adapters, load
 from vlmtune.models.parts import Parts, find_parts
+from vlmtune.models.peft_fields import peft_config
 from vlmtune.models.processors import image_only
+from vlmtune.models.targets import narrow
 from vlmtune.optim import build_optimizer, build_scheduler
 
 # ---------------------------------------------------------------- tokenizers
@@ -278,6 +280,16 @@ def write_csv(folder: Path, rows: Iterable[tuple[str, str]], *, per_image: int =
                 image(seed=number // per_image).save(picture)
             writer.writerow([picture.name, question, answer])
     return path
+
+
+# ---------------------------------------------------------------- adapters
+
+
+def targets(model: Any, parts: Parts, wanted: Any, scope: list[str]) -> list[str]:
+    """Full names of the modules that LoRA takes for `target_modules=wanted` in the parts `scope`."""
+    config = peft_config({"method": "lora", "target_modules": wanted})
+    narrow(config, model, parts, scope)
+    return sorted(config.target_modules)
 
 
 # ---------------------------------------------------------------- runs

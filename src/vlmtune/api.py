@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-from collections.abc import Callable, Sequence
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmtune.config import Config, DataConfig
 from vlmtune.data.records import Split
-from vlmtune.errors import ConfigError, DataError
+from vlmtune.errors import ConfigError, DataError, VlmtuneError, memory_advice, storage_advice
 from vlmtune.outputs import ANSWER, ERROR, SCORE, Answers, Rows, output_file, refuse_columns, tell_formulas
 
 if TYPE_CHECKING:
@@ -38,41 +36,106 @@ def train(overrides: Sequence[str] = ()) -> dict[str, Any]:
 def run_in(folder: Path, config: Config) -> dict[str, Any]:
     """Run `config` in `folder`, and leave a result.json there whatever happens.
 
-    Raises ConfigError where the folder holds another run, and whatever ends the run early.
+    Raises ConfigError where the folder holds another run, and whatever ends the run early: on several processes the
+    error of the one that failed first.
     """
-    from vlmtune import display, run, runfolder, signals
+    from vlmtune import display, environment, lock, ranks, run, signals, surroundings
+
+    environment.PEAK.start()
+    if ranks.rank() != 0:
+        with surroundings.kept(), display.logging_to(None), signals.ending_at_once(), _telling():
+            return run.train(config, None)
+    with storage_advice():
+        check_free(folder, config)
+        folder.mkdir(parents=True, exist_ok=True)
+        with lock.held(folder):
+            return _run_alone(folder, config)
+
+
+def _run_alone(folder: Path, config: Config) -> dict[str, Any]:
+    """As `run_in`, in a folder that no other process uses."""
+    from vlmtune import display, durable, run, runfolder, signals, surroundings
+
+    for parent in (folder, folder / "checkpoints"):
+        durable.repair_all(parent)
+    if not config.resume:  # a resumed run's files are touched once it is known to be the same run
+        if (folder / "base").exists():  # of a start that failed, perhaps with another seed
+            durable.remove(folder / "base")
+        runfolder.write_config(folder / "config.yaml", config)
+        for left_over in ("quarantine.csv", "result.json"):
+            (folder / left_over).unlink(missing_ok=True)
+    with surroundings.kept(), display.logging_to(folder), signals.ending_at_once(), _failure_written(folder):
+        result = run.train(config, folder)
+        if config.preflight == "only":
+            runfolder.write_json(folder / "result.json", result)
+        return result
+
+
+@contextmanager
+def _telling() -> Iterator[None]:
+    """An error on a rank other than the first is told to the first one."""
+    from vlmtune import ranks
+
+    try:
+        with memory_advice(), storage_advice():
+            yield
+    except Exception as error:
+        ranks.tell(error)
+        raise
+
+
+@contextmanager
+def _failure_written(folder: Path) -> Iterator[None]:
+    """What ends a run early becomes its result.json, unless one stands there already."""
+    from vlmtune import runfolder
     from vlmtune.data.table import BadRowsError, write_quarantine
 
-    if int(os.environ.get("RANK", 0)) != 0:
-        with display.logging_to(None):
-            return run.train(config, None)
-    check_free(folder, config)
-    folder.mkdir(parents=True, exist_ok=True)
-    if not config.resume:  # a resumed run's files are touched once it is known to be the same run
-        runfolder.write_config(folder / "config.yaml", config)
-        (folder / "quarantine.csv").unlink(missing_ok=True)
-    with display.logging_to(folder), signals.ending_at_once():
-        try:
-            result = run.train(config, folder)
-            if config.preflight == "only":
-                runfolder.write_json(folder / "result.json", result)
-            return result
-        except BaseException as error:
+    try:
+        with _first_error(), memory_advice(), storage_advice():
+            yield
+    except BaseException as error:
+        with suppress(OSError):  # on a full disk the error itself matters more
             if isinstance(error, BadRowsError):
                 write_quarantine(folder / "quarantine.csv", error.bad)
-            if not config.resume or not (folder / "result.json").exists():
-                with suppress(OSError):  # on a full disk the error itself matters more
-                    runfolder.write_failure(folder, error)
-            raise
+            if not (folder / "result.json").exists():
+                runfolder.write_failure(folder, error)
+        raise
+
+
+@contextmanager
+def _first_error() -> Iterator[None]:
+    """Where another rank failed first, its error in place of the connection that broke, or of the launcher's signal."""
+    from vlmtune import ranks, signals
+
+    try:
+        yield
+    except (Exception, signals.Interrupted) as error:
+        own = isinstance(error, VlmtuneError) or not ranks.several()
+        if not own and (first := ranks.told()) is not None:
+            raise first from error
+        raise
 
 
 def check_free(folder: Path, config: Config) -> None:
-    """Raise ConfigError where `folder` holds a run that this one does not resume. A failed start is no obstacle."""
+    """Raise ConfigError where a running process uses the folder, or where it holds a run that this one does not resume.
+
+    A run that stopped before it saved anything is no obstacle.
+    """
+    from vlmtune import durable, lock
+    from vlmtune import saved as earlier
+    from vlmtune.errors import CheckpointError
+    from vlmtune.runfolder import read_result
+
+    lock.check(Path(config.resume).expanduser() if config.resume else folder)
     if config.resume or not (folder / "config.yaml").exists():
         return
-    result = folder / "result.json"
-    status = json.loads(result.read_text())["status"] if result.exists() else "running"
-    if status not in ("failed", "preflight") or (folder / "checkpoints").exists():
+    try:
+        earlier.read(folder / "config.yaml")
+    except CheckpointError as error:
+        raise ConfigError(f"{folder}: holds a config.yaml that no run wrote; choose another hydra.run.dir") from error
+    result = read_result(folder) or {}
+    saved = [*durable.names(folder / "checkpoints"), *({"model"} & {*durable.names(folder)})]
+    if saved or result.get("status") == "completed":
         raise ConfigError(
             f"{folder}: holds a run already; choose another hydra.run.dir, or go on with it: resume={folder}"
         )
@@ -81,10 +144,11 @@ def check_free(folder: Path, config: Config) -> None:
 def load(folder: str | Path, *, overrides: Sequence[str] = ()) -> Predictor:
     """Open a finished run (its folder, or the `model/` in it) to answer questions.
 
-    `overrides`: keys of the run's config to change, for instance `["generation.max_new_tokens=32"]`.
+    `overrides`: keys of the run's config to change, for instance `["generation.max_new_tokens=32"]`. The folder of the
+    run's own images, `data.image_root`, counts only where it is among them: other tables have other images.
     Raises CheckpointError: no run there; ModelError: its base model can't be opened.
     """
-    from vlmtune.compose import normalise, saved_config
+    from vlmtune.compose import names, normalise, saved_config
     from vlmtune.strict import strict
 
     path = Path(folder).expanduser()
@@ -92,18 +156,29 @@ def load(folder: str | Path, *, overrides: Sequence[str] = ()) -> Predictor:
     usable, problems = normalise(overrides)
     if problems:
         raise ConfigError(problems)
-    return Predictor(path, strict(saved_config(path, usable)))
+    config = strict(saved_config(path, usable))
+    if not names(usable, "data.image_root"):
+        config.data.image_root = None
+    return Predictor(path, config)
 
 
 class Predictor:
     """A fine-tuned model with everything that its answers depend on."""
 
     def __init__(self, folder: Path, config: Config):
+        from vlmtune import surroundings
+
+        self.config = config
+        with surroundings.kept(), memory_advice():
+            self._open(folder)
+            self.random_state = surroundings.random_state()
+
+    def _open(self, folder: Path) -> None:
         from vlmtune import session
         from vlmtune.data.encode import Encoder
         from vlmtune.models import load
 
-        self.config = config
+        config = self.config
         self.engine = session.engine(config)
         dtypes = session.dtypes(config, self.engine)
         self.model, processor = load.load_trained(folder, config, device=self.engine.device, **dtypes)
@@ -115,11 +190,27 @@ class Predictor:
             fast_jpeg=config.data.fast_jpeg,
         )
 
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """While inside, random numbers go on where this predictor's last answers ended, and the caller's stay."""
+        from vlmtune import session, surroundings
+
+        with surroundings.kept(), memory_advice():
+            session.quiet_libraries()
+            surroundings.set_random_state(self.random_state)
+            try:
+                yield
+            finally:
+                self.random_state = surroundings.random_state()
+
     def predict(self, frame: pd.DataFrame) -> pd.DataFrame:
         """A copy of `frame` with the column `answer_predictions`, in row order.
 
-        `frame` has the run's image and question columns; an image is a path, bytes or a PIL image. A row that can't be
-        used gets no answer (NA) and its reason in a column `error`; the others are answered.
+        `frame` has the run's image and question columns; an image is a path, bytes or a PIL image. Relative paths start
+        at the folder of the file that vlmtune read the frame from, and for a frame made otherwise at the working
+        directory, unless `load(..., overrides=["data.image_root=FOLDER"])` says where.
+
+        A row that can't be used gets no answer (NA) and its reason in a column `error`; the others are answered.
         """
         place = str(frame.attrs.get("file", "the frame"))
         refuse_columns(frame.columns, (ANSWER, ERROR), place)
@@ -142,7 +233,7 @@ class Predictor:
         from vlmtune import display
 
         size = self.config.trainer.eval_batch_size
-        with display.bar("predicting", len(records)) as advance:
+        with self.at_work(), display.bar("predicting", len(records)) as advance:
             try:
                 share = self.shares_answers(records)
             except (DataError, RuntimeError, MemoryError) as error:
@@ -186,11 +277,11 @@ class Predictor:
         """Whether neighbouring rows that show the same image are answered with the image once: where a few of them get
         the answers that they get one by one.
         """
-        from vlmtune.data.batches import groups_of, repeated
+        from vlmtune.data.batches import groups_of, probes
         from vlmtune.preflight import answers_agree
 
-        probe = repeated(records, groups_of(records), most=6)
-        return answers_agree(self.model, self.encoder, probe, self.engine)
+        found = probes(self.encoder, records, groups_of(records, self.encoder), most=6)
+        return bool(found) and all(answers_agree(self.model, self.encoder, rows, self.engine) for rows in found)
 
 
 def reason_of(error: Exception) -> str:
@@ -271,11 +362,10 @@ READ_FILES = "vlmtune.data.table.read_files"
 
 def of_test_rows(data: DataConfig) -> DataConfig:
     """The config for reading `data.test` alone: a file, or a data set of a hub where the run trained on such."""
-    from vlmtune.data.files import READERS
+    from vlmtune.data.files import files_of, is_table
 
     own = dataclasses.replace(data, train=None, validation=None, validation_fraction=0.0)
-    is_file = Path(str(data.test)).suffix.lower() in READERS
-    hub = data._target_ == "vlmtune.data.hub.load" and not is_file
+    hub = data._target_ == "vlmtune.data.hub.load" and not all(map(is_table, files_of(data.test)))
     return own if hub else dataclasses.replace(own, _target_=READ_FILES)
 
 

@@ -7,55 +7,31 @@ safetensors and JSON: nothing in it can run code when it is read.
 from __future__ import annotations
 
 import dataclasses
-import errno
 import hashlib
 import json
-import os
-import shutil
+import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from vlmtune import durable, resume
 from vlmtune.config import ModelConfig
+from vlmtune.durable import whole
 from vlmtune.errors import CheckpointError
 from vlmtune.loop import Progress
 
+log = logging.getLogger("vlmtune")
 
-@contextmanager
-def whole(folder: Path) -> Iterator[Path]:
-    """A folder to write into that takes the name `folder` only once everything is in it; an older one is replaced.
-
-    Raises CheckpointError, with nothing of it left behind, where the disk refuses.
-    """
-    partial, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("partial", "old"))
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        if folder.exists():  # aside, not away, until the new one is there
-            folder.rename(old)
-        partial.rename(folder)
-    except OSError as error:
-        reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error)
-        raise CheckpointError(f"{folder}: can't be written: {reason}; earlier checkpoints are untouched") from error
-    except SafetensorError as error:
-        if "No space left" in str(error):
-            raise CheckpointError(
-                f"{folder}: can't be written: the disk is full; earlier checkpoints are untouched"
-            ) from error
-        raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-        elif old.exists():
-            old.rename(folder)
+NAME = re.compile(r"step_\d{6,}")
+DAMAGED = ".damaged"
+"""Behind the name of a checkpoint that was passed over."""
 
 
 def trained_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
@@ -124,7 +100,7 @@ def save_checkpoint(
 ) -> Path:
     """Write `root/step_000123`, then delete all but the `keep` newest and the best one.
 
-    `identity`: what must be equal for a run to go on from here (rows per step, data).
+    `identity`: what a run that goes on from here is compared with (`resume.identity`).
     """
     folder = root / f"step_{progress.step:06d}"
     tensors, rest = split_state(optimizer.state_dict())
@@ -137,25 +113,91 @@ def save_checkpoint(
         save_file(_plain(tensors), partial / "optimizer.safetensors")
         save_file(_plain(rng), partial / "random.safetensors")
         (partial / "state.json").write_text(json.dumps(state, indent=1))
-        for file in partial.iterdir():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
     for old in all_checkpoints(root)[:-keep]:
         if progress.best_step is None or old.name != f"step_{progress.best_step:06d}":
-            shutil.rmtree(old)
+            durable.remove(old)
     return folder
 
 
 def all_checkpoints(root: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    return sorted(root.glob("step_*"), key=lambda folder: int(folder.name.removeprefix("step_")))
+    found = [path for path in root.glob("step_*") if NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=_step)
+
+
+def newest(run: Path) -> Path:
+    """The newest sound checkpoint of a run; damaged ones are passed over with a warning.
+
+    Raises CheckpointError where there is none, with what is wrong with each.
+    """
+    root = run / "checkpoints"
+    known, problems = all_checkpoints(root), []
+    for stray in sorted({*root.glob("step_*")} - {*known}):
+        if not stray.name.endswith(DAMAGED):
+            log.warning("%s: is not named as a checkpoint, and is left alone", stray)
+    for folder in reversed(known):
+        try:
+            check(folder)
+        except CheckpointError as error:
+            log.warning("passed over a damaged checkpoint: %s", error)
+            problems += error.problems
+        else:
+            return folder
+    raise CheckpointError([f"{run}: no checkpoint is sound", *problems] if problems else resume.nothing_saved(run))
+
+
+def set_aside(damaged_since: Path) -> None:
+    """Rename the checkpoints after this sound one, which were passed over, so that none passes for the newest again."""
+    for folder in all_checkpoints(damaged_since.parent):
+        if _step(folder) > _step(damaged_since):
+            aside = folder.with_name(folder.name + DAMAGED)
+            durable.remove(aside) if aside.exists() else None
+            folder.rename(aside)
+            log.warning("%s: is kept as %s", folder, aside.name)
+
+
+def check(folder: Path) -> None:
+    """Raise CheckpointError that says which file of a checkpoint is missing or damaged."""
+    durable.verify(folder)
+    _read_state(folder)
+    for kind in ("model", "optimizer", "random"):
+        file = folder / f"{kind}.safetensors"
+        with _explained(file), safe_open(file, "pt"):  # also says where a file without a checksum is cut
+            pass
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
+
+
+@contextmanager
+def _explained(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file.parent}: is no checkpoint: {file.name}: {error}") from error
+
+
+def _read_state(folder: Path) -> tuple[dict[str, Any], Progress]:
+    """What state.json holds, and the progress in it."""
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        progress = Progress(**state["progress"])
+        sum((progress.step, progress.examples, progress.tokens, progress.seconds, progress.skipped))  # are numbers
+        known = {"identity", "optimizer"} <= state.keys() and {"values", "param_groups"} <= state["optimizer"].keys()
+        if not known or not isinstance(state["identity"], dict):
+            raise ValueError("it lacks the identity or the optimizer of its run")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise CheckpointError(f"{folder}: is no checkpoint: state.json: {reason}") from error
+    if progress.step != _step(folder):
+        raise CheckpointError(f"{folder}: is no checkpoint of this name: it holds step {progress.step}")
+    return state, progress
 
 
 def _read(file: Path) -> dict[str, Tensor]:
-    try:
+    with _explained(file):
         return dict(load_file(file))
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file.parent}: is no checkpoint: {file.name}: {error}") from error
 
 
 def load_weights(folder: Path, model: torch.nn.Module) -> None:
@@ -176,29 +218,32 @@ def load_checkpoint(
 ) -> Progress:
     """Put everything back as it was, so that the next step is the one that would have followed.
 
-    Raises CheckpointError where this run would not continue that one.
+    What this run changes takes effect, and is noted in the progress. Raises CheckpointError where this run would not
+    continue that one.
     """
-    try:
-        state = json.loads((folder / "state.json").read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}: is no checkpoint: {error}") from error
-    different = [k for k, v in identity.items() if state["identity"].get(k) != v]
-    if different:
-        raise CheckpointError(
-            [
-                f"{folder}: {k} was {state['identity'].get(k)}, now {identity[k]}: this would be another run"
-                for k in different
-            ]
-        )
+    state, progress = _read_state(folder)
+    progress.changes += resume.changes(folder, state["identity"], identity, progress.step)
     load_weights(folder, model)
-    optimizer.load_state_dict(join_state(_read(folder / "optimizer.safetensors"), state["optimizer"]))
+    _load_optimizer(folder, optimizer, state["optimizer"])
     if scaler is not None and "scaler" in state:
         scaler.load_state_dict(state["scaler"])
     rng = _read(folder / "random.safetensors")
-    torch.set_rng_state(rng[f"{rank}.cpu"])
-    if torch.cuda.is_available() and f"{rank}.cuda" in rng:
-        torch.cuda.set_rng_state(rng[f"{rank}.cuda"])
-    return Progress(**state["progress"])
+    own = rank if f"{rank}.cpu" in rng else 0  # more processes than there were
+    torch.set_rng_state(rng[f"{own}.cpu"])
+    if torch.cuda.is_available() and f"{own}.cuda" in rng:
+        torch.cuda.set_rng_state(rng[f"{own}.cuda"])
+    return progress
+
+
+def _load_optimizer(folder: Path, optimizer: Any, saved: dict[str, Any]) -> None:
+    """The moments from a checkpoint; the learning rates, decays and betas stay those of this run's config."""
+    own = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(join_state(_read(folder / "optimizer.safetensors"), saved))
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder}: holds another optimizer's state: {error}") from error
+    for group, values in zip(optimizer.param_groups, own, strict=True):
+        group |= values
 
 
 def save_model(model: Any, processor: Any, folder: Path, config: ModelConfig | None = None) -> None:
@@ -233,7 +278,7 @@ def _compare(model: Any, folder: Path) -> None:
     adapter = adapter_state(model)  # has its own names, and under AdaLoRA its own shapes
     lost = [name for name, p in trained.items() if not adapter and _digest(p) not in saved]
     lost += [name for name, tensor in adapter.items() if _digest(tensor) not in saved]
-    lost += [name for name in trained if adapter and saved_name(name) not in adapter]
+    lost += [n for n, p in trained.items() if adapter and saved_name(n) not in adapter and _digest(p) not in saved]
     if lost:
         raise CheckpointError(f"{folder}: the saved files do not hold the trained value of {lost[0]}")
 

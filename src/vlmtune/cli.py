@@ -1,42 +1,55 @@
 """The scripts in `src/`: Hydra apps that answer a mistake in one piece and end with an exit code that says how it went.
 
-0: done; 1: failed; 2: the command line can't be read; 130: interrupted.
+0: done; 1: failed; 2: the command line can't be read; 128 + n: ended by signal n (130 by Ctrl-C).
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from vlmtune import api, compose
+from vlmtune import api, compose, paths
 from vlmtune.config import home
-from vlmtune.errors import ConfigError, DataError, UsageError, VlmtuneError
+from vlmtune.errors import ConfigError, DataError, StorageError, UsageError, VlmtuneError, memory_advice, storage_advice
 from vlmtune.signals import Interrupted
 
 
 def main(command: str, job: Callable[[Any], int]) -> None:
     """Run the Hydra app `conf/<command>.yaml`. `job` takes the composed config and returns an exit code."""
-    import hydra
-
     codes: list[int] = []
 
     def guarded(composed: Any) -> None:
         codes.append(guard(lambda: job(composed)))
         if codes[-1] >= 128:  # a signal is for the whole sweep
-            sys.exit(codes[-1])
+            leave(codes[-1])
 
     code = guard(lambda: prepare(command))
     if code:
-        sys.exit(code)
+        leave(code)
     if int(os.environ.get("RANK", 0)) != 0:  # the first rank makes the run folder; the others join it
         leave(guard(lambda: job(compose.compose(command, overrides_given()))))
-    hydra.main(version_base="1.3", config_path=str(home() / "conf"), config_name=command)(guarded)()
-    leave(max(codes, default=0))
+    code = guard(lambda: with_hydra(command, guarded))
+    leave(max([code, *codes]))
+
+
+def with_hydra(command: str, job: Callable[[Any], None]) -> int:
+    """Let Hydra run `job`, once or over a sweep. Raises ConfigError, and what Hydra's own work raises."""
+    import hydra
+    from hydra.errors import HydraException
+
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # or it would answer a folder that can't be made with a traceback
+    try:
+        hydra.main(version_base="1.3", config_path=str(home() / "conf"), config_name=command)(job)()
+    except HydraException as error:
+        raise ConfigError(str(error).strip().splitlines()[0]) from error
+    return 0
 
 
 def leave(code: int) -> None:
@@ -44,16 +57,30 @@ def leave(code: int) -> None:
 
     Threads behind a process group (gloo, torch 2.13) abort one in twenty ranks at that point, whose work is done.
     """
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError:  # nobody reads any more; Python would try again at its end, and complain
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
 
 
+def say(text: object, stream: Any = None) -> None:
+    """Print to whoever still reads."""
+    with suppress(OSError):
+        print(text, file=stream, flush=True)
+
+
 def prepare(command: str) -> int:
     """Check the command line before anything is written, and leave it in `sys.argv` as Hydra takes it."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise StorageError("the working folder no longer exists; change into one that does") from None
     words = flags_and_overrides()
     if words.hydra_help or words.shell_completion:
         return 0
@@ -99,14 +126,20 @@ def check(command: str, overrides: list[str], *, multirun: bool) -> None:
     if multirun and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ConfigError(
             "-m under a launcher would give each process other parameters. Run the sweep on one process: "
-            f"python {sys.argv[0]} -m {' '.join(overrides)}"
+            f"python {sys.argv[0]} -m {shlex.join(overrides)}"
         )
     if command != "train" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ConfigError(f"{command}.py works in one process; start it without a launcher")
+    if multirun and os.environ.get("WANDB_RUN_ID"):
+        raise ConfigError(
+            "WANDB_RUN_ID: would make one run of all trials of a sweep; unset it (WANDB_RUN_GROUP is theirs)"
+        )
     if command != "train":
         compose.overlay(compose.compose(command, compose.normalise(overrides)[0]), overrides)
         return
     config, composed = compose.read(command, overrides, multirun=multirun)
+    if int(os.environ.get("RANK", 0)) == 0:
+        paths.check_writable(Path(composed.hydra.sweep.dir if multirun else config.resume or composed.hydra.run.dir))
     if not multirun and int(os.environ.get("RANK", 0)) == 0:
         api.check_free(Path(composed.hydra.run.dir), config)
     elif swept := composed.hydra.sweeper.get("params"):
@@ -115,21 +148,22 @@ def check(command: str, overrides: list[str], *, multirun: bool) -> None:
 
 def folder_of_resumed(overrides: list[str]) -> list[str]:
     """The Hydra override that makes a resumed run go on in its own folder."""
-    found = [word.split("=", 1)[1] for word in overrides if word.lstrip("+").startswith("resume=")]
-    return [f"hydra.run.dir={found[-1]}", "hydra.output_subdir=null"] if found and found[-1] != "null" else []
+    found = [override.value() for override in compose.parse(overrides) if override.key_or_group == "resume"]
+    return [f"hydra.run.dir={paths.quoted(str(found[-1]))}", "hydra.output_subdir=null"] if found and found[-1] else []
 
 
 def guard(job: Callable[[], int]) -> int:
     """Run `job`; a user's mistake is printed in one piece, without a traceback unless VLMTUNE_TRACEBACK is set."""
     try:
-        return job()
+        with memory_advice(), storage_advice():
+            return job()
     except VlmtuneError as error:
         if os.environ.get("VLMTUNE_TRACEBACK"):
             traceback.print_exc()
-        print(message(error), file=sys.stderr)
+        say(message(error), sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except Interrupted as error:
-        print(error, file=sys.stderr)
+        say(error, sys.stderr)
         return 128 + error.number
     except KeyboardInterrupt:
         return 130
@@ -164,12 +198,12 @@ def predict(composed: Any) -> int:
     """The job of predict.py."""
     config = compose.overlay(composed, overrides_given())
     failed = api.predict_file(composed.run, config, composed.output)
-    print(f"wrote {composed.output}" + (f"; {failed} rows failed, see its column `error`" if failed else ""))
+    say(f"wrote {composed.output}" + (f"; {failed} rows failed, see its column `error`" if failed else ""))
     return 0
 
 
 def evaluate(composed: Any) -> int:
     """The job of evaluate.py."""
     config = compose.overlay(composed, overrides_given())
-    print(api.evaluate_run(composed.run, config, composed.output))
+    say(api.evaluate_run(composed.run, config, composed.output))
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vlmtune import saved
+from vlmtune import paths, saved
 from vlmtune.config import SCHEMA, Config, home
+from vlmtune.data.files import files_of
 from vlmtune.errors import CheckpointError, ConfigError, UsageError, nearest
-from vlmtune.strict import strict
+from vlmtune.strict import strict, unreadable
 
 NOT_ONE_RUN = "means several runs; put -m in front of it, or quote the value if it is one text"
 PACKAGE = Path(__file__).resolve().parent
@@ -66,13 +68,16 @@ def parse(overrides: Sequence[str]) -> list[Any]:
     parser = OverridesParser.create()
     parsed, problems = [], []
     for text in overrides:
+        text = paths.literal(text, parser)
         try:
             override = parser.parse_override(text)
             if not override.key_or_group:
                 raise HydraException("no key")
             parsed.append(override)
         except HydraException:
-            problems.append(f"{text}: is no override; write key=value, with quotes around spaces and brackets")
+            key, equals, value = text.partition("=")
+            quoting = f"; with quotes around what it holds: {paths.shown(key, value)}" if key and equals else ""
+            problems.append(f"{text}: is no override; write key=value{quoting}")
     if problems:
         raise UsageError(problems)
     return parsed
@@ -99,7 +104,7 @@ def read(command: str, overrides: Sequence[str], *, multirun: bool = False) -> t
     """
     usable, problems = normalise(overrides)
     if not multirun:
-        problems += [f"{override.lstrip('+')}: {NOT_ONE_RUN}" for override in usable if asks_for_several(override)]
+        problems += [_several(override.lstrip("+")) for override in usable if asks_for_several(override)]
     try:
         composed = compose(command, [one_choice(override) for override in usable])
         with_resume = saved_config(composed.resume, usable) if composed.get("resume") else composed
@@ -109,6 +114,14 @@ def read(command: str, overrides: Sequence[str], *, multirun: bool = False) -> t
     if problems:
         raise ConfigError(problems)
     return config, composed
+
+
+def _several(override: str) -> str:
+    key, _, value = override.partition("=")
+    if key in ("data.train", "data.validation", "data.test"):
+        again = shlex.quote(f"{key}=[{value}]")
+        return f"{override}: to read several files write {again}; to make a run of each put -m in front"
+    return f"{override}: {NOT_ONE_RUN}: {paths.shown(key, value)}"
 
 
 def asks_for_several(override: str) -> bool:
@@ -134,6 +147,8 @@ def saved_config(run: str | Path, overrides: Sequence[str]) -> DictConfig:
     if not path.is_file():
         raise CheckpointError(f"{run}: is no run folder (it has no config.yaml){_runs_nearby(Path(run))}")
     config = saved.read(path)
+    if problems := unreadable(config):
+        raise CheckpointError([f"{path}: {problem}" for problem in problems])
     parsed = [override for override in parse(overrides) if not override.key_or_group.startswith("hydra")]
     for override in parsed:
         if override.key_or_group in groups():
@@ -161,4 +176,21 @@ def overlay(composed: DictConfig, overrides: Sequence[str]) -> Config:
     own = [o for o in usable if o.lstrip("+").split("=")[0] not in ("run", "output")]
     config = saved_config(composed.run, own)
     OmegaConf.update(config, "data.streaming", False)  # that was for training rows
+    if names(own, "data.test") and not names(own, "data.image_root") and not _own_test(composed.run, config):
+        OmegaConf.update(config, "data.image_root", None)  # it was for the run's own tables
     return strict(config)
+
+
+def names(overrides: Sequence[str], key: str) -> bool:
+    """Whether one of the overrides sets `key`, or a key in it."""
+    return any(f"{override.key_or_group}.".startswith(f"{key}.") for override in parse(overrides))
+
+
+def _own_test(run: str | Path, config: DictConfig) -> bool:
+    """Whether `data.test` names what it named in the run itself."""
+    own = saved.read(Path(run).expanduser() / "config.yaml")
+    before, now = (
+        [Path(name).expanduser().absolute() for name in files_of(OmegaConf.select(one, "data.test"))]
+        for one in (own, config)
+    )
+    return now == before

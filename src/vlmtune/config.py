@@ -253,10 +253,10 @@ class GenerationConfig:
 class TrackerConfig:
     name: str = one_of("wandb", "tensorboard", "none")
     """Where curves go besides metrics.jsonl."""
-    project: str = "vlmtune"
-    """W&B project."""
-    mode: str = one_of("offline", "online")
-    """W&B mode; WANDB_MODE wins. `offline` needs no account."""
+    project: str | None = None
+    """W&B project; null: WANDB_PROJECT, or `vlmtune` without it."""
+    mode: str | None = field(default=None, metadata={"choices": ("offline", "online", None)})
+    """W&B mode; null: WANDB_MODE, or `offline` without it, which needs no account."""
     samples: int = number(16, least=0)
     """Predictions with images in the table that each evaluation logs."""
 

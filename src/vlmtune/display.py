@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -14,26 +15,71 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from vlmtune.errors import VlmtuneError
+
 log = logging.getLogger("vlmtune")
-console = Console(stderr=True)
+
+
+class StandardError(io.TextIOBase):
+    """Standard error as it is at each moment. What nobody reads any more (a closed pipe, a terminal that went away) is
+    dropped, as a run is worth more than its lines.
+    """
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            if sys.stderr is not None:
+                sys.stderr.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            if sys.stderr is not None:
+                sys.stderr.flush()
+
+    def isatty(self) -> bool:
+        return sys.stderr is not None and sys.stderr.isatty()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return getattr(sys.stderr, "encoding", None) or "utf-8"
+
+
+console = Console(file=StandardError())
 SECONDS_BETWEEN_LINES = 10.0
 """Where no terminal shows a bar, a line like it is logged this often at most."""
 
 
+class TrainLog(logging.FileHandler):
+    """train.log; where the disk refuses a line, that is said once on the screen and the run goes on."""
+
+    refused = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not self.refused:
+            self.refused = True
+            log.warning("%s can't be written; the run goes on without it: %s", self.baseFilename, sys.exc_info()[1])
+
+    def close(self) -> None:
+        with suppress(OSError):  # what a full disk did not take
+            super().close()
+
+
 @contextmanager
 def logging_to(folder: Path | None) -> Iterator[None]:
-    """Log to the console, and in full to `folder/train.log`; without a folder (other ranks) only warnings."""
+    """Log to the console, and in full to `folder/train.log`, the error that ends the block too; without a folder (other
+    ranks) only warnings.
+    """
     screen: logging.Handler
     if console.is_terminal:
         screen = RichHandler(
             console=console, show_path=False, show_level=False, omit_repeated_times=False, markup=False
         )
     else:
-        screen = logging.StreamHandler()
+        screen = logging.StreamHandler(console.file)
     screen.setFormatter(logging.Formatter("%(message)s"))
     handlers: list[logging.Handler] = [screen]
     if folder is not None:
-        file = logging.FileHandler(folder / "train.log")
+        file = TrainLog(folder / "train.log")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         handlers.append(file)
     log.setLevel(logging.INFO if folder is not None else logging.WARNING)
@@ -42,6 +88,12 @@ def logging_to(folder: Path | None) -> Iterator[None]:
         log.addHandler(handler)
     try:
         yield
+    except BaseException as error:
+        if folder is not None:  # the screen gets it from the script, or from Python
+            bug = isinstance(error, Exception) and not isinstance(error, VlmtuneError)
+            text = f"{type(error).__name__}: {error}"
+            file.handle(log.makeRecord(log.name, logging.ERROR, "", 0, text, (), sys.exc_info() if bug else None))
+        raise
     finally:
         for handler in handlers:
             log.removeHandler(handler)

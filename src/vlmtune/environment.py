@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import os
 import platform
 import resource
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmtune.data.records import Record
+from vlmtune.errors import DataError
 
 PACKAGES = (
     "torch",
@@ -47,6 +49,7 @@ def describe(seed: int, fingerprint: str, processor: Any) -> dict[str, Any]:
         "versions": versions,
         "devices": devices,
         "threads": torch.get_num_threads(),
+        "variables": variables(),
         "image_processor": type(processor.image_processor).__name__,
         "seed": seed,
         "data_fingerprint": fingerprint,
@@ -79,10 +82,119 @@ def fingerprint(records: Sequence[Record]) -> str:
     return digest.hexdigest()
 
 
-def memory() -> dict[str, int]:
-    """Peak memory of this process in bytes: resident, and allocated on the current accelerator (0 without one)."""
-    import torch
+def image_fingerprint(records: Sequence[Record]) -> str | None:
+    """A hash of what all rows' images hold, in order; None for a source that says its own `fingerprint`.
 
-    unit = 1 if sys.platform == "darwin" else 1024
-    device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    return {"peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "peak_device_bytes": device}
+    Of a file's bytes the first, middle and last 16 KiB count, and their number: headers, and small images in full.
+    Images that a function makes count by their number alone. Raises DataError where a file can't be read.
+    """
+    if getattr(records, "fingerprint", None) is not None:
+        return None
+    digest, seen = hashlib.blake2b(digest_size=12), set[Path]()
+    for record in records:
+        for image in record.images:
+            if not isinstance(image, Path):
+                digest.update(_content(image))
+            elif image not in seen:
+                seen.add(image)
+                digest.update(sampled(image))
+    return digest.hexdigest()
+
+
+def model_files(path: str, commit: str | None) -> str:
+    """What tells one base model from another: of a folder a hash of its weights and config, else its name and commit.
+
+    `commit`: what the hub resolved the revision to.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        return f"{path}@{commit}"
+    digest = hashlib.blake2b(digest_size=12)
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")]):
+        digest.update(file.name.encode() + sampled(file))
+    return digest.hexdigest()
+
+
+BLOCK = 16384
+
+
+def sampled(file: Path) -> bytes:
+    """A hash of a file's size and of its first, middle and last 16 KiB."""
+    try:
+        with file.open("rb", buffering=0) as handle:
+            size = os.fstat(handle.fileno()).st_size
+            digest = hashlib.blake2b(str(size).encode(), digest_size=16)
+            for start in sorted({0, max(0, (size - BLOCK) // 2), max(0, size - BLOCK)}):
+                handle.seek(start)
+                digest.update(handle.read(BLOCK))
+    except OSError as error:
+        raise DataError(f"{file}: can't be read: {error.strerror}") from error
+    return digest.digest()
+
+
+def _content(image: Any) -> bytes:
+    """A hash of an image in memory: its file's bytes, or its pixels."""
+    if isinstance(image, bytes):
+        return hashlib.blake2b(image, digest_size=16).digest()
+    if not hasattr(image, "tobytes"):
+        return b"made by a function"
+    return hashlib.blake2b(f"{image.size}{image.mode}".encode() + image.tobytes(), digest_size=16).digest()
+
+
+class Peak:
+    """Peak memory since `start`, so that a run's is its own and not that of an earlier one in the same process.
+
+    The kernel's own mark (VmHWM) is reset where that is allowed (Linux); elsewhere the largest value seen at the calls
+    of `resident` counts. What the process holds already when a run starts is part of it.
+    """
+
+    def __init__(self) -> None:
+        self.kernel, self.seen = False, 0
+
+    def start(self) -> None:
+        self.seen = 0
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+            self.kernel = True
+        except OSError:
+            self.kernel = False
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.cuda.is_initialized():
+            torch.cuda.reset_peak_memory_stats()
+
+    def resident(self) -> int:
+        """Bytes of main memory."""
+        self.seen = max(self.seen, _status("VmHWM" if self.kernel else "VmRSS"))
+        return self.seen
+
+
+def _status(name: str) -> int:
+    """Bytes that Linux says under `name` of this process; elsewhere the process's whole peak."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+    except (OSError, StopIteration):
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+PEAK = Peak()
+
+
+def memory() -> dict[str, int]:
+    """Peak memory of the present run on this process in bytes: resident, and allocated on the current accelerator (0
+    without one). Processes that prepare batches are not counted.
+    """
+    torch = sys.modules.get("torch")
+    device = torch.cuda.max_memory_allocated() if torch is not None and torch.cuda.is_available() else 0
+    return {"peak_rss_bytes": PEAK.resident(), "peak_device_bytes": device}
+
+
+VARIABLES = ("ACCELERATE_", "CUBLAS_", "CUDA_", "HF_", "MKL_", "NCCL_", "NVIDIA_TF32", "OMP_", "PYTORCH_", "TORCH_")
+
+
+def variables() -> dict[str, str]:
+    """Environment variables by which torch and its libraries may compute otherwise; none that may hold a secret."""
+    secret = ("TOKEN", "KEY", "SECRET", "PASSWORD")
+    chosen = {name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)}
+    return {name: value for name, value in chosen.items() if not any(word in name for word in secret)}

@@ -6,14 +6,17 @@ VlmtuneError
 ├── DataError          a file, a row, an image
 ├── ModelError         a model that can't be found, opened or used this way
 ├── CheckpointError    saving or loading a run's state
+├── StorageError       a disk, a folder, a pipe that refuses
 └── TrainingError      the run itself: non-finite loss, out of memory
 """
 
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 
 class VlmtuneError(Exception):
@@ -22,6 +25,10 @@ class VlmtuneError(Exception):
     def __init__(self, problems: str | Sequence[str]):
         self.problems = [problems] if isinstance(problems, str) else list(problems)
         super().__init__("\n".join(self.problems))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Between processes an error stays a list of problems."""
+        return type(self).__new__, (type(self), self.problems), self.__dict__ | {"args": self.args}
 
 
 class ConfigError(VlmtuneError):
@@ -44,23 +51,72 @@ class CheckpointError(VlmtuneError):
     """A run's state can't be written or read."""
 
 
+class StorageError(VlmtuneError):
+    """A disk, a folder or a pipe refuses to be written or read."""
+
+
 class TrainingError(VlmtuneError):
     """The run can't go on."""
 
 
+DEVICE_MEMORY = (
+    "out of device memory. Less is needed with a smaller trainer.batch_size (and more "
+    "trainer.gradient_accumulation_steps) or trainer.eval_batch_size, trainer.gradient_checkpointing=true, "
+    "model.image.max_tokens=..., adapter=lora or quantization=nf4"
+)
+MEMORY = (
+    "out of memory: the machine, or a limit on this process (ulimit -v, a container's), refuses more. Less is needed "
+    "with a smaller trainer.batch_size or trainer.eval_batch_size, trainer.num_workers=0, "
+    "trainer.gradient_checkpointing=true, data.cache_features=off, a smaller model.image.max_tokens or another model"
+)
+WORKER_DIED = (
+    "a process that prepares batches was ended from outside, most often because the machine, or /dev/shm, is out of "
+    "memory; use fewer trainer.num_workers (0: none)"
+)
+REFUSALS = ("allocate memory", "enough memory", "bad_alloc", "can't start new thread")
+"""What torch and Python say where the machine gives no more memory."""
+
+
 @contextmanager
 def memory_advice() -> Iterator[None]:
-    """Turn running out of device memory into an error that says what needs less."""
+    """Turn running out of memory into an error that says what needs less."""
     try:
         yield
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's; not imported here
-            raise
-        raise TrainingError(
-            "out of device memory. Less is needed with a smaller trainer.batch_size (and more "
-            "trainer.gradient_accumulation_steps) or trainer.eval_batch_size, trainer.gradient_checkpointing=true, "
-            "model.image.max_tokens=..., adapter=lora or quantization=nf4"
-        ) from error
+    except MemoryError as error:
+        raise TrainingError(MEMORY) from error
+    except (RuntimeError, ImportError) as error:
+        text = str(error)
+        if type(error).__name__ == "OutOfMemoryError":  # torch's; not imported here
+            raise TrainingError(DEVICE_MEMORY) from error
+        if text.startswith("DataLoader worker"):
+            raise TrainingError(WORKER_DIED) from error
+        if any(refusal in text for refusal in REFUSALS):
+            raise TrainingError(MEMORY) from error
+        raise
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+PLACES = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EIO, errno.ESTALE)
+"""Of the folder or the disk, whatever the program does; a file that is missing may be a fault of the program."""
+
+
+@contextmanager
+def storage_advice() -> Iterator[None]:
+    """Turn a disk's or a folder's refusal into an error of one sentence."""
+    try:
+        yield
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        reason = (error.strerror or str(error)).lower()
+        if error.errno in FULL:
+            raise StorageError(f"{place}the disk is full, or a limit on file sizes is reached ({reason})") from error
+        if error.errno in PLACES:
+            raise StorageError(f"{place}can't be used: {reason}") from error
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise StorageError(f"{place}too many open files; raise the limit (ulimit -n)") from error
+        if error.errno == errno.ENOMEM:
+            raise TrainingError(MEMORY) from error
+        raise
 
 
 def nearest(word: str, candidates: Iterable[str], *, most: int = 12) -> str:

@@ -18,6 +18,7 @@ from vlmtune.data.records import Record
 from vlmtune.generate import generate, generation_arguments, is_plain_greedy
 from vlmtune.loss import supervised_logits
 from vlmtune.metrics import resolve, score
+from vlmtune.signals import Ended
 
 
 @dataclass
@@ -41,23 +42,59 @@ def evaluate(
     title: str,
     share: bool = False,
     share_answers: bool = False,
+    stop: Callable[[], int | None] = lambda: None,
 ) -> Evaluation:
     """Answer all records and compare; each rank takes a stretch of them. `share` lays out the batches for the loss with
     each image once, `share_answers` those for generation.
+
+    `stop`: asked after each batch, the number of a signal that asks to end. Raises `signals.Ended` then, on every rank.
     """
     from accelerate.utils import gather_object
 
-    ranks = engine.num_processes
-    stretch = math.ceil(len(records) / ranks)
+    stretch = math.ceil(len(records) / engine.num_processes)
     own = records[engine.process_index * stretch : (engine.process_index + 1) * stretch]
+    gathered: list[Any]
+    try:
+        with display.bar(title, 2 * len(own), show=engine.is_main_process) as shown:
+
+            def advance(rows: int) -> None:
+                shown(rows)
+                if number := stop():
+                    raise Ended(number)
+
+            gathered = [_answer(model, encoder, own, config, engine, share, share_answers, advance)]
+    except Ended as ended:
+        gathered = [ended.number]
+    if engine.num_processes > 1:
+        gathered = gather_object(gathered)  # in the order of the ranks
+    for number in gathered:
+        if isinstance(number, int):  # a signal may reach some ranks alone, and all must end
+            raise Ended(number)
+    loss, tokens = sum(g[0] for g in gathered), sum(g[1] for g in gathered)
+    answers = [answer for g in gathered for answer in g[2]]
+    means, scores = score(resolve(config.task.metrics), answers, [list(record.answers) for record in records])
+    return Evaluation({"loss": loss / max(tokens, 1), **means}, answers, scores)
+
+
+def _answer(
+    model: Any,
+    encoder: Encoder,
+    own: Sequence[Record],
+    config: Config,
+    engine: Any,
+    share: bool,
+    share_answers: bool,
+    advance: Callable[[int], None],
+) -> tuple[float, int, list[str]]:
+    """Summed loss, count of supervised tokens, and the answers of this rank's rows."""
     size = config.trainer.eval_batch_size
-    draft = Draft(model, encoder, config.generation)
     make = shared if share else padded
-    with display.bar(title, 2 * len(own), show=engine.is_main_process) as advance:
-        loss, tokens, drafted = loss_and_drafts(model, encoder, own, size, engine, make, draft, advance)
-        open_rows = [row for row, answer in enumerate(drafted) if answer is None]
-        advance(len(own) - len(open_rows))
-        rest = generate(
+    draft = Draft(model, encoder, config.generation)
+    loss, tokens, drafted = loss_and_drafts(model, encoder, own, size, engine, make, draft, advance)
+    open_rows = [row for row, answer in enumerate(drafted) if answer is None]
+    advance(len(own) - len(open_rows))
+    rest = iter(
+        generate(
             model,
             encoder,
             [own[row] for row in open_rows],
@@ -67,14 +104,8 @@ def evaluate(
             share=share_answers,
             advance=advance,
         )
-    of_open = iter(rest)
-    answers = [next(of_open) if answer is None else answer for answer in drafted]
-    if ranks > 1:
-        gathered = gather_object([(loss, tokens, answers)])  # in the order of the ranks
-        loss, tokens = sum(g[0] for g in gathered), sum(g[1] for g in gathered)
-        answers = [answer for g in gathered for answer in g[2]]
-    means, scores = score(resolve(config.task.metrics), answers, [list(record.answers) for record in records])
-    return Evaluation({"loss": loss / max(tokens, 1), **means}, answers, scores)
+    )
+    return loss, tokens, [next(rest) if answer is None else answer for answer in drafted]
 
 
 class Draft:

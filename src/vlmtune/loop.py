@@ -33,6 +33,8 @@ class Progress:
     best_step: int | None = None
     since_best: int = 0
     """Evaluations since then."""
+    changes: list[dict[str, Any]] = field(default_factory=list)
+    """What was changed when it was gone on with: step, key, was, now."""
 
 
 @dataclass

@@ -102,5 +102,11 @@ def build_scheduler(optimizer: torch.optim.Optimizer, trainer: TrainerConfig, to
     name = "constant_with_warmup" if trainer.scheduler.name == "constant" else trainer.scheduler.name
     warmup = round(trainer.scheduler.warmup_fraction * total_steps)
     scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=total_steps)
-    optimizer._opt_called = True  # type: ignore[attr-defined]  # or torch warns where a resumed run catches up
+    optimizer._opt_called = True  # type: ignore[attr-defined]  # or torch warns where a resumed run goes to its step
     return scheduler
+
+
+def go_to(scheduler: Any, step: int) -> None:
+    """Set the learning rates of the step that follows `step` done ones: they depend on the step's number alone."""
+    scheduler.last_epoch = step - 1
+    scheduler.step()

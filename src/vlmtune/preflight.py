@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -17,9 +17,8 @@ from vlmtune.config import Config, GenerationConfig, ImageConfig
 from vlmtune.data.batch import Batch, padded, shared
 from vlmtune.data.batches import Batches
 from vlmtune.data.encode import IGNORE, Encoder
-from vlmtune.data.files import SHOWN
 from vlmtune.data.records import Record
-from vlmtune.errors import ConfigError, DataError, ModelError, TrainingError
+from vlmtune.errors import ConfigError, DataError, ModelError
 from vlmtune.generate import generate
 from vlmtune.loss import summed_loss
 from vlmtune.models.families import Family
@@ -29,10 +28,15 @@ log = logging.getLogger("vlmtune")
 
 
 def check_labels(encoder: Encoder, records: Sequence[Record]) -> str:
-    """Raise DataError unless the supervised tokens of each record decode to its answer and the end token."""
+    """Raise DataError unless each row trains on its answer and the end token, token by token.
+
+    The last answer: all that follows the very tokens that generation starts from. Each answer: its added tokens are
+    those that its text names, in order, and all its tokens decode to its text.
+    """
     example = ""
     encoded = encoder.encode(records, answered=True)
-    for record, labels in zip(records, encoded.labels, strict=True):
+    starts = encoder.encode(records, answered=False).input_ids
+    for record, ids, labels, start in zip(records, encoded.input_ids, encoded.labels, starts, strict=True):
         runs = [list(run) for supervised, run in groupby(labels, IGNORE.__ne__) if supervised]
         texts = [encoder.tokenizer.decode(run, skip_special_tokens=False) for run in runs]
         wanted = encoder.supervised_texts(record)
@@ -42,8 +46,12 @@ def check_labels(encoder: Encoder, records: Sequence[Record]) -> str:
             )
         if set(labels) & set(encoder.image_ids):
             raise DataError(f"{record.place}: would train on the tokens of an image: {texts!r}")
+        if [added for run in runs for added in encoder.added(run)] != encoder.added_in(record):
+            raise DataError(f"{record.place}: added tokens of the answer are not those tokens in {texts!r}")
+        if len(runs) == 1 and (ids[: len(start)] != start or labels[len(start) :] != ids[len(start) :]):
+            raise DataError(f"{record.place}: generation would start from other tokens than training on {texts!r}")
         example = example or texts[-1]
-    return f"labels     {len(records)} rows decode to their answers and an end token, the first to {example!r}"
+    return f"labels     {len(records)} rows are their answers and an end token, the first {example!r}"
 
 
 def _composed(text: str) -> str:
@@ -52,17 +60,26 @@ def _composed(text: str) -> str:
 
 
 def check_inputs(encoder: Encoder, records: Sequence[Record]) -> str:
-    """Raise ModelError unless a row reaches the model as its family's processor would write it by itself: the same
-    tokens, and every tensor that it returns.
+    """Raise ModelError unless a row of each shape reaches the model as its family's processor would write it by itself:
+    the same tokens, and every tensor that it returns.
 
     Families that have code of their own are held against their processors in the tests; what is looked for here is a
     family that the generic way does not cover.
     """
     if type(encoder.family) is not Family or not records:
         return f"inputs     made by {type(encoder.family).__name__}"
-    record = next((record for record in records if record.images), records[0])
-    ours = padded(encoder, [record])
-    theirs = encoder.by_the_processor(record)
+    shapes = {encoder.prompt.shape(record): record for record in reversed(records)}
+    made = [_check_input(encoder, record) for record in list(shapes.values())[:SHAPES]]
+    named = f"{type(encoder.processor).__name__}: {', '.join(max(made, key=len))}"
+    return f"inputs     the tokens and tensors of {named} ({len(made)} shapes of row)"
+
+
+SHAPES = 16
+"""Shapes of row that are held against the processor."""
+
+
+def _check_input(encoder: Encoder, record: Record) -> list[str]:
+    ours, theirs = padded(encoder, [record]), encoder.by_the_processor(record, answered=True)
     name = type(encoder.processor).__name__
     made = {"input_ids", "attention_mask", *ours.inputs}
     if missing := sorted(set(theirs) - made):
@@ -70,26 +87,14 @@ def check_inputs(encoder: Encoder, records: Sequence[Record]) -> str:
             f"{name}: also returns {', '.join(missing)} for a prompt, which the generic way does not make; this family "
             "needs a class of its own (docs/add_a_model.md)"
         )
-    if theirs["input_ids"].tolist() != encoder.encode([record], answered=True).input_ids:
+    [prompt] = encoder.encode([record], answered=False).input_ids
+    [whole] = encoder.encode([record], answered=True).input_ids
+    alone = encoder.by_the_processor(record, answered=False)["input_ids"][0].tolist()
+    answered = theirs["input_ids"][0].tolist()
+    merged = answered[: len(prompt)] != prompt  # a token across the answer's beginning, which generation never writes
+    if alone != prompt or (not merged and encoder.prompt.supervise == "last" and answered != whole):
         raise ModelError(f"{record.place}: {name} writes this row in other tokens than ours; please report this model")
-    return f"inputs     the tokens and tensors of {name}: {', '.join(sorted(made))}"
-
-
-def check_rows(encoder: Encoder, splits: Iterable[Sequence[Record]]) -> None:
-    """Raise DataError with the rows that this model's family can't take: no image, or a form of conversation.
-
-    Rows that are read when their turn comes are left to that.
-    """
-    problems: list[str] = []
-    for records in splits:
-        for record in records if isinstance(records, list) else ():
-            try:
-                encoder.check(record)
-            except DataError as error:
-                problems += error.problems
-    if problems:
-        more = [f"and {len(problems) - SHOWN} more rows"] if len(problems) > SHOWN else []
-        raise DataError(problems[:SHOWN] + more)
+    return sorted(made)
 
 
 def check_images(encoder: Encoder, records: Sequence[Record], budget: ImageConfig) -> str:
@@ -105,41 +110,6 @@ def check_images(encoder: Encoder, records: Sequence[Record], budget: ImageConfi
     return f"images     {tokens} tokens each, in rows of {min(map(len, ids))} to {max(map(len, ids))} tokens{thin}"
 
 
-def check_gradients(model: Any, encoder: Encoder, records: Sequence[Record], engine: Any) -> str:
-    """Raise TrainingError where a frozen tensor gets a gradient, or no trainable one does; the sentence names those
-    that these rows don't reach (a tower behind rows without images, layers above the one that features are taken from).
-
-    Zero is a gradient too: LoRA's A has none but zeros while B is zero.
-    """
-    was_training = model.training
-    model.train()
-    batch: Batch = padded(encoder, records).to(engine.device)
-    try:
-        with engine.autocast():
-            loss = summed_loss(model, batch)
-        loss.backward()
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # layers that PEFT or the quantizer wrapped, but can't compute with
-        raise TrainingError(
-            f"the first forward and backward pass fails with {type(error).__name__}: {error}. This model, adapter and "
-            "quantization don't go together here"
-        ) from error
-    without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
-    leaking = [name for name, p in model.named_parameters() if not p.requires_grad and p.grad is not None]
-    trained = sum(p.requires_grad for p in model.parameters())
-    model.zero_grad(set_to_none=True)
-    model.train(was_training)
-    if leaking:
-        raise TrainingError(f"{len(leaking)} frozen weights get a gradient, among them {leaking[0]}")
-    if len(without) == trained:
-        raise TrainingError("no trainable weight gets a gradient from these rows")
-    if not torch.isfinite(loss):
-        raise TrainingError(f"the loss of the first rows is {float(loss)}; try trainer.precision=fp32")
-    note = f"; {len(without)} get none from these rows, among them {without[0]}" if without else ""
-    return f"gradients  reach {trained - len(without)} of {trained} trainable tensors and no frozen one{note}"
-
-
 def choose_layout(model: Any, batches: Batches, engine: Any, evaluated: bool) -> str:
     """Choose between padded and shared batches by `trainer.share_prefix`; returns the choice with its reason.
 
@@ -147,18 +117,20 @@ def choose_layout(model: Any, batches: Batches, engine: Any, evaluated: bool) ->
     attention is not causal over a 4-D mask (cross-attention, bidirectional image tokens) differ or refuse.
     Raises ConfigError where `on` is asked for and would change the loss.
     """
-    wish, probe = batches.trainer.share_prefix, batches.repeated(min(6, batches.trainer.batch_size))
-    if wish == "off" or not probe:
+    wish, probed = batches.trainer.share_prefix, batches.probes(min(6, batches.trainer.batch_size))
+    if wish == "off" or not probed:
         nothing = "rows of a stream aren't grouped" if batches.streamed else "no two rows show the same image"
         reason = "trainer.share_prefix=off" if wish == "off" else nothing
         return f"batches    padded, one row each ({reason})"
-    fits, evidence = layouts_agree(model, batches.encoder, probe, engine)
-    fits = session.all_ranks(fits, engine)
+    verdicts = [layouts_agree(model, batches.encoder, rows, engine) for rows in probed]
+    evidence = next((evidence for fits, evidence in verdicts if not fits), verdicts[0][1])
+    fits = session.all_ranks(all(fits for fits, _ in verdicts), engine)
     if not fits and wish == "on":
         raise ConfigError(f"trainer.share_prefix=on: {evidence}; use auto or off")
     batches.use_layout(share=fits)
     if fits and evaluated:
-        batches.share_answers = session.all_ranks(answers_agree(model, batches.encoder, probe, engine), engine)
+        agree = all(answers_agree(model, batches.encoder, rows, engine) for rows in probed)
+        batches.share_answers = session.all_ranks(agree, engine)
     return f"batches    {'shared, each image once' if fits else 'padded, one row each'} ({evidence})"
 
 

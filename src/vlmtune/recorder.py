@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from vlmtune import checkpoint, display, environment, report, runfolder, signals, tracking
+from vlmtune import checkpoint, display, environment, report, resume, runfolder, session, signals, tracking
 from vlmtune.config import Config
 from vlmtune.data import table
 from vlmtune.data.batches import Batches
@@ -23,6 +23,8 @@ from vlmtune.errors import CheckpointError, TrainingError
 from vlmtune.evaluation import Evaluation, evaluate
 from vlmtune.loop import Hooks, NonFinite, Progress, StepReport
 from vlmtune.models import adapters
+from vlmtune.models.parts import base_of
+from vlmtune.optim import go_to
 
 log = logging.getLogger("vlmtune")
 
@@ -56,6 +58,9 @@ class Recorder:
     def open(self, optimizer: Any, scheduler: Any, processor: Any) -> Progress:
         """Write what describes the run, start the trackers, and go on from a checkpoint if the config says so."""
         self.optimizer, self.scheduler, self.processor = optimizer, scheduler, processor
+        commit = getattr(base_of(self.model).config, "_commit_hash", None)
+        files = environment.model_files(str(self.config.model.path), commit)
+        self.identity = resume.identity(self.config, self.batches, self.engine, files)
         if self.config.resume:
             self._resume()
         if self.main:
@@ -64,28 +69,28 @@ class Recorder:
                 table.write_quarantine(self.folder / "quarantine.csv", bad)
                 log.warning("left out %d rows that can't be used: %s", len(bad), self.folder / "quarantine.csv")
             described = environment.describe(self.config.trainer.seed, self.batches.fingerprint, processor)
+            described |= {"image_fingerprint": self.batches.image_fingerprint, "changes": self.progress.changes}
             runfolder.write_json(self.folder / "environment.json", described)
             self.metrics_file = tracking.MetricsFile(
                 self.folder / "metrics.jsonl", resume_step=self.progress.step if self.config.resume else None
             )
-            self.tracker = tracking.build(self.config.tracker, asdict(self.config), self.folder)
+            resumed = bool(self.config.resume)
+            self.tracker = tracking.build(self.config.tracker, asdict(self.config), self.folder, resumed=resumed)
         return self.progress
 
     def _resume(self) -> None:
-        found = checkpoint.all_checkpoints(self.folder / "checkpoints")
-        if not found:
-            raise CheckpointError(f"resume={self.folder}: has no checkpoint; it stopped before the first one was saved")
+        found = session.decided_by_first(lambda: checkpoint.newest(self.folder), self.engine)
         self.progress = checkpoint.load_checkpoint(
-            found[-1], self.model, self.optimizer, self.engine.scaler, self.batches.identity, self.engine.process_index
+            found, self.model, self.optimizer, self.engine.scaler, self.identity, self.engine.process_index
         )
-        for _ in range(self.progress.step):
-            self.scheduler.step()
+        go_to(self.scheduler, self.progress.step)
         patience = self.config.trainer.early_stopping_patience
         self.stopped_early = patience is not None and self.progress.since_best >= patience
         if self.main:  # from here on the folder is this run's
+            checkpoint.set_aside(found)
             runfolder.write_config(self.folder / "config.yaml", self.config)
             (self.folder / "result.json").unlink(missing_ok=True)
-        log.info("going on from step %d (%s)", self.progress.step, found[-1])
+        log.info("going on from step %d (%s)", self.progress.step, found)
 
     def measure_baseline(self) -> None:
         """Evaluate the untrained model, unless that is switched off, impossible or already done."""
@@ -96,25 +101,33 @@ class Recorder:
     # ---- around steps
 
     @contextmanager
-    def training(self) -> Iterator[None]:
-        """While inside: a progress bar, signals that end the run after its step, and clear errors."""
-        total = self.batches.total_steps
-        done = False
+    def recording(self) -> Iterator[None]:
+        """While inside, a signal is noted and ends the run at the next good place; whatever ends it early is a failure
+        in the tracker too.
+        """
         try:
-            with (
-                self.interruption.watching(),
-                display.bar("training", total, done=self.progress.step, show=self.main) as self.advance,
-            ):
+            with self.interruption.watching():
                 yield
-            done = True
+        except signals.Ended as ended:  # in the evaluation before the first step: there is nothing to save yet
+            self.tracker.finish({"status": "interrupted"})
+            raise signals.Interrupted(ended.number) from None
+        except BaseException as error:
+            stopped = isinstance(error, signals.Interrupted | KeyboardInterrupt)
+            self.tracker.finish({"status": "interrupted" if stopped else "failed"})
+            raise
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """While inside: a progress bar and clear errors."""
+        total = self.batches.total_steps
+        try:
+            with display.bar("training", total, done=self.progress.step, show=self.main) as self.advance:
+                yield
         except NonFinite as error:
             raise TrainingError(
                 f"{error}. A lower trainer.learning_rate, trainer.precision=fp32 or trainer.max_grad_norm=1 may help; "
                 "trainer.nonfinite=skip leaves such steps out"
             ) from error
-        finally:
-            if not done:
-                self.tracker.finish({"status": "failed"})
 
     def hooks(self) -> Hooks:
         return Hooks(
@@ -147,7 +160,10 @@ class Recorder:
             )
         last = step.step == self.batches.total_steps
         if self._due(trainer.eval_every, step.step) and not last and "validation" in self.splits:
-            self._evaluate_and_choose()
+            try:
+                self._evaluate_and_choose()
+            except signals.Ended:  # `should_stop` knows, and `finish` saves
+                return
         if self._due(trainer.save_every, step.step) and not last:
             self.save()
 
@@ -193,6 +209,7 @@ class Recorder:
             title=f"evaluating {title}",
             share=self.batches.share,
             share_answers=self.batches.share_answers,
+            stop=lambda: self.interruption.signal,
         )
         prefix = "eval" if split == "validation" else split
         self.log({f"{prefix}/{name}": value for name, value in found.metrics.items()})
@@ -243,7 +260,7 @@ class Recorder:
                 self.optimizer,
                 self.engine.scaler,
                 self.progress,
-                self.batches.identity,
+                self.identity,
                 states,
                 keep=self.config.trainer.keep_checkpoints,
             )
@@ -255,49 +272,90 @@ class Recorder:
     def finish(self) -> dict[str, Any]:
         """Choose and save the model, evaluate it, write result.json, predictions.csv and report.html.
 
-        Returns the result. An interrupted run saves where it is, to be gone on with, and evaluates nothing.
+        Returns the result. A signal ends an evaluation at its next batch: the run then saves where it is, to be gone on
+        with, and evaluates no more. Once the last evaluation is done the result stands, whatever fails behind it.
         """
-        done, final = self.ended_by is None, None
-        if done and self.config.trainer.best_metric and not self.stopped_early:
-            final = self._evaluate_and_choose()
-        if not done or self.config.trainer.save_every:
-            self.save()
-        if done and self._restore_best():
-            final = None
+        final = self._choose()
         if self.main:  # before anything else can fail
             checkpoint.save_model(self.model, self.processor, self.folder / "model", self.config.model)
-        metrics = dict(self.progress.baseline)
-        if done and "validation" in self.splits:
-            final = final or self.evaluate("after training")
-            metrics |= {f"eval/{name}": value for name, value in final.metrics.items()}
-        if done and "test" in self.splits:
-            tested = self.evaluate("on the test rows", "test")
-            metrics |= {f"test/{name}": value for name, value in tested.metrics.items()}
-        status = "completed" if done else "interrupted"
+        metrics, final = self._score(final)
+        status = "completed" if self.ended_by is None else "interrupted"
         result = runfolder.make_result(status, self.progress, metrics, self.config.task.metrics[0])
-        if not done:
+        if self.ended_by is not None:
             result["signal"] = self.ended_by
         if self.main:
             self._write(result, final)
         return result
 
+    def _choose(self) -> Evaluation | None:
+        """Put the weights to save into the model, and a checkpoint on disk where one is due; returns their evaluation
+        if there was one."""
+        final = None
+        if self.ended_by is None and self.config.trainer.best_metric and not self.stopped_early:
+            with self._ending():
+                final = self._evaluate_and_choose()
+        if self.ended_by is not None or self.config.trainer.save_every:
+            self.save()
+        return None if self.ended_by is None and self._restore_best() else final
+
+    def _score(self, final: Evaluation | None) -> tuple[dict[str, float], Evaluation | None]:
+        """The metrics of result.json, and the evaluation of the validation rows; less of both where a signal comes."""
+        metrics = dict(self.progress.baseline)
+        if self.ended_by is not None:
+            return metrics, None
+        with self._ending():
+            if "validation" in self.splits:
+                final = final or self.evaluate("after training")
+                metrics |= {f"eval/{name}": value for name, value in final.metrics.items()}
+            if "test" in self.splits:
+                tested = self.evaluate("on the test rows", "test")
+                metrics |= {f"test/{name}": value for name, value in tested.metrics.items()}
+        if self.ended_by is not None and not self.config.trainer.save_every and not self.config.trainer.best_metric:
+            self.save()  # for `resume=` to evaluate
+        return metrics, final
+
+    @contextmanager
+    def _ending(self) -> Iterator[None]:
+        """A signal ends what is inside, and the run with it."""
+        try:
+            yield
+        except signals.Ended as ended:
+            self.ended_by = ended.number
+
     def _write(self, result: dict[str, Any], final: Evaluation | None) -> None:
-        if final is not None:
-            predictions = self.folder / "predictions.csv"
-            runfolder.write_predictions(predictions, self.splits["validation"], final, self.config.task.metrics[0])
         runfolder.write_json(self.folder / "result.json", result)
-        self.tracker.finish(result)
-        report.write(self.folder, self._image, self._texts)
+        with self._standing("predictions.csv"):
+            if final is not None:
+                predictions = self.folder / "predictions.csv"
+                runfolder.write_predictions(predictions, self.splits["validation"], final, self.config.task.metrics[0])
+        with self._standing("the tracker's result"):
+            self.tracker.finish(result)
+        with self._standing("report.html"):
+            report.write(self.folder, self._image, self._texts)
         if self.encoder.image_cache is not None:
             log.info(self.encoder.image_cache.report())
         log.info(runfolder.closing_table(self.folder, result))
+
+    @contextmanager
+    def _standing(self, what: str) -> Iterator[None]:
+        """A failure inside costs `what` and a warning: the result is written and stands."""
+        try:
+            yield
+        except Exception as error:
+            log.warning("%s could not be written, the result stands: %s: %s", what, type(error).__name__, error)
 
     def _restore_best(self) -> bool:
         """Take the weights of the checkpoint that was best; False where those are the present ones."""
         best = self.progress.best_step
         if best is None or best == self.progress.step:
             return False
-        checkpoint.load_weights(self.folder / "checkpoints" / f"step_{best:06d}", self.model)
+        chosen = self.folder / "checkpoints" / f"step_{best:06d}"
+        try:
+            session.decided_by_first(lambda: checkpoint.check(chosen), self.engine)
+        except CheckpointError as error:
+            log.warning("the best checkpoint can't be used, so the model is that of the last step: %s", error)
+            return False
+        checkpoint.load_weights(chosen, self.model)
         log.info("took the weights of step %d, where %s was best", best, self.config.trainer.best_metric)
         return True
 

@@ -26,7 +26,7 @@ def train(config: Config, folder: Path | None) -> dict[str, Any]:
         raise ConfigError("trainer.best_metric: needs rows to evaluate; set data.validation(_fraction)")
     log.info("fine-tuning %s for %s", config.model.name, config.task.name)
 
-    from vlmtune import preflight, session
+    from vlmtune import first_pass, preflight, row_checks, session
     from vlmtune.data.batches import Batches
     from vlmtune.data.encode import Encoder
     from vlmtune.loop import fit
@@ -54,19 +54,22 @@ def train(config: Config, folder: Path | None) -> dict[str, Any]:
         fast_jpeg=config.data.fast_jpeg,
     )
     encoder.pad_to_multiple_of = rewrites.length_multiple(engine.device, dtypes["compute_dtype"])
+    rows = row_checks.check_rows(encoder, splits, config, row_checks.limits_of(model))
     batches = Batches(encoder, splits["train"].records, config.trainer, engine)
     model = adapters.adapt(model, config, parts, total_steps=batches.total_steps)
     session.prepare_checkpointing(model, config.trainer)
     optimizer = build_optimizer(model, parts, config.trainer, config.optimizer)
 
     # proof before time is spent
-    preflight.check_rows(encoder, [split.records for split in splits.values()])
     sample = batches.sample(8)
     log.info(preflight.parts_table(model, parts))
-    log.info(preflight.check_labels(encoder, sample))
-    log.info(preflight.check_inputs(encoder, sample))
+    log.info(rows.sentence)
+    log.info(preflight.check_labels(encoder, [*sample, *rows.shapes]))
+    log.info(preflight.check_inputs(encoder, [*sample, *rows.shapes]))
     log.info(preflight.check_images(encoder, sample, config.model.image))
-    log.info(preflight.check_gradients(model, encoder, sample, engine))
+    log.info(first_pass.check_loss(model, encoder, sample, engine))
+    log.info(first_pass.check_gradients(model, parts, encoder, sample, engine))
+    log.info(first_pass.check_longest(model, encoder, rows.longest, batches.company(), engine))
     evaluated = bool(splits.keys() & {"validation", "test"})
     log.info(preflight.choose_layout(model, batches, engine, evaluated))
     log.info(preflight.choose_features(model, parts, batches, config, engine, evaluated))
@@ -78,19 +81,20 @@ def train(config: Config, folder: Path | None) -> dict[str, Any]:
     adapters.set_total_steps(model, config, batches.total_steps)
     prepared, optimizer = engine.prepare(model, optimizer)
     recorder = Recorder(config, folder, engine, model, encoder, splits, batches)
-    progress = recorder.open(optimizer, scheduler, processor)
-    recorder.measure_baseline()
-    with recorder.training():
-        fit(
-            prepared,
-            [] if recorder.stopped_early else batches.steps(progress.step),
-            optimizer,
-            scheduler,
-            engine,
-            summed_loss,
-            progress,
-            max_grad_norm=config.trainer.max_grad_norm,
-            skip_nonfinite=config.trainer.nonfinite == "skip",
-            hooks=recorder.hooks(),
-        )
-    return recorder.finish()
+    with recorder.recording():
+        progress = recorder.open(optimizer, scheduler, processor)
+        recorder.measure_baseline()
+        with recorder.training():
+            fit(
+                prepared,
+                [] if recorder.stopped_early else batches.steps(progress.step),
+                optimizer,
+                scheduler,
+                engine,
+                summed_loss,
+                progress,
+                max_grad_norm=config.trainer.max_grad_norm,
+                skip_nonfinite=config.trainer.nonfinite == "skip",
+                hooks=recorder.hooks(),
+            )
+        return recorder.finish()

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import signal
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from vlmtune import display, environment, tracking
+from vlmtune import display, environment, signals, tracking
 from vlmtune.config import Config
 from vlmtune.data.cells import as_list, text_of, to_json
 from vlmtune.data.records import Split
+from vlmtune.errors import CheckpointError
 
 if TYPE_CHECKING:  # they import torch, and a run that fails at once should not wait for it
     from vlmtune.evaluation import Evaluation
@@ -43,6 +47,21 @@ def make_result(status: str, progress: Progress, metrics: dict[str, float], obje
     }
 
 
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """What result.json holds, None where the run has none yet. Raises CheckpointError where it can't be read."""
+    path = folder / "result.json"
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(result["status"], str):
+            raise ValueError("its status is no text")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise CheckpointError(f"{path}: is damaged: {reason}; delete it or put the right one back") from error
+    return dict(result)
+
+
 def closing_table(folder: Path, result: dict[str, Any]) -> str:
     """Scores before and after, time, memory, and where everything is."""
     metrics, speed, memory = result["metrics"], result["speed"], result["memory"]
@@ -66,7 +85,10 @@ def closing_table(folder: Path, result: dict[str, Any]) -> str:
 def write_whole(path: Path, text: str) -> None:
     """Write a file that is there in full or not at all."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())  # or a power failure may leave the name without the content
     partial.replace(path)
 
 
@@ -82,22 +104,28 @@ def write_config(path: Path, config: Config) -> None:
 
 def absolute(config: Config) -> Config:
     """The config with absolute paths, which mean the same from every working directory."""
-    data = {name: getattr(config.data, name) for name in ("train", "validation", "test")}
-    known: dict[str, Any] = {name: _absolute(path) for name, path in data.items() if path is not None}
-    if config.data.image_root is not None:
-        known["image_root"] = str(Path(config.data.image_root).expanduser().absolute())
+    known = {name: _each(_absolute, getattr(config.data, name)) for name in ("train", "validation", "test")}
+    known["image_root"] = _each(lambda path: str(Path(path).expanduser().absolute()), config.data.image_root)
     path = config.model.path
     local = str(Path(path).absolute()) if path is not None and Path(path).is_dir() else path
     return replace(config, data=replace(config.data, **known), model=replace(config.model, path=local))
 
 
+def _each(change: Callable[[str], str], value: Any) -> Any:
+    """A key's value with its path changed, or each of a list or a mapping of paths."""
+    if isinstance(value, dict):
+        return {name: change(path) for name, path in value.items()}
+    return [change(path) for path in value] if isinstance(value, list) else value and change(value)
+
+
 def _absolute(path: str) -> str:
-    """An absolute path; `FOLDER:SPLIT` keeps its split, and the id of a hub stays as it is."""
-    from vlmtune.data.files import READERS
+    """An absolute path; `FILE:KEY` and `FOLDER:SPLIT` keep their ends, and the id of a hub stays as it is."""
+    from vlmtune.data.files import is_table, parted
 
     place, colon, split = path.partition(":")
-    if Path(path).suffix.lower() in READERS or Path(path).expanduser().exists():
-        return str(Path(path).expanduser().absolute())
+    if is_table(path) or Path(path).expanduser().exists():
+        file, key = parted(path)
+        return str(file.absolute()) + (f":{key}" if key is not None else "")
     return f"{Path(place).expanduser().absolute()}{colon}{split}" if Path(place).expanduser().is_dir() else path
 
 
@@ -134,34 +162,37 @@ def write_table(path: Path, frame: Any) -> None:
 def as_cells(frame: Any) -> Any:
     """The frame with what a CSV cell can hold: lists and objects as JSON."""
 
+    import pandas as pd
+
     def flat(cell: Any) -> Any:
         cell = as_list(cell)
         if isinstance(cell, list | dict):
-            return to_json(cell, lambda value: f"<{type(value).__name__}>")
+            return to_json(cell, lambda value: value if isinstance(value, str) else f"<{type(value).__name__}>")
         return text_of(cell, "cell") if isinstance(cell, bool) else cell
 
-    table = frame.copy(deep=False)
-    for name in [name for name in frame.columns if frame[name].dtype == object]:
-        table[name] = frame[name].map(flat)
-    return table
+    objects = [name for name in frame.columns if frame[name].dtype == object]
+    # Series.map would infer a type, and make floats of integers beside a missing value
+    cells = {name: pd.Series([*map(flat, frame[name])], frame.index, dtype=object) for name in objects}
+    return frame.assign(**cells)
 
 
 def write_failure(folder: Path, error: BaseException) -> None:
-    """Say in result.json that and why the run failed, with what its log shows of how far it came."""
+    """Say in result.json that and why the run failed or was interrupted, with what its log shows of how far it came."""
+    stopped = isinstance(error, signals.Interrupted | KeyboardInterrupt)
     rows = tracking.read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else []
     last: dict[str, Any] = {}
     for row in rows:
         last |= row
-    write_json(
-        folder / "result.json",
-        {
-            "status": "failed",
-            "objective": None,
-            "steps": last.get("step", 0),
-            "examples": last.get("train/examples", 0),
-            "metrics": {name: value for name, value in last.items() if name.startswith(("eval/", "test/"))},
-            "speed": {},
-            "memory": {},
-            "error": {"type": type(error).__name__, "message": str(error)},
-        },
-    )
+    result: dict[str, Any] = {
+        "status": "interrupted" if stopped else "failed",
+        "objective": None,
+        "steps": last.get("step", 0),
+        "examples": last.get("train/examples", 0),
+        "metrics": {name: value for name, value in last.items() if name.startswith(("eval/", "test/"))},
+        "speed": {},
+        "memory": environment.memory(),
+        "error": {"type": type(error).__name__, "message": str(error)},
+    }
+    if stopped:
+        result["signal"] = getattr(error, "number", signal.SIGINT)
+    write_json(folder / "result.json", result)

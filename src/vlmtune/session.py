@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import warnings
+from collections.abc import Callable
 from functools import cache, partial, wraps
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vlmtune import display
+from vlmtune import display, surroundings
 from vlmtune.config import Config, TrainerConfig
-from vlmtune.errors import ConfigError
+from vlmtune.errors import ConfigError, VlmtuneError
 
+log = logging.getLogger("vlmtune")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -23,8 +26,32 @@ def engine(config: Config) -> Any:
     Raises ConfigError where the device can't compute in the asked precision.
     """
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-    from accelerate.utils import DistributedDataParallelKwargs, set_seed
+    from accelerate.state import AcceleratorState, GradientState
+    from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, set_seed
+
+    quiet_libraries()
+    mixed = mixed_precision(config.trainer.precision)
+    decided = {"ACCELERATE_MIXED_PRECISION": mixed, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"}
+    AcceleratorState._reset_state()  # a multirun's jobs may differ in precision
+    GradientState._reset_state()  # or a loop that was left half way in this process decides whether a step counts
+    set_seed(config.trainer.seed)
+    # a tower, or a module trained beside an adapter, gets no gradient from rows without images
+    beside = config.adapter["parts"] != ["language"] or bool(config.adapter.get("modules_to_save"))
+    unused = not config.uses_adapter or beside
+    with surroundings.without_accelerate_settings(decided):
+        accelerator = Accelerator(
+            cpu=not torch.cuda.is_available(),  # or a launcher's CPU ranks would each believe to be alone
+            mixed_precision=mixed,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # the loop accumulates by itself
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
+        )
+    tell_what_idles(accelerator)
+    import_bitsandbytes()  # asks the device what it can do, so not before a rank has its own
+    return accelerator
+
+
+def quiet_libraries() -> None:
+    """No warnings that libraries mean for us, and no bars where there is no terminal."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()  # what matters of it is raised or logged by us
@@ -33,7 +60,10 @@ def engine(config: Config) -> Any:
         warnings.filterwarnings("ignore", category=FutureWarning, module=package)
     if not display.console.is_terminal:
         transformers_logging.disable_progress_bar()
-    trainer, precision = config.trainer, config.trainer.precision
+
+
+def mixed_precision(precision: str) -> str:
+    """Accelerate's name for `trainer.precision` on this machine. Raises ConfigError where it can't compute so."""
     bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     if precision == "auto":
         precision = "bf16" if bf16 else "fp32"
@@ -41,24 +71,30 @@ def engine(config: Config) -> Any:
         raise ConfigError("trainer.precision=fp16: needs an accelerator; use fp32 (or bf16) on a CPU")
     if precision == "bf16" and torch.cuda.is_available() and not bf16:
         raise ConfigError("trainer.precision=bf16: this GPU has no bfloat16; use fp16 or fp32")
-    AcceleratorState._reset_state()  # a multirun's jobs may differ in precision
-    set_seed(trainer.seed)
-    cpu = not torch.cuda.is_available()  # or a launcher's CPU ranks would each believe to be alone
-    # a tower that trains gets no gradient from rows without images
-    unused = not config.uses_adapter or config.adapter["parts"] != ["language"]
-    accelerator = Accelerator(
-        cpu=cpu,
-        mixed_precision="no" if precision == "fp32" else precision,
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
-    )
-    import_bitsandbytes()  # asks the device what it can do, so not before a rank has its own
-    return accelerator
+    return "no" if precision == "fp32" else precision
+
+
+def tell_what_idles(engine: Any) -> None:
+    """Log the accelerators of this machine that the run leaves alone, and why."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if found is not None and found.type != "cuda":
+        log.info(
+            "computing on the CPU: this machine has %s, which vlmtune does not use (only CUDA and ROCm)", found.type
+        )
+    if engine.num_processes == 1 and torch.cuda.device_count() > 1:
+        log.info(
+            "computing on one of %d GPUs; all of them: accelerate launch --multi_gpu src/train.py ...",
+            torch.cuda.device_count(),
+        )
 
 
 def import_bitsandbytes() -> None:
     """Import it, with the functions that it has torch compile set up at their first call: torch's compiler takes a
     second to import, and PEFT imports bitsandbytes whether a run quantizes or not.
     """
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return
 
     def compiled_later(function: Any = None, **options: Any) -> Any:
         if function is None:
@@ -89,6 +125,24 @@ def agree_on_folder(folder: Path | None, engine: Any) -> Path:
     if engine.num_processes > 1:
         broadcast_object_list(agreed)
     return Path(agreed[0])
+
+
+def decided_by_first(decide: Callable[[], Any], engine: Any) -> Any:
+    """What `decide` returns on the first rank, on every rank; where it raises a VlmtuneError, every rank does."""
+    from accelerate.utils import broadcast_object_list
+
+    if engine.num_processes == 1:
+        return decide()
+    found: list[Any] = [None, None]
+    if engine.is_main_process:
+        try:
+            found[0] = decide()
+        except VlmtuneError as error:
+            found[1] = error
+    broadcast_object_list(found)
+    if found[1] is not None:
+        raise found[1]
+    return found[0]
 
 
 def all_ranks(yes: bool, engine: Any) -> bool:

@@ -1,4 +1,8 @@
-"""Ending on SIGINT and SIGTERM: after the step in training, at once elsewhere, and never without a result.json."""
+"""Ending on a signal: after the step in training, after the batch in evaluation, at once elsewhere, and never without a
+result.json.
+
+SIGINT (Ctrl-C), SIGTERM (a scheduler) and SIGHUP (a terminal that went away; under nohup it is ignored, and stays so).
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 class Interrupted(BaseException):
@@ -19,13 +23,22 @@ class Interrupted(BaseException):
         self.number = number
 
 
+class Ended(Exception):
+    """An evaluation stopped between two batches, as a signal asked for."""
+
+    def __init__(self, number: int):
+        super().__init__(f"ended by {signal.Signals(number).name}")
+        self.number = number
+
+
 @contextmanager
 def _handling(handler: Any) -> Iterator[dict[signal.Signals, Any]]:
-    """Handle both signals while inside; only the main thread can, and others leave them alone."""
+    """Handle the signals while inside; only the main thread can, and others leave them alone."""
     if threading.current_thread() is not threading.main_thread():
         yield {}
         return
-    before = {number: signal.signal(number, handler) for number in SIGNALS}
+    watched = [number for number in SIGNALS if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, handler) for number in watched}
     try:
         yield before
     finally:

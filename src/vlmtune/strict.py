@@ -16,6 +16,8 @@ from omegaconf.errors import OmegaConfBaseException
 from vlmtune.config import OPEN_GROUPS, PARTS, Config, nested_schema
 from vlmtune.errors import ConfigError, nearest
 from vlmtune.metrics import resolve
+from vlmtune.models import peft_fields, quantization
+from vlmtune.paths import expand
 
 
 def strict(composed: DictConfig) -> Config:
@@ -29,13 +31,21 @@ def strict(composed: DictConfig) -> Config:
         raw = OmegaConf.to_container(ours, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
-    assert isinstance(raw, dict)
-    config: Config = _read(Config, raw, "", problems)
+    config: Config = _read(Config, expand(raw), "", problems)
     if not problems:
         problems = combinations(config)
     if problems:
         raise ConfigError(problems)
     return config
+
+
+def unreadable(saved: DictConfig) -> list[str]:
+    """Problems of a saved config by itself: keys that don't exist here, wrong types, values out of bounds."""
+    problems: list[str] = []
+    raw = OmegaConf.to_container(saved)
+    assert isinstance(raw, dict)
+    _read(Config, raw, "", problems)
+    return problems
 
 
 def _read(schema: type, raw: dict[Any, Any], prefix: str, problems: list[str]) -> Any:
@@ -141,14 +151,22 @@ def _meant(field: str, allowed: list[str]) -> str:
     return f"{hint} " * hint.startswith("did") + f"choose from: {', '.join(allowed)}"
 
 
+def is_commit(revision: str | None) -> bool:
+    """True for a commit's full hash: a branch or a tag may hold other code tomorrow."""
+    return re.fullmatch("[0-9a-f]{40}", revision or "") is not None
+
+
 def combinations(config: Config) -> list[str]:
     """Problems of fields that are fine alone but not together."""
     found = []
     trainer, model = config.trainer, config.model
     if model.path is None and model.fresh is None:
         found.append("model.path: missing; give a hub id or a folder, or choose a model by name (model=qwen2vl_7b)")
-    if model.trust_remote_code and model.revision is None and not Path(str(model.path)).is_dir():
-        found.append("model.revision: missing; code of a repository is only run at a pinned commit")
+    if model.trust_remote_code and not Path(str(model.path)).expanduser().is_dir() and not is_commit(model.revision):
+        found.append(
+            f"model.revision={model.revision}: code of a repository is only run at a pinned commit; give the 40 "
+            "characters of one that you have read"
+        )
     try:
         resolve(config.task.metrics)
     except ConfigError as error:
@@ -171,6 +189,9 @@ def combinations(config: Config) -> list[str]:
     if config.uses_adapter and model.save_layout == "original":
         found.append("model.save_layout=original: is for whole models (adapter=none); an adapter has no such layout")
     data = config.data
+    for role, name in vars(data.columns).items():
+        if name in data.ignore:
+            found.append(f"data.ignore: {name} is what data.columns.{role} reads; leave it out of one of them")
     if (data.streaming or data.subset) and data._target_ != "vlmtune.data.hub.load":
         found.append("data.streaming, data.subset: are for data=hub")
     if data.streaming and data.on_duplicate != "keep":
@@ -196,16 +217,11 @@ def combinations(config: Config) -> list[str]:
         found.append(
             "quantization: quantized weights can't be trained themselves; add an adapter, for instance adapter=lora"
         )
-    if config.adapter["method"] in ("loha", "lokr") and config.quantization["method"] == "bitsandbytes_4bit":
-        found.append(
-            f"adapter={config.adapter['method']}: PEFT can't put it on 4-bit weights; use quantization=int8 or none, "
-            "or another adapter, for instance adapter=lora"
-        )
-    if config.is_quantized and str(config.adapter.get("init_lora_weights", "")).startswith("pissa"):
-        found.append(
-            "adapter.init_lora_weights=pissa: splits the weights themselves, which quantized ones don't allow; "
-            "use quantization=none, or adapter=lora"
-        )
+    if config.is_quantized:
+        found += quantization.problems(config.quantization)
+    if config.uses_adapter:
+        bits = {"bitsandbytes_4bit": 4, None: None}.get(config.quantization["method"], 8)
+        found += peft_fields.problems(config.adapter, bits=bits)
     if model.image.min_tokens and model.image.max_tokens and model.image.min_tokens > model.image.max_tokens:
         found.append(
             f"model.image.min_tokens={model.image.min_tokens}: above model.image.max_tokens={model.image.max_tokens}"

@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 IMAGE_SIDE = 512  # pixels; larger images are scaled down before they are logged
 WANDB_MODES = {"online", "offline", "disabled", "shared", "dryrun", "run"}
 WANDB_START_SECONDS = 30  # that a start waits for the server
+WANDB_FINISH_SECONDS = 600  # that the end waits for an upload
 
 
 @dataclass(frozen=True)
@@ -84,24 +85,42 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The objects of a metrics.jsonl, in order, none if there is no file; a half-written last line is ignored."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The objects of a metrics.jsonl, in order, none if there is no file; a half-written last line is ignored.
+
+    Lines that are no object with a step are left out, with a warning.
+    """
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    rows, strange = [], []
+    for number, line in enumerate(text.splitlines(keepends=True), start=1):
+        if not line.endswith("\n"):
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+        else:
+            strange.append(number)
+    if strange:
+        log.warning("%s: left out %d lines that can't be read, the first is line %d", path, len(strange), strange[0])
+    return rows
 
 
-def build(config: TrackerConfig, run_config: Mapping[str, Any], folder: Path) -> Tracker:
+def build(config: TrackerConfig, run_config: Mapping[str, Any], folder: Path, *, resumed: bool = False) -> Tracker:
     """Open the tracker that `config` names, for the run in `folder`, and store `run_config` there without its secrets.
 
-    On one process of a run only. Raises ConfigError when it can't start: unknown WANDB_MODE, no login, no network.
+    On one process of a run only. `resumed`: go on with the run that the folder's earlier process had opened. Raises
+    ConfigError when it can't start: unknown WANDB_MODE, no login, no network.
     """
-    mode = os.environ.get("WANDB_MODE") or config.mode
+    mode = config.mode or os.environ.get("WANDB_MODE") or "offline"
     if config.name == "none" or (config.name == "wandb" and mode == "disabled"):
         return Nothing()
     folder.mkdir(parents=True, exist_ok=True)
     public = without_secrets(run_config)
     if config.name == "tensorboard":
         return Surviving("TensorBoard", TensorBoard(public, folder))
-    return Surviving("W&B", WandB(config.project, mode, public, folder))
+    return Surviving("W&B", WandB(config.project, mode, public, folder, resumed))
 
 
 class Surviving:
@@ -127,44 +146,55 @@ class Surviving:
     def _warning(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             log.warning("%s failed and is off for the rest of this run; metrics.jsonl goes on: %s", self.name, error)
             self.tracker = Nothing()
 
 
 class WandB:
-    """Weights & Biases. Everything it writes, the images waiting for an upload too, lies in `folder`/wandb."""
+    """Weights & Biases. Everything it writes, the images waiting for an upload too, lies in `folder`/wandb.
 
-    def __init__(self, project: str, mode: str, config: dict[str, Any], folder: Path):
+    Its variables (WANDB_PROJECT, WANDB_DIR, WANDB_RUN_GROUP, WANDB_NAME and all others) win over the defaults here,
+    and lose to a key that the user sets. A resumed run goes on under the id of the first start, which is kept in
+    `folder`/wandb/run_id.
+    """
+
+    def __init__(self, project: str | None, mode: str, config: dict[str, Any], folder: Path, resumed: bool = False):
         if mode not in WANDB_MODES:
             raise ConfigError(f"WANDB_MODE={mode}: {nearest(mode, WANDB_MODES)}")
         import wandb
 
         self.wandb = wandb
-        self.data_folder = folder / "wandb"
+        self.data_folder = Path(os.environ.get("WANDB_DIR") or folder) / "wandb"
         place = folder.resolve().parts[-3:]  # sweeps/<name>/<stamp>/<trial>: the trials of one sweep make a group
+        earlier = folder / "wandb" / "run_id"
+        kept = {"id": earlier.read_text(), "resume": "allow"} if resumed and earlier.exists() else {}
         try:
             self.run = wandb.init(
-                project=project,
+                project=project or os.environ.get("WANDB_PROJECT") or "vlmtune",
                 mode=mode,  # type: ignore[arg-type]  # checked above
                 config=config,
-                dir=folder,
-                group="/".join(place[:-1]),
-                name="/".join(place),
+                dir=os.environ.get("WANDB_DIR") or folder,
+                group=os.environ.get("WANDB_RUN_GROUP") or "/".join(place[:-1]),
+                name=os.environ.get("WANDB_NAME") or "/".join(place),
                 settings=_wandb_settings(wandb),
+                **kept,
             )
         except Exception as error:
             raise ConfigError(
                 f"tracker=wandb: W&B did not start (mode {mode}): {error}. Use tracker.mode=offline and upload later "
                 "with `wandb sync`, or `wandb login` and a network, or tracker=none"
             ) from error
+        earlier.parent.mkdir(exist_ok=True)
+        earlier.write_text(self.run.id)
         self.run.define_metric("step", hidden=True)
         self.run.define_metric("*", step_metric="step")
         upload = f"offline; upload with `wandb sync {Path(self.run.dir).parent}`"
         log.info("W&B: %s", upload if self.run.offline else self.run.url)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        self.run.log({**values, "step": step})
+        """W&B's own step is ours: a resumed run's rows follow those before it, and rows done twice count once."""
+        self.run.log({**values, "step": step}, step=step)
 
     def samples(self, rows: list[Sample], step: int) -> None:
         table = self.wandb.Table(columns=["image", "question", "reference", "prediction", "score"])
@@ -172,7 +202,7 @@ class WandB:
             image = row.image and self.wandb.Image(thumbnail(row.image, IMAGE_SIDE))
             table.add_data(image, row.question, row.reference, row.prediction, row.score)
         with _environment("WANDB_DATA_DIR", str(self.data_folder)):
-            self.run.log({"samples": table, "step": step})
+            self.run.log({"samples": table, "step": step}, step=step)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         result = dict(summary)
@@ -182,9 +212,21 @@ class WandB:
 
 
 def _wandb_settings(wandb: Any) -> Any:
-    """Quiet, and no copy of code, git state, command line or SLURM's environment: environment.json has what matters."""
-    quiet = {"silent": True, "console": "off", "disable_git": True, "save_code": False, "x_disable_meta": True}
-    return wandb.Settings(reinit="create_new", init_timeout=WANDB_START_SECONDS, **quiet)
+    """Quiet, bounded in time, and no copy of code, git state, command line or SLURM's environment: environment.json has
+    what matters. A WANDB_ variable wins over each of them.
+    """
+    defaults = {
+        "silent": True,
+        "console": "off",
+        "disable_git": True,
+        "save_code": False,
+        "x_disable_meta": True,
+        "init_timeout": WANDB_START_SECONDS,
+        "finish_timeout": WANDB_FINISH_SECONDS,
+        "finish_timeout_raises": True,
+    }
+    ours = {name: value for name, value in defaults.items() if f"WANDB_{name.upper()}" not in os.environ}
+    return wandb.Settings(reinit="create_new", **ours)
 
 
 @contextmanager

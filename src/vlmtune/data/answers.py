@@ -31,7 +31,7 @@ def answers_of(cell: Any, lists: str) -> tuple[tuple[str, ...], bool]:
         assert found is not None
         if any(is_blank(item) for item in found):
             raise DataError("empty answer: one in the list is blank")
-        return tuple(map(str, found)), True
+        return tuple(text_of(item, "answer") for item in found), True
     if lists == "references" and found and (problem := _doubtful(found)):
         raise DataError(f"{problem}; data.answer_lists=text trains on the list itself")
     if isinstance(cell, list | tuple):
@@ -75,12 +75,6 @@ class Lists:
             said = "the first of each is trained on and all are accepted", "text to train on the whole list"
         else:
             said = "the whole list is trained on, as JSON", "references to train on the first of each"
-        log.info(
-            "%s: %d answers are lists of texts; %s (%s); data.answer_lists=%s",
-            file,
-            self.rows,
-            said[0],
-            self.example,
-            said[1],
-        )
+        shown = (file, self.rows, said[0], self.example, said[1])
+        log.info("%s: answers that are lists of texts: %d; %s (%s); data.answer_lists=%s", *shown)
         self.example = None

@@ -1,12 +1,13 @@
 """Values of Arrow's typed columns (Parquet, Hugging Face's `datasets`) as their sources wrote them.
 
-A label of a class is its name, a float32 has the digits of a float32, an integer beside a null stays an integer.
+A label of a class is its name, a float32 has the digits of a float32, an integer beside a null stays an integer. The
+functions that see to it are picklable, since rows are also read by a loader's processes.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from vlmtune.data.cells import Unreadable
@@ -17,17 +18,20 @@ if TYPE_CHECKING:
 Converter = Callable[[Any], Any]
 
 
-def values(table: pyarrow.Table, column: str) -> list[Any]:
-    """The values of a Parquet file's column. Class names stand in the metadata that `datasets` writes."""
-    field = table.schema.field(column)
-    found = table.column(column).to_pylist()
-    described = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
-    feature = described.get("info", {}).get("features", {}).get(column, {})
-    if feature.get("_type") == "ClassLabel" and feature.get("names"):
-        convert: Converter | None = label_names(feature["names"])
+def values(table: pyarrow.Table) -> dict[str, list[Any]]:
+    """The values of a Parquet file's columns. Classes have names in the metadata that `datasets` writes."""
+    if b'"ClassLabel"' in (table.schema.metadata or {}).get(b"huggingface", b""):
+        import datasets
+
+        converters = {name: of_feature(it) for name, it in datasets.Features.from_arrow_schema(table.schema).items()}
     else:
-        convert = of_arrow(field.type)
-    return [convert(value) for value in found] if convert else found
+        converters = {field.name: of_arrow(field.type) for field in table.schema}
+    found = {name: table.column(name).to_pylist() for name in table.column_names}
+    return {name: list(map(converters[name] or _same, cells)) for name, cells in found.items()}
+
+
+def _same(value: Any) -> Any:
+    return value
 
 
 def of_arrow(kind: pyarrow.DataType) -> Converter | None:
@@ -59,40 +63,43 @@ def of_feature(feature: Any) -> Converter | None:
 
 def label_names(names: Sequence[str]) -> Converter:
     """The name of a class by its number; a number without a name can't be read."""
+    return partial(_label_name, tuple(names))
 
-    def name(number: Any) -> Any:
-        if number is None or isinstance(number, str):
-            return number
-        if not 0 <= number < len(names):
-            return Unreadable.of(number, f"is class {number}, and the {len(names)} classes are {', '.join(names):.60}")
-        return names[number]
 
-    return name
+def _label_name(names: Sequence[str], number: Any) -> Any:
+    if number is None or isinstance(number, str):
+        return number
+    if not 0 <= number < len(names):
+        return Unreadable.of(number, f"is class {number}, and the {len(names)} classes are {', '.join(names):.60}")
+    return names[number]
 
 
 def single(kind: str) -> Converter:
     """Floats of 32 or 16 bits with their own digits, which Python's floats don't have."""
+    return partial(_single, "float16" if kind in ("float16", "halffloat") else "float32")
+
+
+def _single(kind: str, value: Any) -> Any:
     import numpy as np
 
-    dtype: Any = np.float16 if kind in ("float16", "halffloat") else np.float32
-    return lambda value: None if value is None else dtype(value)
+    return None if value is None else np.dtype(kind).type(value)
 
 
 def each_item(convert: Converter | None) -> Converter | None:
     """`convert` for lists."""
-    if convert is None:
-        return None
-    return lambda value: None if value is None else [convert(item) for item in value]
+    return partial(_each_item, convert) if convert else None
+
+
+def _each_item(convert: Converter, value: Any) -> Any:
+    return None if value is None else [convert(item) for item in value]
 
 
 def each_field(converters: dict[str, Converter]) -> Converter | None:
     """`converters` for objects, by field."""
-    if not converters:
+    return partial(_each_field, converters) if converters else None
+
+
+def _each_field(converters: dict[str, Converter], value: Any) -> Any:
+    if value is None:
         return None
-
-    def convert(value: Any) -> Any:
-        if value is None:
-            return None
-        return {key: converters[key](item) if key in converters else item for key, item in value.items()}
-
-    return convert
+    return {key: converters.get(key, _same)(item) for key, item in value.items()}

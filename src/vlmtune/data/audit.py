@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import logging
 import os
-import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -33,7 +32,8 @@ from vlmtune.data.columns import (
 )
 from vlmtune.data.conversations import PLACE, media_mark, parse, placed
 from vlmtune.data.images import Source, content_key, image_size, open_image
-from vlmtune.data.meanings import AUDIO, COLUMNS, PARTS, VIDEO, Unread, refusal
+from vlmtune.data.meanings import AUDIO, COLUMNS, PARTS, VIDEO, Unread, meaning_of, refusal
+from vlmtune.data.paths import local_path
 from vlmtune.data.records import Record, Split, Turn
 from vlmtune.data.rows import places
 from vlmtune.errors import DataError
@@ -76,24 +76,14 @@ def audit_frame(
     good = _group_by_content([record for record, found in zip(records, faults, strict=True) if not found])
     for each in readers.values():
         each.tell()
-    if reader.names["image"] not in frame.columns:
-        warn_without_images(good, reader)
+    reader.tell_images(good, frame.columns)
     bad = [record.refused("; ".join(found)) for record, found in zip(records, faults, strict=True) if found]
     return Split(good, frame, bad, repeats_of(good) if answers_required else [])
 
 
-def warn_without_images(records: Sequence[Record], reader: Reader) -> None:
-    """Say that rows of conversations show no image, where none does."""
-    if len(records) and not any(record.images for record in records):
-        log.warning(
-            "%s: no column %r, and none of its %d usable rows carries an image: %s on text alone",
-            *(reader.file or "data", reader.names["image"], len(records)),
-            "trained" if reader.answers_required else "answered",
-        )
-
-
 def _cells(frame: pd.DataFrame, name: str) -> list[Any]:
-    return column_values(frame[name]) if name in frame.columns else [None] * len(frame)
+    places = [place for place, other in enumerate(frame.columns) if str(other) == name]
+    return column_values(frame.iloc[:, places[0]]) if places else [None] * len(frame)
 
 
 # ---------------------------------------------------------------- rows
@@ -115,8 +105,8 @@ class Reader:
         self.names = names_of(config.columns)
         self.unread = Unread(config.ignore, answers_required)
         self.refusable = refusable(present, config, self.unread)
-        self.unread.media = any(COLUMNS[name.casefold()] in (VIDEO, AUDIO) for name in self.refusable)
         """Columns in which a row must not hold anything that changes its meaning."""
+        self.unread.media = any(meaning_of(name, COLUMNS) in (VIDEO, AUDIO) for name in self.refusable)
         self.columns = [*self.names.values(), config.columns.system or "", *self.refusable]
         self.lists = Lists(config.answer_lists)
         self.paths: dict[str, Path] = {}
@@ -141,6 +131,13 @@ class Reader:
         """Say in the log what was not read, and how lists were."""
         self.unread.tell(self.file or "data")
         self.lists.tell(self.file or "data")
+
+    def tell_images(self, records: Sequence[Record], present: Iterable[Any]) -> None:
+        """Warn where there is no image column and none of the usable `records` shows an image."""
+        name, done = self.names["image"], "trained" if self.answers_required else "answered"
+        if name not in map(str, present) and len(records) and not any(record.images for record in records):
+            none = f"none of the {len(records)} usable rows carries an image"
+            log.warning("%s: no column %r, and %s: %s on text alone", self.file or "data", name, none, done)
 
     def _refusals(self, cells: Sequence[Any]) -> list[str]:
         """Why the cells of columns that nothing reads make this a bad row."""
@@ -205,7 +202,9 @@ class Reader:
             )
         if self.answers_required and (problem := self._untrained(found.turns)):
             raise DataError(problem)
-        return self._record(found.turns, placed_images or images, row, found.system or system), []
+        return self._record(
+            found.turns, placed_images or images, row, system if found.system is None else found.system
+        ), []
 
     def _untrained(self, turns: Sequence[Turn]) -> str | None:
         """Why a conversation has no answer to train on, by the weights of its messages."""
@@ -230,7 +229,7 @@ class Reader:
     def locate(self, cell: Any) -> tuple[Source, Hashable]:
         """One image and its key: equal for equal images."""
         if isinstance(cell, dict) and {"bytes", "path"} & cell.keys():  # an image as Hugging Face's data sets store it
-            self.unread.check(cell, frozenset(("bytes", "path")), PARTS, "an image: ")
+            self.unread.check(cell, frozenset(("bytes", "path")), PARTS, "an image's ")
             path = cell.get("path")
             if not cell.get("bytes") and "://" in str(path):  # in an archive, or on a hub
                 return partial(_from_data_set, cell), str(path)
@@ -244,12 +243,11 @@ class Reader:
         if is_blank(cell):
             raise DataError("not an image: an image in the list is missing")
         if not isinstance(cell, str | Path) or isinstance(cell, Number):
-            raise DataError(f"not an image: the cell is {type(cell).__name__}; give a path, bytes or a PIL image")
+            kind = "a number" if isinstance(cell, Number) else type(cell).__name__
+            raise DataError(f"not an image: the cell is {kind}; give a path, bytes or a PIL image")
         text = str(cell)
         if text not in self.paths:
-            if re.match(r"\w[\w+.-]+://|data:", text):
-                raise DataError(f"image is a URL: {text:.80}; download it first and give its path")
-            self.paths[text] = Path(os.path.realpath(self.root / os.path.expanduser(text)))
+            self.paths[text] = Path(os.path.realpath(self.root / os.path.expanduser(local_path(text))))
         return self.paths[text], str(self.paths[text])
 
 

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,13 +96,17 @@ def padded(encoder: Encoder, records: Sequence[Record], *, answered: bool = True
 
 
 def shared(encoder: Encoder, records: Sequence[Record], *, answered: bool = True) -> Batch:
-    """One row per run of records with the same group. Raises ValueError for families that can't be laid out so."""
+    """One row per run of records whose prompts are the same up to the last image.
+
+    Raises ValueError for families that can't be laid out so.
+    """
     if not encoder.family.shares_prefix:
         raise ValueError(
             f"{type(encoder.processor).__name__}: an image's tokens are not the same for all its questions"
         )
     encoded = encoder.encode(records, answered=answered, images_once=True)
-    runs = [[i for i, _ in run] for _, run in groupby(enumerate(records), key=_group_key)]
+    keys = [("alone", n) if (group := encoder.prompt.group(r)) is None else group for n, r in enumerate(records)]
+    runs = [list(run) for _, run in groupby(range(len(records)), key=keys.__getitem__)]
     rows = [_branched(encoded, run) for run in runs]
     inputs = dict(encoded.image_inputs)
     stack = partial(_stack, side="right", multiple=encoder.pad_to_multiple_of)
@@ -118,11 +121,6 @@ def shared(encoder: Encoder, records: Sequence[Record], *, answered: bool = True
         branches,
         len(records),
     )
-
-
-def _group_key(item: tuple[int, Record]) -> Any:
-    index, record = item
-    return ("alone", index) if record.group is None else ("group", record.group)
 
 
 def _branched(encoded: Encoded, run: list[int]) -> dict[str, list[int]]:

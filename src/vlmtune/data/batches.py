@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,7 +17,25 @@ from vlmtune.data.batch import Batch, padded, shared
 from vlmtune.data.encode import Encoder
 from vlmtune.data.records import Record
 from vlmtune.data.sampler import ByTokens, InOrder, Order, micro_batches
-from vlmtune.errors import ConfigError
+from vlmtune.errors import ConfigError, VlmtuneError
+from vlmtune.signals import SIGNALS
+
+TOLD = (VlmtuneError, OSError, MemoryError)
+
+
+class Told(Dataset[Any]):
+    """The items of `batches`, with a row's error as an item: raised in a worker process, it would come back wrapped in
+    torch's own text.
+    """
+
+    def __init__(self, batches: Batches):
+        self.batches = batches
+
+    def __getitem__(self, step: int) -> Any:
+        try:
+            return self.batches[step]
+        except TOLD as error:
+            return error
 
 
 class Batches(Dataset[list[Batch]]):
@@ -27,7 +46,7 @@ class Batches(Dataset[list[Batch]]):
         self.rank, self.ranks, self.on_cpu = engine.process_index, engine.num_processes, engine.device.type == "cpu"
         self.rows_per_step = trainer.batch_size * trainer.gradient_accumulation_steps * self.ranks
         self.streamed = is_streamed(records)
-        self.groups = groups_of(records)
+        self.groups = groups_of(records, encoder)
         self.share = False
         self.share_answers = False
         """Whether evaluation may generate with each image once."""
@@ -47,16 +66,19 @@ class Batches(Dataset[list[Batch]]):
             "tokens per forward pass": self.trainer.batch_tokens,
             "training rows": len(self.records),
             "data fingerprint": self.fingerprint,
+            "image content": self.image_fingerprint,
             "seed": self.trainer.seed,
             "share_prefix": self.share,
             "steps in all": self.total_steps,
         }
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
-        if not hasattr(self, "_fingerprint"):
-            self._fingerprint = environment.fingerprint(self.records)
-        return self._fingerprint
+        return environment.fingerprint(self.records)
+
+    @cached_property
+    def image_fingerprint(self) -> str | None:
+        return environment.image_fingerprint(self.records)
 
     def _order(self) -> Order | InOrder | ByTokens:
         if self.streamed:
@@ -77,15 +99,19 @@ class Batches(Dataset[list[Batch]]):
         """Some rows that training begins with, no more than fit into one forward pass."""
         return [self.records[i] for i in self.order.step(0)[: min(count, self.trainer.batch_size)]]
 
+    def company(self) -> list[Record]:
+        """Rows that the longest one shares a forward pass with, as far as the order of the first step tells."""
+        return [] if self.trainer.batch_tokens else self.sample(self.trainer.batch_size)[1:]
+
     def use_layout(self, *, share: bool) -> None:
         """Choose between padded batches and shared ones, which need rows of a group to stay together."""
         self.share = share
         self.order = self._order()
         self.total_steps = self.trainer.max_steps or self.order.steps_in(self.trainer.epochs)
 
-    def repeated(self, most: int) -> list[Record]:
-        """As `repeated`, of the training rows."""
-        return repeated(self.records, self.groups, most)
+    def probes(self, most: int) -> list[list[Record]]:
+        """As `probes`, of the training rows."""
+        return probes(self.encoder, self.records, self.groups, most)
 
     def __len__(self) -> int:
         return self.total_steps
@@ -112,7 +138,7 @@ class Batches(Dataset[list[Batch]]):
         if workers is None:
             workers = 0 if self.on_cpu else 4  # on a CPU they would take the cores that compute
         loader = DataLoader(
-            self,
+            Told(self),
             batch_size=None,
             sampler=range(first, self.total_steps),
             num_workers=workers,
@@ -120,7 +146,10 @@ class Batches(Dataset[list[Batch]]):
             worker_init_fn=_ignore_signals,
             generator=torch.Generator(),  # or it draws its seed from the random state that a resume restored
         )
-        return iter(loader)
+        for item in loader:
+            if isinstance(item, TOLD):
+                raise item
+            yield item
 
 
 def is_streamed(records: Sequence[Record]) -> bool:
@@ -128,22 +157,46 @@ def is_streamed(records: Sequence[Record]) -> bool:
     return bool(getattr(records, "in_order", False))
 
 
-def groups_of(records: Sequence[Record]) -> list[Hashable]:
-    """What each row shows, as far as known without reading a stream."""
-    return [] if is_streamed(records) else getattr(records, "groups", None) or [r.group for r in records]
+def groups_of(records: Sequence[Record], encoder: Encoder) -> list[Hashable]:
+    """What each row shares with others: images and all that is written in front of them, or the images alone where
+    rows are read from disk. Nothing of a stream is known before it is read.
+    """
+    if is_streamed(records):
+        return []
+    return getattr(records, "groups", None) or [encoder.prompt.group(record) for record in records]
 
 
-def repeated(records: Sequence[Record], groups: Sequence[Hashable], most: int) -> list[Record]:
-    """Up to `most` rows, at least two each of up to two images that several rows show; empty if there are none."""
-    counts = Counter(group for group in groups if group is not None).most_common(2)
+KINDS = 4
+"""Shapes of conversation that are probed."""
+
+
+def probes(encoder: Encoder, records: Sequence[Record], groups: Sequence[Hashable], most: int) -> list[list[Record]]:
+    """Per shape of conversation up to `most` rows, at least two each of up to two images that several rows show: the
+    ones with the shortest and the longest question. The rarest shapes come first: what breaks a layout is seldom usual.
+    """
+    counts = Counter(group for group in groups if group is not None)
+    rows_of: dict[Hashable, list[int]] = {group: [] for group, count in counts.most_common(1000) if count > 1}
+    for row, group in enumerate(groups):
+        if group in rows_of:
+            rows_of[group].append(row)
+    of_shape: dict[Any, list[list[int]]] = {}
+    for rows in rows_of.values():
+        first = records[rows[0]]
+        of_shape.setdefault((encoder.prompt.shape(first), first.system is not None), []).append(rows)
     found = []
-    for group, _ in [(group, n) for group, n in counts if n > 1]:
-        rows = [i for i, other in enumerate(groups) if other == group]
-        found += [records[i] for i in rows[: max(most // 2, 2)]]
-    return found[: max(most, 2)]
+    for kinds in sorted(of_shape.values(), key=len)[:KINDS]:
+        chosen = [records[row] for rows in kinds[:2] for row in _unlike(records, rows, max(most // 2, 2))]
+        found.append(chosen[: max(most, 2)])
+    return found
+
+
+def _unlike(records: Sequence[Record], rows: Sequence[int], most: int) -> list[int]:
+    """Up to `most` of `rows`, by the length of their questions: from both ends."""
+    ordered = sorted(rows[:100], key=lambda row: len(records[row].question))
+    return [ordered[-(n // 2) - 1] if n % 2 else ordered[n // 2] for n in range(min(most, len(ordered)))]
 
 
 def _ignore_signals(worker: int) -> None:
     """A signal to the process group is for the main process, which ends its step; it would miss a worker that died."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

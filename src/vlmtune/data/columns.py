@@ -143,7 +143,8 @@ def sample_of(frame: pd.DataFrame) -> dict[str, list[Any]]:
 def refusable(present: Iterable[Any], config: DataConfig, unread: Unread) -> list[str]:
     """Columns that nothing reads and that change what a row means where they hold something."""
     read = {*names_of(config.columns).values(), config.columns.system}
-    return [str(name) for name in present if str(name) not in read and unread.meaning(str(name), COLUMNS) is not None]
+    meanings = {str(name): unread.meaning(str(name), COLUMNS) for name in present if str(name) not in read}
+    return [name for name, found in meanings.items() if found and found.beside in ("", config.columns.question)]
 
 
 def tell_unread(file: str, present: Iterable[Any], config: DataConfig, refused: Sequence[str]) -> None:

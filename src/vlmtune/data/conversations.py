@@ -163,10 +163,11 @@ class Reader:
         if isinstance(content, list | tuple):
             text, at = self._joined(content, images)
         else:
-            if isinstance(content, dict | bytes) or content is None:
-                shown = "an object" if isinstance(content, dict) else type(content).__name__
+            if content is None:
                 keys = ", ".join(sorted(map(str, message)))
-                raise DataError(f"content is {shown}; a text or a list of parts is needed (the keys are {keys})")
+                raise DataError(f"has no content: its keys are {keys}; read is content, or value")
+            if isinstance(content, dict):
+                raise DataError("content is an object; a text or a list of parts is needed")
             text, at = placed(text_of(content, "content"))
             images += [None] * len(at)
         if role == "user" and (mark := media_mark(text, self.unread.media)):
@@ -205,12 +206,12 @@ class Reader:
         for part in content:
             kind = _kind(part) if isinstance(part, dict) else type(part).__name__
             if kind == "text":
-                self.unread.check(part, READ_OF_TEXT, PARTS, "a part of type text: ")
+                self.unread.check(part, READ_OF_TEXT, PARTS, "a text part's ")
                 if is_missing(part.get("text")):
                     raise DataError("a part of type text without a text")
                 text += text_of(part["text"], "a part of type text")
             elif kind in ("image", "image_url"):
-                self.unread.check(part, READ_OF_IMAGE, PARTS, "an image: ")
+                self.unread.check(part, READ_OF_IMAGE, PARTS, "an image's ")
                 at.append(len(text))
                 images.append(self._source(part, sum(image is None for image in images)))
             else:
@@ -231,7 +232,7 @@ class Reader:
         if given or says_nothing(index):
             value = given[0] if given else None
             if isinstance(value, dict) and "url" in value:
-                self.unread.check(value, frozenset(("url",)), PARTS, "an image: ")
+                self.unread.check(value, frozenset(("url",)), PARTS, "an image's ")
                 return value["url"]
             return value
         if as_number(index) != number:

@@ -1,15 +1,14 @@
 """Records -> tokens, labels and image tensors.
 
-The chat template is rendered once per shape of conversation with stand-ins for the texts; a row's own texts are then
-put in between the template's pieces, and the text of each image in place of its placeholder. Answers are found again
-in the token sequence by character offsets, which hold for every tokenizer.
+The chat template writes each row (`prompt.py`); the text of each image is put in place of its placeholder. Answers are
+found again in the token sequence by character offsets, which hold for every tokenizer.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -20,8 +19,8 @@ from PIL import Image
 from vlmtune import display
 from vlmtune.data.feature_tokens import Shortened, repeat, shortened
 from vlmtune.data.images import image_size, open_image
+from vlmtune.data.prompt import ONE, Prompt
 from vlmtune.data.records import Record
-from vlmtune.data.template import TEXT, Pieces, Shape, Turnout, content_of, conversation, with_stand_ins
 from vlmtune.errors import DataError, ModelError
 from vlmtune.models.families import family_of
 from vlmtune.models.image_budget import enough
@@ -52,9 +51,6 @@ class Encoded:
 class Encoder:
     """Encodes records for one model's processor.
 
-    A marker of the template (`<|im_end|>`, `<image>`) inside a user's text stays text: its first character is replaced
-    by a stand-in that the tokenizer's normalizer turns back after special tokens were looked for.
-
     `supervise`: the turns that are trained on, the `last` or `all`.
     """
 
@@ -68,9 +64,7 @@ class Encoder:
         fast_jpeg: bool = True,
     ):
         self.processor = processor
-        self.system_prompt = system_prompt
         self.max_image_pixels = max_image_pixels
-        self.supervise = supervise
         if not getattr(processor, "chat_template", None):
             raise ModelError(
                 f"{type(processor).__name__} has no chat template, so prompts can't be written as it expects"
@@ -81,28 +75,14 @@ class Encoder:
         """Where images become model inputs once, if it is set."""
         self.pad_to_multiple_of = 1
         """Batches are as long as a multiple of this."""
-        self.tokenizer, self.stand_ins = with_stand_ins(processor.tokenizer, self.markers())
-        self._marker = re.compile("|".join(sorted(map(re.escape, self.markers()), key=len, reverse=True)))
-        self.pieces = functools.cache(self._pieces)
-
-    def markers(self) -> list[str]:
-        """Strings that mean something else than their letters to the tokenizer or the processor."""
-        added = self.processor.tokenizer.added_tokens_decoder.values()
-        own = {t.content for t in added if t.special}
-        own |= {self.family.image_token or "<image>", self.family.feature_token}
-        return sorted(own | set(self.family.ends))
-
-    def literal(self, text: str) -> str:
-        """`text` with stand-ins, so that no marker in it takes effect."""
-        while match := self._marker.search(text):
-            at = match.start()
-            text = text[:at] + self.stand_ins[text[at]] + text[at + 1 :]
-        return text
+        self.prompt = Prompt(processor, self.family, system_prompt, supervise)
+        self.tokenizer = self.prompt.tokenizer
 
     @functools.cached_property
     def end_ids(self) -> list[int]:
         """Ids of the tokens that end an answer: the template's own, and the tokenizer's."""
-        tail = self.tokenizer(self.pieces((False, ("it",))).tail, add_special_tokens=False)["input_ids"]
+        ending = self.prompt.ending(ONE).marker or self.prompt.own_end()
+        tail = self.tokenizer(ending, add_special_tokens=False)["input_ids"]
         return sorted({tail[-1], self.tokenizer.eos_token_id} - {None})
 
     @functools.cached_property
@@ -114,74 +94,11 @@ class Encoder:
 
     # ---------------------------------------------------------------- text
 
-    def _pieces(self, shape: Shape) -> Pieces:
-        """Render a conversation of `shape` whose last question is to be answered."""
-        messages, kinds = conversation(shape)
-        texts = [TEXT.format(number) for number in range(len(kinds))]
-        prompt = self._rendered(messages[:-1], add_generation_prompt=True)
-        full = self._rendered(messages)
-        if any(prompt.count(text) != 1 for text in texts[:-1]) or full.count(texts[-1]) != 1:
-            raise ModelError("this model's chat template leaves out or repeats a question or an answer")
-        if [prompt.index(text) for text in texts[:-1]] != sorted(prompt.index(text) for text in texts[:-1]):
-            raise ModelError("this model's chat template changes the order of texts")
-        parts = tuple(re.split("|".join(map(re.escape, texts[:-1])), prompt))
-        head, _, tail = full.partition(texts[-1])
-        separator = head[len(prompt) :] if head.startswith(prompt) else ""  # the generation prompt wins
-        last = Turnout(separator, self._end(tail) or self._own_end())
-        end = self._end(tail)  # earlier answers end as the last one does, or in nothing
-        earlier = [
-            Turnout(
-                parts[n].removeprefix(parts[-1]) if parts[n].startswith(parts[-1]) else "",
-                end if parts[n + 1].startswith(end) else "",
-            )
-            for n, kind in enumerate(kinds[:-1])
-            if kind == "answer"
-        ]
-        return Pieces(parts, (*earlier, last))
-
-    def _rendered(self, messages: list[dict[str, Any]], **options: Any) -> str:
-        from jinja2 import TemplateError
-
-        try:
-            return str(self.processor.apply_chat_template(messages, **options))
-        except TemplateError as error:
-            raise DataError(f"this model's chat template refuses the conversation: {error}") from error
-
-    def _end(self, tail: str) -> str:
-        """`tail` up to and with its first marker, or nothing."""
-        ends = [marker for marker in self.markers() if marker in tail and marker != self.family.image_token]
-        return min((tail[: tail.index(end) + len(end)] for end in ends), key=len, default="")
-
-    def _own_end(self) -> str:
-        """The tokenizer's end, or the model never learns to stop (llava-1.5's template writes none)."""
-        end = self.processor.tokenizer.eos_token
-        if not end:
-            raise ModelError("neither the chat template nor the tokenizer has a token that ends an answer")
-        return str(end)
-
-    def pieces_of(self, record: Record) -> Pieces:
-        """The template around a row's texts. Raises DataError where it refuses such a conversation."""
-        try:
-            return self.pieces(self._shape(record))
-        except DataError as error:
-            raise DataError(f"{record.place}: {error}") from error
-
     def check(self, record: Record) -> None:
         """Raise DataError where this family can't take such a row, whatever its texts and images hold."""
         if self.family.needs_image and not record.images:
             raise DataError(f"{record.place}: has no image, and {type(self.processor).__name__} takes no text alone")
-        self.pieces_of(record)
-
-    def _shape(self, record: Record) -> Shape:
-        placed = sum(len(turn.image_at) for turn in record.turns)
-        if placed not in (0, len(record.images)):
-            raise DataError(f"{record.place}: {len(record.images)} images for {placed} places in the text")
-        leading = "i" * (len(record.images) - placed)
-        orders = ["".join(kind for kind, _ in content_of(turn)) for turn in record.turns]
-        return self._system(record) is not None, (leading + orders[0], *orders[1:])
-
-    def _system(self, record: Record) -> str | None:
-        return record.system if record.system is not None else self.system_prompt
+        self.prompt.check(record)
 
     def render(
         self, record: Record, *, answered: bool, expansions: Sequence[str] | None = None
@@ -190,40 +107,52 @@ class Encoder:
 
         `expansions`: the text that stands for each of the row's images; None leaves placeholders.
         """
-        pieces = self.pieces_of(record)
-        system, images = self._system(record), iter(expansions or ())
-        parts = [self._expanded(part, images) if expansions is not None else part for part in pieces.parts]
-        if expansions is not None and next(images, None) is not None:
-            raise DataError(f"{record.place}: this model's chat template has no place for one of its images")
-        out, spans = parts[0], []
-        rest = iter(parts[1:])
-        if system is not None:
-            out += self.literal(system) + next(rest)
-        for number, (turn, around) in enumerate(zip(record.turns, pieces.answers, strict=True)):
-            for kind, text in content_of(turn):
-                if kind == "t":
-                    out += self.literal(text) + next(rest)
-            answer = self.literal(turn.answers[0] if turn.answers else "")
-            if number < len(record.turns) - 1:
-                spans.append((len(out) - len(around.separator), len(out) + len(answer) + len(around.tail)))
-                out += answer + next(rest)
-            elif answered:
-                spans.append((len(out), len(out) + len(around.separator) + len(answer) + len(around.tail)))
-                out += around.separator + answer + around.tail
-        if not answered:
-            return out, []
-        trained = [span for span, turn in zip(spans, record.turns, strict=True) if turn.trained]
-        return out, trained if self.supervise == "all" else spans[-1:]
+        text, spans = self.prompt.of(record, answered=answered)
+        if expansions is None:
+            return text, spans
+        head, *rest = text.split(self.family.image_token) if self.family.image_token else [text]
+        if len(rest) != len(expansions):
+            raise DataError(
+                f"{record.place}: this model's chat template has {len(rest)} places for {len(expansions)} images"
+            )
+        starts, out = [], head
+        for expansion, part in zip(expansions, rest, strict=True):
+            starts.append(len(out))
+            out += expansion + part
+        growth = [len(expansion) - len(self.family.image_token or "") for expansion in expansions]
+        moved = [(_moved(begin, starts, growth), _moved(end, starts, growth)) for begin, end in spans]
+        return out, moved
 
     def supervised_texts(self, record: Record) -> list[str]:
-        """What a row trains on, as its author wrote it with what the template puts around."""
+        """What a row trains on, with what the template puts around."""
         text, spans = self.render(record, answered=True)
-        letters = str.maketrans({stand_in: first for first, stand_in in self.stand_ins.items()})
-        return [text[begin:end].translate(letters) for begin, end in spans]
+        return [self.prompt.as_written(text[begin:end]) for begin, end in spans]
 
-    def by_the_processor(self, record: Record) -> Any:
-        """What the family's processor makes of an answered row by itself, called as its documentation does."""
-        text, _ = self.render(record, answered=True)
+    def added(self, ids: Sequence[int]) -> list[int]:
+        """Those of `ids` that are added tokens, single bytes aside."""
+        return [i for i in ids if i in self._added_ids]
+
+    def added_in(self, record: Record) -> list[int]:
+        """Added tokens that the supervised texts of a row name, in order."""
+        text, spans = self.render(record, answered=True)
+        names = [name for begin, end in spans for name in self._added_name.findall(text[begin:end])]
+        return [self.tokenizer.convert_tokens_to_ids(name) for name in names]
+
+    @functools.cached_property
+    def _added_ids(self) -> set[int]:
+        """What is looked for in a text before anything else: it is this token wherever it stands."""
+        added = self.tokenizer.added_tokens_decoder.items()
+        plain = (i for i, t in added if not (t.single_word or t.lstrip or t.rstrip or (t.normalized and not t.special)))
+        return {i for i in plain if not re.fullmatch("<0x[0-9A-F]{2}>", self.tokenizer.convert_ids_to_tokens(i))}
+
+    @functools.cached_property
+    def _added_name(self) -> re.Pattern[str]:
+        names = map(self.tokenizer.convert_ids_to_tokens, self._added_ids)
+        return re.compile("|".join(sorted(map(re.escape, names), key=len, reverse=True)) or r"(?!)")
+
+    def by_the_processor(self, record: Record, *, answered: bool) -> Any:
+        """What the family's processor makes of a row by itself, called as its documentation does."""
+        text, _ = self.render(record, answered=answered)
         pictures = [open_image(source, self.max_image_pixels, self.enough) for source in record.images]
         bos, own = self.tokenizer.bos_token, self.processor.tokenizer
         self.processor.tokenizer = self.tokenizer  # reads a user's markers as text
@@ -237,23 +166,17 @@ class Encoder:
         finally:
             self.processor.tokenizer = own
 
-    def _expanded(self, part: str, images: Any) -> str:
-        token = self.family.image_token
-        if not token:
-            return part
-        head, *tail = part.split(token)
-        return head + "".join(next(images, token) + text for text in tail)
-
     # ---------------------------------------------------------------- tokens
 
     def encode(self, records: Sequence[Record], *, answered: bool, images_once: bool = False) -> Encoded:
         """Tokens of `records`, with labels if `answered`; else they end where the answer begins.
 
-        `images_once`: neighbouring rows of one group share their image tensors, which then appear once.
+        `images_once`: neighbouring rows of one `prompt.group` share their image tensors, which then appear once.
         """
         for record in records:
             self.check(record)
-        sources, images_of = _distinct_images(records, images_once)
+        groups = [self.prompt.group(record) if images_once else None for record in records]
+        sources, images_of = _distinct_images(records, groups)
         image_inputs, expansions = self._process_images(records, sources, images_of)
         short = [self._shortened(expansion) for expansion in expansions]
         texts, spans = [], []
@@ -354,12 +277,12 @@ class Encoder:
                 blank = [self.render(row, answered=True, expansions=[token] * len(row.images))[0] for row in rows]
                 special = not ((bos := self.tokenizer.bos_token) and bos in blank[0])
                 texts = self.tokenizer(blank, add_special_tokens=special)["input_ids"]
-                found += [(self._image_tokens(s), len(ids) - len(s)) for s, ids in zip(sizes, texts, strict=True)]
+                found += [(self.image_tokens(s), len(ids) - len(s)) for s, ids in zip(sizes, texts, strict=True)]
                 advance(len(rows))
         return found
 
     @functools.cached_property
-    def _image_tokens(self) -> Any:
+    def image_tokens(self) -> Any:
         """Tokens that images of given sizes, shown together, take in a prompt."""
 
         @functools.lru_cache(maxsize=100_000)
@@ -373,24 +296,40 @@ class Encoder:
         return count
 
     def decode(self, ids: Sequence[Sequence[int]]) -> list[str]:
-        """Generated ids -> answers: without special tokens, and without the template's separator around them."""
-        texts = self.processor.tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        """Generated ids -> answers: without control tokens, and without the template's separator around them."""
+        kept = [[i for i in row if i not in self._special or not self._is_control(i)] for row in ids]
+        texts = self.processor.tokenizer.batch_decode(kept, clean_up_tokenization_spaces=False)
         return [text.strip() for text in texts]
 
+    @functools.cached_property
+    def _special(self) -> dict[int, str]:
+        return {i: t.content for i, t in self.processor.tokenizer.added_tokens_decoder.items() if t.special}
 
-def _distinct_images(records: Sequence[Record], once: bool) -> tuple[list[Any], list[list[int]]]:
-    """All image sources of the rows in order, those of neighbours in a group only once if `once`; indices per row."""
+    def _is_control(self, number: int) -> bool:
+        return self.prompt.is_control(self._special[number])
+
+
+def _distinct_images(records: Sequence[Record], groups: Sequence[Hashable]) -> tuple[list[Any], list[list[int]]]:
+    """All image sources of the rows in order, those of neighbours in a group only once; indices per row."""
     sources: list[Any] = []
     images_of: list[list[int]] = []
     before = None
-    for record in records:
-        if once and record.group is not None and record.group == before:
+    for record, group in zip(records, groups, strict=True):
+        if group is not None and group == before:
             images_of.append(images_of[-1])
         else:
             images_of.append(list(range(len(sources), len(sources) + len(record.images))))
             sources += record.images
-        before = record.group
+        before = group
     return sources, images_of
+
+
+def _moved(place: int, starts: list[int], growth: list[int]) -> int:
+    """Where a character stands once placeholders have grown; `starts`: of the expansions, in the new text."""
+    for start, more in zip(starts, growth, strict=True):
+        if start < place:
+            place += more
+    return place
 
 
 def _within(place: tuple[int, int], spans: list[tuple[int, int]]) -> bool:

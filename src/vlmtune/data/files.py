@@ -12,16 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from vlmtune.data.arrow import values
 from vlmtune.data.csv_files import read_csv
-from vlmtune.data.images import whats_there
 from vlmtune.data.json_files import read_json, read_json_lines
+from vlmtune.data.paths import whats_there
 from vlmtune.data.rows import Rows, placed
 from vlmtune.errors import DataError
 
 if TYPE_CHECKING:
     import pandas as pd
-
-SHOWN = 20
-"""Faults of one file that a message lists before it counts the rest."""
 
 
 def files_of(value: str | Sequence[str] | None) -> list[str]:
@@ -51,6 +48,8 @@ def read_table(name: str | Path, header: Sequence[str] | None = None) -> pd.Data
     """
     path, key = parted(str(name))
     reader = READERS.get(path.suffix.lower())
+    if not path.exists() and "," in str(name) and all(map(is_table, str(name).split(","))):
+        raise DataError(f"{name}: is no file; several files are a list: [{name}]")
     if reader is None:
         raise DataError(f"{path}: ends in none of {', '.join(READERS)}, so its form isn't known")
     options: dict[str, Any] = {"key": key} if key is not None else {}
@@ -78,9 +77,8 @@ def read_parquet(path: Path) -> pd.DataFrame:
         raise DataError(f"{path}: is no Parquet file: {str(error).splitlines()[0]}") from None
     if table.num_rows == 0:
         raise DataError(f"{path}: has no rows")
-    names = [name for name in table.column_names if not name.startswith("__index_level_")]
-    frame = pd.DataFrame({name: pd.Series(values(table, name), dtype=object) for name in names})
-    return placed(frame, path)
+    columns = {name: cells for name, cells in values(table).items() if not name.startswith("__index_level_")}
+    return placed(pd.DataFrame({name: pd.Series(cells, dtype=object) for name, cells in columns.items()}), path)
 
 
 READERS: dict[str, Callable[..., Rows | pd.DataFrame]] = {

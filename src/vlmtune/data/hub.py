@@ -9,17 +9,18 @@ import hashlib
 import itertools
 import logging
 import sys
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from vlmtune.config import DataConfig, TaskConfig
 from vlmtune.data.arrow import of_feature
-from vlmtune.data.audit import Reader, keys_of, warn_without_images
+from vlmtune.data.audit import Reader, keys_of
 from vlmtune.data.columns import SAMPLE, column_problems, columns_with_text, tell_unread
 from vlmtune.data.images import image_size, open_image
 from vlmtune.data.records import BadRow, Record, Split
 from vlmtune.errors import DataError, nearest
+from vlmtune.hub import unreachable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -65,6 +66,11 @@ def _open(path: str, split: str, subset: str | None, *, streaming: bool = False)
         source = str(folder) if folder.is_dir() else place
         return datasets.load_dataset(source, name=subset, split=wanted, streaming=streaming)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        if unreachable(error):
+            raise DataError(
+                f"data.{split}={path}: is not in the local cache, and the hub can't be reached. Connect once, or fetch "
+                f"it elsewhere with `hf download --repo-type dataset {place}` and give the folder: data.{split}=FOLDER"
+            ) from error
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise DataError(f"data.{split}={path}: can't be opened: {reason}") from error
 
@@ -166,8 +172,7 @@ class HubTable:
                 advance(1)
         reader.tell()
         split.records = HubRows(self.dataset, reader, good, groups, digest.hexdigest())
-        if reader.names["image"] not in self.dataset.column_names:
-            warn_without_images(split.records, reader)
+        reader.tell_images(split.records, self.dataset.column_names)
         return split
 
 
@@ -242,6 +247,8 @@ class StreamedRows(Sequence[Record]):
     def __init__(self, dataset: Any, reader: Rows, config: DataConfig, seed: int):
         self.dataset, self.reader, self.config = dataset, reader, config
         self.fingerprint = f"stream of {reader.file}, {config.shuffle_buffer} rows shuffled, seed {seed}"
+        self.refuse: Callable[[Record], list[str]] = lambda record: []
+        """What the model has against a row, set once it is known."""
         self.next, self.rows = 0, self._rows()
 
     def __len__(self) -> int:
@@ -265,6 +272,7 @@ class StreamedRows(Sequence[Record]):
             for row, cells in enumerate(self.dataset):
                 record, faults = Check(self.reader, self.config)(row, cells)
                 self.reader.tell()
+                faults = faults or self.refuse(record)
                 if not faults:
                     usable += 1
                     yield record

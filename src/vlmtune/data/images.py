@@ -8,25 +8,28 @@ The rules, one per trap:
   pixel values stay equal across images. Floats are read as 0..1. Values beyond these ranges are refused.
 - The first frame of an animation counts.
 - A file that ends early is refused; it never becomes a half-grey picture.
+- What stands beside the pixels (texts, colour profiles, broken EXIF data) makes no image a damaged one.
 
 The part of a message up to its first colon names the kind of fault; the audit counts by it.
 """
 
 from __future__ import annotations
 
-import bisect
-import difflib
 import functools
 import hashlib
 import io
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
+from vlmtune.data.bare_png import bare_png
+from vlmtune.data.file_kinds import no_image
+from vlmtune.data.paths import existing
 from vlmtune.errors import DataError
 
 log = logging.getLogger("vlmtune")
@@ -34,6 +37,18 @@ Source = Path | bytes | Image.Image | Callable[[], Image.Image]
 """Where an image comes from: a file, a file's content, an image in memory, or a function that returns one."""
 
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+READABLE = f"readable are {', '.join(FORMATS)}"
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes an image upright, by its EXIF orientation."""
+T = TypeVar("T")
 
 
 @dataclass
@@ -76,11 +91,14 @@ def open_image(source: Source | str, max_pixels: int, enough: Enough | None = No
     Raises DataError when it is missing, not an image, damaged, or has more than `max_pixels` pixels (width x height,
     checked before anything is decoded).
     """
-    with _opened(source, max_pixels) as image:
+
+    def decoded(image: Image.Image) -> Image.Image:
         if enough is not None and image.format == "JPEG" and (scale := enough.reduction(*image.size)) > 1:
             enough.tell(_name(source), *image.size, scale)
             image.draft(None, (-(-image.width // scale), -(-image.height // scale)))
-        return _rgb(ImageOps.exif_transpose(image))
+        return _rgb(_upright(image))
+
+    return _look(source, max_pixels, decoded)
 
 
 def image_size(source: Source | str, max_pixels: int) -> tuple[int, int]:
@@ -88,12 +106,15 @@ def image_size(source: Source | str, max_pixels: int) -> tuple[int, int]:
 
     Raises DataError as `open_image` does, except for damage behind the header, which only decoding finds.
     """
-    with _opened(source, max_pixels) as image:
+
+    def upright_size(image: Image.Image) -> tuple[int, int]:
         width, height = image.size
         if image.format == "TIFF":  # PIL has swapped its sides already
             return width, height
-        exif = Image.Image.getexif(image)  # a PNG's own getexif decodes it, to find EXIF written behind the pixels
-        return (height, width) if exif.get(ExifTags.Base.Orientation) in (5, 6, 7, 8) else (width, height)
+        # a PNG's own getexif decodes it, to find EXIF written behind the pixels
+        return (height, width) if _orientation(image, Image.Image.getexif) in (5, 6, 7, 8) else (width, height)
+
+    return _look(source, max_pixels, upright_size)
 
 
 def content_key(source: Path | bytes) -> str:
@@ -108,29 +129,49 @@ def _file_key(path: Path, modified: int) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-@contextmanager
-def _opened(source: Source | str, max_pixels: int) -> Iterator[Image.Image]:
-    """An image whose header is read and whose size is allowed; all that goes wrong inside becomes a DataError."""
+def _look(source: Source | str, max_pixels: int, look: Callable[[Image.Image], T]) -> T:
+    """What `look` makes of an image whose header is read and whose size is allowed; all faults become a DataError."""
     name = _name(source)
     # PIL's own bound would warn below ours or stop below it; raising it, never lowering it, is safe from any thread.
     if Image.MAX_IMAGE_PIXELS is not None:
         Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)
     try:
-        image = _header(source)
-        with image if isinstance(source, str | Path | bytes) else nullcontext(image):  # close what we opened only
-            if image.width * image.height > max_pixels:
-                raise DataError(_too_large(name, f"{image.width} x {image.height}", max_pixels))
-            yield image
+        return _within(source, name, max_pixels, look)
     except DataError:
         raise
-    except UnidentifiedImageError:
-        raise DataError(f"not an image: {name}: save it as PNG or JPEG; readable are {', '.join(FORMATS)}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise DataError(_too_large(name, "far more", max_pixels)) from None
     except Exception as error:  # on damaged input PIL's decoders raise nearly every type there is
-        if isinstance(error, OSError) and error.strerror:
-            raise DataError(f"unreadable image: {name}: {error.strerror}") from error
-        raise DataError(f"damaged image: {name}: {error!s:.200}; export or copy it again") from error
+        with suppress(Exception):
+            if (bare := bare_png(_content(source))) is not None:
+                return _within(bare, name, max_pixels, look)
+        raise DataError(_fault(source, name, error)) from error
+
+
+def _within(source: Source | str, name: str, max_pixels: int, look: Callable[[Image.Image], T]) -> T:
+    image = _header(source)
+    with image if isinstance(source, str | Path | bytes) else nullcontext(image):  # close what we opened only
+        if image.width * image.height > max_pixels:
+            raise DataError(_too_large(name, f"{image.width} x {image.height}", max_pixels))
+        return look(image)
+
+
+def _fault(source: Source | str, name: str, error: Exception) -> str:
+    """What is wrong with an image that PIL does not open or decode."""
+    if isinstance(error, UnidentifiedImageError):
+        kind = no_image(_content(source)[:64])
+        if kind in ("a PNG image", "a JPEG image"):
+            return f"damaged image: {name}: is {kind} whose header can't be read; export or copy it again"
+        return f"not an image: {name}: {f'is {kind}; ' if kind else ''}save it as PNG or JPEG; {READABLE}"
+    if isinstance(error, OSError) and error.strerror:
+        return f"unreadable image: {name}: {error.strerror}"
+    return f"damaged image: {name}: {error!s:.200}; export or copy it again"
+
+
+def _content(source: Source | str) -> bytes:
+    if isinstance(source, bytes):
+        return source
+    return Path(source).read_bytes() if isinstance(source, str | Path) else b""
 
 
 def _too_large(name: str, size: str, max_pixels: int) -> str:
@@ -147,7 +188,7 @@ def _name(source: Source | str) -> str:
 def _header(source: Source | str) -> Image.Image:
     """Open a source so far that its size and mode are known."""
     if isinstance(source, str | Path):
-        return Image.open(_existing(Path(source)), formats=FORMATS)
+        return Image.open(existing(Path(source)), formats=FORMATS)
     if isinstance(source, bytes):
         if not source:
             raise DataError("empty image: it has 0 bytes; fetch it again")
@@ -158,37 +199,19 @@ def _header(source: Source | str) -> Image.Image:
     return image
 
 
-def _existing(path: Path) -> Path:
-    if path.is_dir():
-        raise DataError(f"not an image: {path}: is a folder; name a file in it")
-    if not path.exists():
-        raise DataError(f"no such image: {path}; {whats_there(path)}")
-    if not path.is_file():
-        raise DataError(f"not an image: {path}: is no regular file")
-    if not path.stat().st_size:
-        raise DataError(f"empty image: {path} has 0 bytes; fetch it again")
-    return path
+def _upright(image: Image.Image) -> Image.Image:
+    """A copy of an image, turned as its EXIF data says."""
+    image.load()
+    turn = TURNS.get(_orientation(image, type(image).getexif))
+    return image.copy() if turn is None else image.transpose(turn)
 
 
-def whats_there(path: Path) -> str:
-    """What to write instead of a file that does not exist: a near name in its folder, or the folder that is missing."""
-    folder = next(parent for parent in path.absolute().parents if parent.is_dir())
-    if folder != path.absolute().parent:
-        return f"{folder} has no {path.absolute().relative_to(folder).parts[0]}"
-    names, stems = _listing(folder, folder.stat().st_mtime_ns)
-    if same_stem := stems.get(path.stem.casefold()):
-        return f"did you mean {same_stem}?"
-    position = bisect.bisect(names, path.name)
-    neighbours = names[max(0, position - 4) : position + 4]  # in alphabetical order: a folder may hold a million
-    close = difflib.get_close_matches(path.name, neighbours, n=1)
-    return f"did you mean {close[0]}?" if close else f"{folder} holds {len(names)} other names"
-
-
-@functools.lru_cache(maxsize=8)
-def _listing(folder: Path, modified: int) -> tuple[list[str], dict[str, str]]:
-    """Names in a folder, sorted, and by their stem in lower case. `modified` makes a changed folder a new entry."""
-    names = sorted(entry.name for entry in folder.iterdir())
-    return names, {Path(name).stem.casefold(): name for name in names}
+def _orientation(image: Image.Image, getexif: Callable[[Any], Image.Exif]) -> int:
+    """The orientation in an image's EXIF data, 1 to 8; 1, upright, where that can't be read, as viewers have it."""
+    try:
+        return int(getexif(image).get(ExifTags.Base.Orientation, 1))
+    except Exception:  # PIL's parsers raise nearly every type on broken metadata, whose pixels are sound
+        return 1
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -14,7 +14,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from vlmtune.data.cells import from_json
+from vlmtune.data.cells import from_json, to_json
 from vlmtune.data.rows import Rows
 from vlmtune.data.text_files import byte_fault, read_lines, read_text
 from vlmtune.errors import DataError, nearest
@@ -23,7 +23,9 @@ log = logging.getLogger("vlmtune")
 
 VQA_PAIR = """\
 questions and answers are in two files; join them with pandas, naming images as your folder does:
-    q, a = (pd.DataFrame(json.load(open(f))[k]) for f, k in ((QUESTIONS, "questions"), (ANNOTATIONS, "annotations")))
+    import json, pathlib, pandas as pd
+    rows = lambda file, key: pd.DataFrame(json.loads(pathlib.Path(file).read_text())[key])
+    q, a = rows(QUESTIONS, "questions"), rows(ANNOTATIONS, "annotations")
     t = q.merge(a[["question_id", "answers"]].rename(columns={"answers": "answer"}), on="question_id")
     t["answer"] = [[one["answer"] for one in many] for many in t["answer"]]
     t["image_path"] = t["image_id"].map("COCO_train2014_{:012d}.jpg".format)
@@ -36,7 +38,8 @@ def read_json(path: Path, key: str | None = None) -> Rows:
     try:
         found = from_json(text, object_pairs_hook=_object, strict=byte_fault(text) is None)
     except (ValueError, DataError) as error:
-        line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        known = isinstance(error, json.JSONDecodeError)
+        line = f", line {error.lineno}, character {error.colno}" if known else ""  # type: ignore[union-attr]
         of_lines = text.lstrip().startswith("{") and "Extra data" in str(error)
         hint = "; a file with one object per line ends in .jsonl" if of_lines else ""
         raise DataError(f"{path}{line}: is {_broken(error)}{hint}") from None
@@ -53,8 +56,10 @@ def read_json(path: Path, key: str | None = None) -> Rows:
 
 def read_json_lines(path: Path) -> Rows:
     """Read a file with one JSON object per line; blank lines are skipped."""
-    rows = Rows()
-    for number, line in enumerate(read_lines(path), start=1):
+    rows, lines = Rows(), read_lines(path)
+    if lines[0].strip() == "[":
+        raise DataError(f"{path}: holds a JSON list; let its name end in .json")
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         fault, item = byte_fault(line), None
@@ -145,11 +150,11 @@ def _with_images(rows: Rows, beside: dict[str, Any], path: Path) -> Rows:
         if not isinstance(image, dict) or "id" not in image:
             raise DataError(f"{path}:images: one is no object with an id: {image!s:.80}")
         if of_id.setdefault(image["id"], image) is not image:
-            raise DataError(f"{path}:images: two have the id {image['id']!r}")
+            raise DataError(f"{path}:images: two have the id {to_json(image['id'])}")
     for position, row in enumerate(rows.cells):
         image = of_id.get(row.get("image_id"))
         if position not in rows.faults and image is None:
-            rows.faults[position] = f"no image: none of images has the id {row.get('image_id')!r}"
+            rows.faults[position] = f"no image: none of images has the id {to_json(row.get('image_id'))}"
         rows.cells[position] = {**_columns(image), **row} if image is not None else {}
     return rows
 

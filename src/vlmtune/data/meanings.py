@@ -12,10 +12,12 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from vlmtune.data.cells import is_one, is_structure, is_truth, says_nothing
+from vlmtune.data.cells import is_one, is_structure, is_truth, says_nothing, to_json
 from vlmtune.errors import DataError
 
 log = logging.getLogger("vlmtune")
+SHOWN = 40
+"""Characters of a value that a message shows."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,8 @@ class Meaning:
     way: str = ""
     when: str = "any"
     """Values that change a row: `any`, a `structure` (a list or an object), a `truth` value, `not one`, `not auto`."""
+    beside: str = ""
+    """The question column beside which alone it has that meaning."""
     of_answer: bool = False
     """It is about what is trained on, so a prediction does not need it."""
 
@@ -59,6 +63,8 @@ SEVERAL = Meaning("another image of the row", "several images of a row stand in 
 SYSTEM = Meaning("a system prompt", "name its column: data.columns.system=...")
 HISTORY = Meaning("earlier turns", "write whole conversations: data=messages or data=conversations", "structure")
 TEMPLATE = Meaning("arguments of the chat template", "the template is called in one way for all rows")
+OPTIONS = Meaning("the options of a multiple choice", "write them into the question", "structure")
+SECOND_HALF = Meaning("the second half of an instruction", "join both in one column", beside="instruction")
 CONTENT = Meaning("an image's content", "give a path or a data URL under image_url")
 FILE = Meaning("a file", "text and images are read")
 
@@ -101,6 +107,8 @@ COLUMNS = _table(
     ([f"image_{n}" for n in range(2, 10)], SEVERAL),
     (["system", "system_prompt", "system_message", "system_instruction"], SYSTEM),
     (["history"], HISTORY),
+    (["choices", "options"], OPTIONS),
+    (["input"], SECOND_HALF),
     (["chat_template_kwargs", "chat_template"], TEMPLATE),
 )
 """Of a table, or of the objects of a file."""
@@ -139,6 +147,11 @@ TOOL_ROLES = ("tool", "function", "function_call", "observation", "tool_call", "
 """Roles of messages that stand for a tool's part."""
 
 
+def meaning_of(name: str, table: Mapping[str, Meaning]) -> Meaning | None:
+    """What a name means, in any case and with either dash."""
+    return table.get(name.casefold().replace("-", "_"))
+
+
 class Unread:
     """What nothing reads: refused where it changes what a row means, else counted, and named once in the log.
 
@@ -154,7 +167,7 @@ class Unread:
 
     def meaning(self, name: str, table: Mapping[str, Meaning]) -> Meaning | None:
         """What a name that nothing reads means, if it is refused."""
-        found = table.get(name.casefold().replace("-", "_"))
+        found = meaning_of(name, table)
         return None if found is None or name in self.ignored or (found.of_answer and not self.training) else found
 
     def check(self, owner: Mapping[Any, Any], read: frozenset[str], table: Mapping[str, Meaning], where: str) -> None:
@@ -178,4 +191,9 @@ class Unread:
 def refusal(name: str, meaning: Meaning, value: Any) -> str:
     """Why a row that holds `value` under `name` can't be used, and what to do."""
     way = f"; {meaning.way}" if meaning.way else ""
-    return f"{name!r} holds {meaning.what} ({value!s:.40}){way}; to leave it unread on purpose: data.ignore=[{name}]"
+    return f"{name!r} holds {meaning.what}: {_shown(value)}{way}; to leave it unread on purpose: data.ignore=[{name}]"
+
+
+def _shown(value: Any) -> str:
+    text = to_json(value, lambda other: f"<{type(other).__name__}>")
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."

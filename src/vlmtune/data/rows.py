@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,6 +18,8 @@ from vlmtune.errors import DataError
 if TYPE_CHECKING:
     import pandas as pd
 
+SHOWN = 20
+"""Faults that a message lists before it counts the rest."""
 INDEX = ["file", "line", "row"]
 
 
@@ -46,6 +49,9 @@ class Rows:
         if not self.cells:
             raise DataError(f"{path}: has no rows")
         columns = self.columns or list(dict.fromkeys(key for row in self.cells for key in row))
+        if not columns:
+            faults = [f"row {position + 1}: {fault}" for position, fault in islice(self.faults.items(), SHOWN)]
+            raise DataError([f"{path}: no row can be used", *faults] if faults else f"{path}: its rows are empty")
         series = {name: pd.Series([row.get(name) for row in self.cells], dtype=object) for name in columns}
         frame = pd.DataFrame(series, index=range(len(self)))
         return placed(frame, path, self.lines, self.faults)

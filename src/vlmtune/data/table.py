@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING, Any
 from vlmtune.config import DataConfig, TaskConfig
 from vlmtune.data.audit import audit_frame
 from vlmtune.data.columns import column_problems
-from vlmtune.data.files import SHOWN, files_of, read_table
+from vlmtune.data.files import files_of, read_table
 from vlmtune.data.records import BadRow, Record, Split
-from vlmtune.data.rows import joined
+from vlmtune.data.rows import SHOWN, joined
 from vlmtune.data.selection import chosen, hold_out, limited
 from vlmtune.errors import ConfigError, DataError, nearest
 
@@ -172,7 +172,7 @@ def _audited(
             problems += error.problems
     bad = [row for split in found.values() for row in split.bad]
     for name, split in found.items():
-        problems += _refusals(name, split, config)
+        problems += refusals(name, split, config)
         problems += _repeats_refused(name, split, config, bad)
     if problems:
         raise BadRowsError(problems, bad)
@@ -185,7 +185,7 @@ def image_root_of(config: DataConfig, split: str) -> str | None:
     return root.get(split) if isinstance(root, Mapping) else root
 
 
-def _refusals(name: str, split: Split, config: DataConfig) -> list[str]:
+def refusals(name: str, split: Split, config: DataConfig) -> list[str]:
     """Why the policy does not let this split pass, if it doesn't."""
     total = len(split.records) + len(split.bad)
     if total == 0:
@@ -204,7 +204,8 @@ def _refusals(name: str, split: Split, config: DataConfig) -> list[str]:
 
 
 def _kinds(bad: Sequence[BadRow]) -> str:
-    kinds = Counter(re.split(r"[:\d]", row.reason)[0].strip() for row in bad)
+    reasons = (re.sub(r"^message \d+: ", "", row.reason) for row in bad)
+    kinds = Counter(re.split(r"[:\d]", reason)[0].strip() for reason in reasons)
     return ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common())
 
 

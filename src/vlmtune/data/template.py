@@ -1,43 +1,13 @@
-"""A chat template taken apart around the texts of a conversation."""
+"""Conversations of stand-ins, by which a chat template is learned; and a tokenizer that reads markers as text."""
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 TEXT = "\u2402text{}\u2402"
 """Stands for a text while the template is rendered."""
-
-
-@dataclass(frozen=True)
-class Turnout:
-    """How the template surrounds one answer."""
-
-    separator: str
-    """What it puts between the generation prompt and the answer."""
-    tail: str
-    """What ends the answer, up to and with its end token; empty where nothing does."""
-
-
-@dataclass(frozen=True)
-class Pieces:
-    """A rendered conversation around its texts, `parts[0] + texts[0] + parts[1] + ...`, up to where the last answer
-    begins."""
-
-    parts: tuple[str, ...]
-    answers: tuple[Turnout, ...]
-
-    @property
-    def separator(self) -> str:
-        """Of the last answer."""
-        return self.answers[-1].separator
-
-    @property
-    def tail(self) -> str:
-        """Of the last answer."""
-        return self.answers[-1].tail
 
 
 Shape = tuple[bool, tuple[str, ...]]

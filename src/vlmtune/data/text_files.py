@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import re
 from pathlib import Path
 
-from vlmtune.data.images import whats_there
+from vlmtune.data.file_kinds import kind_of
+from vlmtune.data.paths import whats_there
 from vlmtune.errors import DataError
 
-NO_TEXT = {
-    b"PK\x03\x04": "a zip archive or an Excel workbook; save its sheet as CSV in UTF-8",
-    b"\xd0\xcf\x11\xe0": "an Excel workbook; save its sheet as CSV in UTF-8",
-    b"\x1f\x8b": "compressed by gzip; unpack it first",
-    b"BZh": "compressed by bzip2; unpack it first",
-    b"\xfd7zXZ": "compressed by xz; unpack it first",
-    b"\x28\xb5\x2f\xfd": "compressed by zstd; unpack it first",
-    b"PAR1": "a Parquet file; let its name end in .parquet",
-    b"SQLite format 3": "an SQLite database; export its table as CSV",
-    b"%PDF": "a PDF",
-    b"\xff\xfe": "text in UTF-16; save it as UTF-8",
-    b"\xfe\xff": "text in UTF-16; save it as UTF-8",
-}
-"""How files begin that are no text in UTF-8."""
-
-GIT_LFS = b"version https://git-lfs"
 NOT_UTF8 = re.compile("[\udc80-\udcff]")
 
 
@@ -40,12 +26,10 @@ def read_lines(path: Path) -> list[str]:
 def read_text(path: Path) -> str:
     """The text of a file, without a byte order mark. Raises DataError for what is no text at all."""
     content = _content(path)
-    if not content.strip():
+    if not content.removeprefix(codecs.BOM_UTF8).strip():
         raise DataError(f"{path}: is empty; rows are needed")
-    if what := next((what for start, what in NO_TEXT.items() if content.startswith(start)), None):
-        raise DataError(f"{path}: is {what}")
-    if content.startswith(GIT_LFS):
-        raise DataError(f"{path}: is a pointer of Git LFS in place of the file; fetch it with: git lfs pull")
+    if kind := kind_of(content[:64]):
+        raise DataError(f"{path}: is {kind}")
     head = content[:4096]
     if head.count(b"\0") * 8 > len(head):
         raise DataError(f"{path}: holds NUL bytes all over (UTF-16, or no text); save it as text in UTF-8")

@@ -1,19 +1,21 @@
-"""Put a PEFT adapter on the chosen parts. The only module that imports peft."""
+"""Put a PEFT adapter on the chosen parts. With `peft_fields` and `targets` the only module that imports peft."""
 
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from vlmtune.config import Config
-from vlmtune.errors import CheckpointError, ConfigError, nearest
+from vlmtune.errors import CheckpointError, ConfigError
 from vlmtune.models.lora import in_one_step
-from vlmtune.models.parts import Parts, modules_in
+from vlmtune.models.parts import Parts, check_parts
+from vlmtune.models.peft_fields import peft_config as build_config
+from vlmtune.models.peft_fields import quantized_problems, refusals
+from vlmtune.models.quantization import quantized_bits
+from vlmtune.models.targets import ALL_LINEAR, names_as_lists, narrow
 from vlmtune.signatures import adapter_fields
 
 
@@ -22,35 +24,93 @@ def adapt(model: Any, config: Config, parts: Parts, *, total_steps: int) -> Any:
 
     Raises ConfigError: a target that matches nothing in the parts, or a layer or value that PEFT can't take.
     """
+    bits = quantized_bits(model)
     if not config.uses_adapter:
+        if bits is not None:
+            raise ConfigError(
+                f"adapter=none: the weights of {config.model.path} are stored in {bits} bits, which can't be trained "
+                "themselves; add an adapter, for instance adapter=lora, or start from the whole checkpoint"
+            )
+        check_parts(model, parts, config.model.freeze, "model.freeze")
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(parts.of(name) not in config.model.freeze)
         return model
     from peft import get_peft_model
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-    from peft.utils import PeftType
 
-    fields = {k: v for k, v in config.adapter.items() if k not in ("method", "parts")}
-    if "target_modules" in adapter_fields()[config.adapter["method"]] and fields.get("target_modules") is None:
-        fields["target_modules"] = "all-linear"  # PEFT's own default knows no parts
-    for key in ("target_modules", "feedforward_modules"):
-        if fields.get(key) is not None:
-            fields[key] = expand_targets(model, parts, fields[key], config.adapter["parts"], key)
-    if config.adapter["method"] == "adalora":
-        fields.setdefault("total_step", total_steps)
+    method, scope = config.adapter["method"], config.adapter["parts"]
+    if found := quantized_problems(config.adapter, bits):
+        raise ConfigError(found)
+    check_parts(model, parts, scope, "adapter.parts")
     on_cpu = next(model.parameters()).device.type == "cpu"
-    if fields.get("use_dora") and config.quantization["method"] == "bitsandbytes_8bit" and on_cpu:
+    if config.adapter.get("use_dora") and bits == 8 and on_cpu:
         raise ConfigError(
             "adapter.use_dora: PEFT and bitsandbytes lose the scales of int8 weights after the first pass on a CPU; "
             "use quantization=nf4 or none, or adapter=lora"
         )
+    fields = names_as_lists(config.adapter, model)
+    if method == "adalora":
+        fields.setdefault("total_step", total_steps)
+    peft_config = build_config(with_default_targets(fields, model))
+    narrow(peft_config, model, parts, scope)
     model.requires_grad_(False)
-    try:
-        peft_config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(config.adapter["method"].upper())](**fields)
+    with refusals(method):
         adapted = get_peft_model(model, peft_config)
-    except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
-        raise ConfigError(f"adapter={config.adapter['method']}: PEFT refuses it here: {error}") from error
+    freeze_other_biases(adapted, parts, scope)
+    check_saved(adapted)
     return with_lora_in_one_step(adapted)
+
+
+def with_default_targets(fields: dict[str, Any], model: Any) -> dict[str, Any]:
+    """`fields` with PEFT's own targets for this kind of model where none are given.
+
+    Raises ConfigError where PEFT has none.
+    """
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+    from peft.utils import PeftType
+
+    method = fields["method"]
+    if "target_modules" not in adapter_fields()[method] or fields.get("target_modules") is not None:
+        return fields
+    if method == "trainable_tokens":
+        embedding = model.get_input_embeddings()
+        return {**fields, "target_modules": [name for name, m in model.named_modules() if m is embedding]}
+    if fields.get("target_parameters"):
+        return fields  # these alone
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING[PeftType(method.upper())]
+    known = getattr(tuner, "target_module_mapping", None) or {}
+    default = ALL_LINEAR if method == "osf" else known.get(model.config.model_type)
+    if default is None:
+        raise ConfigError(
+            f"adapter.target_modules: missing; PEFT has no default of {method} for {model.config.model_type}. "
+            "Give all-linear, or names: [q_proj,v_proj]"
+        )
+    return {**fields, "target_modules": default}
+
+
+def freeze_other_biases(model: Any, parts: Parts, scope: list[str]) -> None:
+    """Keep `bias: all` inside the parts `scope`: PEFT has every bias of the model train.
+
+    Raises ConfigError where no bias of the base model is left to train.
+    """
+    kind = getattr(model.peft_config["default"], "bias", "none")
+    if kind == "none" or not isinstance(kind, str):
+        return
+    marks = (".lora_", ".modules_to_save.")
+    biases = {n: p for n, p in model.named_parameters() if n.endswith(".bias") and not any(m in n for m in marks)}
+    for name, parameter in biases.items():
+        if parts.of(name) not in scope:
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in biases.values()):
+        where = "no layer" if kind == "all" else "no layer with an adapter"
+        raise ConfigError(f"adapter.bias={kind}: {where} in {'+'.join(scope)} has a bias; use none")
+
+
+def check_saved(model: Any) -> None:
+    """Raise ConfigError where PEFT would not save a weight that trains: better now than when the run is over."""
+    saved = {tensor.data_ptr() for tensor in adapter_state(model).values()}
+    lost = [n for n, p in model.named_parameters() if p.requires_grad and p.numel() and p.data_ptr() not in saved]
+    if lost:
+        raise ConfigError(f"adapter: PEFT would train but not save {len(lost)} weights, among them {lost[0]}")
 
 
 def with_lora_in_one_step(model: Any) -> Any:
@@ -75,32 +135,6 @@ def set_total_steps(model: Any, config: Config, steps: int) -> None:
     allocator = getattr(getattr(model, "base_model", None), "rankallocator", None)
     if allocator is not None and config.adapter.get("total_step") is None:
         allocator.set_total_step(steps)
-
-
-def expand_targets(model: nn.Module, parts: Parts, wanted: Any, scope: list[str], key: str) -> list[str]:
-    """Full names of the modules that `wanted` means inside the parts `scope`.
-
-    `wanted`: `all-linear` (but for the output embedding), a list of module name endings (`q_proj`), or a regular
-    expression of full names.
-    """
-    linear = {n for n, m in modules_in(model, parts, scope) if isinstance(m, nn.Linear) and n != parts.head}
-    if wanted == "all-linear":
-        return sorted(linear)
-    everything = [name for name, _ in modules_in(model, parts, scope)]
-    if isinstance(wanted, str):
-        found = [name for name in everything if re.fullmatch(wanted, name)]
-        unmatched = [] if found else [wanted]
-    else:
-        hits = {target: [n for n in everything if n == target or n.endswith("." + target)] for target in wanted}
-        found = sorted({name for names in hits.values() for name in names})
-        unmatched = [target for target, names in hits.items() if not names]
-    if unmatched:
-        endings = {name.rsplit(".", 1)[-1] for name in linear}
-        problems = [
-            f"adapter.{key}: {t} matches nothing in {'+'.join(scope)}; {nearest(t, endings)}" for t in unmatched
-        ]
-        raise ConfigError(problems)
-    return found
 
 
 def load_adapter(model: Any, folder: Path) -> Any:
@@ -145,7 +179,9 @@ def adapter_state(model: Any) -> dict[str, torch.Tensor]:
     """The tensors that PEFT saves of an adapter; empty for a model without one."""
     from peft import PeftModel, get_peft_model_state_dict
 
-    return get_peft_model_state_dict(model) if isinstance(model, PeftModel) else {}
+    if not isinstance(model, PeftModel):
+        return {}
+    return get_peft_model_state_dict(model, save_embedding_layers=False)  # or the base's own may be added, unchanged
 
 
 def saved_name(name: str) -> str:

@@ -73,7 +73,10 @@ class Family:
 
 
 class Idefics(Family):
-    """One image token per image; language layers look at the image that came last through cross-attention."""
+    """One image token per image; language layers look at the image that came last through cross-attention.
+
+    Its processor strips spaces at both ends of each item of a prompt; an end token belongs to the text before it.
+    """
 
     chat_template = (
         "{{ bos_token }}{% for message in messages %}"
@@ -81,7 +84,9 @@ class Idefics(Family):
         "{{ 'User:' if message.role == 'user' else 'Assistant: ' }}{% endif %}"
         "{% for part in message.content %}{% if part.type == 'image' %}"
         "{{ '' if loop.previtem is defined and loop.previtem.type == 'image' else '<fake_token_around_image>' }}"
-        "<image><fake_token_around_image>{% else %}{{ part.text }}{% endif %}{% endfor %}<end_of_utterance>{% endfor %}"
+        "<image><fake_token_around_image>"
+        "{% else %}{{ part.text.strip(' ') if loop.nextitem is defined else part.text if message.role == 'assistant'"
+        " else part.text.lstrip(' ') }}{% endif %}{% endfor %}<end_of_utterance>{% endfor %}"
         "{% if add_generation_prompt %}{{ '\n' }}Assistant:{% endif %}"
     )
     shares_prefix = False

@@ -23,28 +23,7 @@ from torch import Tensor
 
 from vlmtune.config import DataConfig
 from vlmtune.data.images import content_key
-
-
-@dataclass(frozen=True)
-class Entry:
-    """What stands for the images that a prompt shows together."""
-
-    inputs: dict[str, Tensor]
-    """What the processor made: all of it, or what the language model needs besides features (the grids of mRoPE)."""
-    expansions: list[str]
-    """The text of each image in the prompt."""
-    pooled: list[Tensor] = field(default_factory=list)
-    """Features [tokens, hidden] of each image, or of each tile."""
-    stacked: bool = True
-    """Whether the model hands its features on as one tensor, not as a list."""
-    deepstack: list[list[Tensor]] = field(default_factory=list)
-    """Per layer that gets features of its own (Qwen3-VL): as `pooled`."""
-
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        features = [*self.pooled, *(t for layer in self.deepstack for t in layer)]
-        return sum(t.nbytes for t in [*self.inputs.values(), *features])
+from vlmtune.models.cache_folder import CacheFolder, Entry
 
 
 class EncoderOutputs(dict[str, Any]):
@@ -97,30 +76,27 @@ def _stacked(tensors: list[Tensor]) -> Tensor:
 class Store:
     """Entries under one fingerprint, in memory up to a budget and in a folder if one is given."""
 
-    folder: Path | None = None
+    folder: CacheFolder | None = None
     entries: dict[Hashable, Entry] = field(default_factory=dict)
     bytes: int = 0
 
     def get(self, key: str, budget: float) -> Entry | None:
         entry = self.entries.get(key)
-        if entry is None and self.folder is not None and (path := self._path(key)).exists():
-            entry = read_entry(path)
-            self._keep(key, entry, budget)
+        if entry is None and self.folder is not None:
+            entry = self.folder.get(key)
+            if entry is not None:
+                self._keep(key, entry, budget)
         return entry
 
     def put(self, key: str, entry: Entry, budget: float) -> None:
         self._keep(key, entry, budget)
         if self.folder is not None:
-            write_entry(self._path(key), entry)
+            self.folder.put(key, entry)
 
     def _keep(self, key: str, entry: Entry, budget: float) -> None:
         if self.bytes + entry.size <= budget:
             self.entries[key] = entry
             self.bytes += entry.size
-
-    def _path(self, key: str) -> Path:
-        assert self.folder is not None
-        return self.folder / key[:2] / f"{key}.safetensors"
 
 
 STORES: dict[tuple[str, Path | None], Store] = {}
@@ -140,7 +116,7 @@ class Pixels:
             folder = Path(config.cache_folder or default_folder()).expanduser() / self.kind / mark
         if (mark, folder) not in STORES:
             STORES.clear()
-            STORES[mark, folder] = Store(folder)
+            STORES[mark, folder] = Store(None if folder is None else CacheFolder(folder))
         self.store = STORES[mark, folder]
         self.computed, self.found, self.seconds = 0, 0, 0.0
 
@@ -224,38 +200,3 @@ def pixels_mark(processor: Any, fast_jpeg: bool) -> str:
 
 def default_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "vlmtune"
-
-
-# ---------------------------------------------------------------- files
-
-
-def write_entry(path: Path, entry: Entry) -> None:
-    """A safetensors file, complete or absent."""
-    from safetensors.torch import save_file
-
-    tensors = {f"inputs.{key}": value.contiguous() for key, value in entry.inputs.items()}
-    tensors |= {f"pooled.{n:04d}": t for n, t in enumerate(entry.pooled)}
-    tensors |= {f"deepstack.{n:04d}.{m:04d}": t for n, row in enumerate(entry.deepstack) for m, t in enumerate(row)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    save_file(tensors, part, {"expansions": json.dumps(entry.expansions), "stacked": json.dumps(entry.stacked)})
-    os.replace(part, path)
-
-
-def read_entry(path: Path) -> Entry:
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-        tensors = {key: file.get_tensor(key) for key in sorted(file.keys())}
-    layers: dict[str, list[Tensor]] = {}
-    for key, value in tensors.items():
-        if key.startswith("deepstack."):
-            layers.setdefault(key.split(".")[1], []).append(value)
-    return Entry(
-        {key.removeprefix("inputs."): value for key, value in tensors.items() if key.startswith("inputs.")},
-        json.loads(metadata["expansions"]),
-        [value for key, value in tensors.items() if key.startswith("pooled.")],
-        json.loads(metadata["stacked"]),
-        [layers[layer] for layer in sorted(layers)],
-    )

@@ -5,19 +5,27 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from vlmtune import durable
 from vlmtune.config import Config, ModelConfig
 from vlmtune.errors import CheckpointError, ConfigError, ModelError
+from vlmtune.models.explain import check_names, check_place, explained, looks_local
 from vlmtune.models.image_budget import fit_model
 from vlmtune.models.parts import find_parts
 from vlmtune.models.processors import hub_options, is_original_internvl2, load_processor, remote
-from vlmtune.models.quantization import keep_trainable_on_cpu, quantization_config
+from vlmtune.models.quantization import (
+    check_method,
+    check_quantized,
+    keep_trainable_on_cpu,
+    quantization_config,
+    quantized_bits,
+    use_stored,
+    whole_modules,
+)
 from vlmtune.models.rewrites import rewrite
 
 log = logging.getLogger("vlmtune")
@@ -35,11 +43,14 @@ def load(
 
     Raises ModelError: no such model, no network, no licence, damaged files; ConfigError: a value that doesn't fit it.
     """
+    if str(config.path).startswith("~"):
+        config.path = str(Path(str(config.path)).expanduser())
+    check_place(str(config.path))
     with explained(config):
         ask_hub(config)
         processor = load_processor(config)
         model = _load_model(config, quantization, dtype, compute_dtype, device, processor)
-    if quantization["method"] is not None and device.type == "cpu":
+    if device.type == "cpu":
         keep_trainable_on_cpu(model)
     if rewritten := rewrite(model, device, compute_dtype):
         log.info("on a CPU: %s", ", ".join(rewritten))
@@ -47,7 +58,10 @@ def load(
 
 
 def ask_hub(config: ModelConfig) -> None:
-    """Ask the hub once for the model before downloads begin: without network those retry for half a minute."""
+    """Ask the hub once for the model before downloads begin: without network those retry for half a minute.
+
+    Raises ModelError where its files are not those of a whole model with safe weights, and what the hub raises.
+    """
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
 
     path = str(config.path)
@@ -55,12 +69,9 @@ def ask_hub(config: ModelConfig) -> None:
         return
     if isinstance(try_to_load_from_cache(path, "config.json", revision=config.revision or "main"), str):
         return
-    try:
-        HfApi().model_info(path, revision=config.revision, timeout=10)
-    except OSError:
-        raise
-    except Exception as error:  # the HTTP library's own errors of connecting
-        raise OSError(f"can't connect to the hub: {error}") from error
+    found = HfApi().model_info(path, revision=config.revision, timeout=10)
+    if found.siblings:
+        check_names(path, {file.rfilename for file in found.siblings})
 
 
 def _load_model(
@@ -76,10 +87,13 @@ def _load_model(
     fit_model(architecture, processor)
     if config.attention != "auto":
         options["attn_implementation"] = config.attention
+    stored = use_stored(architecture, quantization, compute_dtype)
     if quantization["method"] is not None:
         with torch.device("meta"):
             skeleton = cls._from_config(architecture) if hasattr(cls, "_from_config") else cls.from_config(architecture)
-        options["quantization_config"] = quantization_config(quantization, find_parts(skeleton), compute_dtype)
+        skip = whole_modules(skeleton, find_parts(skeleton), quantization)
+        options["quantization_config"] = quantization_config(quantization, skip, compute_dtype)
+        check_method(options["quantization_config"], quantization["method"], device)
     model, report = cls.from_pretrained(
         config.path,
         config=architecture,
@@ -95,6 +109,10 @@ def _load_model(
         if names:
             what = "missing from its files" if problem == "missing" else "of another shape in its files"
             raise ModelError(f"{config.path}: {len(names)} weights are {what}, among them {', '.join(names[:3])}")
+    if quantization["method"] is not None:
+        check_quantized(model, find_parts(model), quantization["parts"])
+    if stored:
+        log.info("the checkpoint is stored in %d bits, and stays so", quantized_bits(model))
     return model
 
 
@@ -127,81 +145,10 @@ def make_fresh(config: ModelConfig, folder: Path, seed: int, engine: Any) -> Non
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"model.fresh={config.fresh}: {error}") from error
     if engine.is_main_process and not folder.exists():
-        build(folder, seed)
+        with durable.whole(folder) as partial:
+            build(partial, seed)
     engine.wait_for_everyone()
     config.path = str(folder)
-
-
-@contextmanager
-def explained(config: ModelConfig) -> Iterator[None]:
-    """Turn what transformers and the hub raise while loading into one sentence with the way out."""
-    import httpx
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-    from safetensors import SafetensorError
-
-    path = config.path
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError, httpx.HTTPError) as error:
-        causes = list(_chain(error))
-        text = " ".join(str(cause) for cause in causes)
-        page = f"https://huggingface.co/{path}"
-
-        def caused_by(*kinds: type[BaseException]) -> bool:
-            return any(isinstance(cause, kinds) for cause in causes)
-
-        if "trust_remote_code" in text:
-            raise ModelError(
-                f"{path}: carries Python code of its own; read it, then set model.trust_remote_code=true to run it"
-            ) from error
-        if Path(str(path)).is_dir():
-            raise ModelError(f"{path}: can't be opened: {_first_line(error)}") from error
-        if looks_local(str(path)):
-            raise ModelError(f"model.path={path}: no such folder") from error
-        if caused_by(GatedRepoError) or "gated repo" in text:
-            raise ModelError(
-                f"{path} is gated: accept its licence on {page}, then log in once with `hf auth login` "
-                "(or set HF_TOKEN)"
-            ) from error
-        if caused_by(RevisionNotFoundError):
-            raise ModelError(
-                f"model.revision={config.revision}: {path} has no such revision; see {page}/commits"
-            ) from error
-        offline = caused_by(LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError, httpx.TransportError)
-        if offline or "couldn't connect" in text:
-            raise ModelError(
-                f"{path}: is not in the local cache, and the hub can't be reached. Connect once, or fetch it elsewhere "
-                f"with `hf download {path}` and give the folder: model.path=FOLDER"
-            ) from error
-        if caused_by(RepositoryNotFoundError):
-            raise ModelError(
-                f"{path}: no such model on the hub, or a private one: check the name, or log in with `hf auth login`"
-            ) from error
-        answer = next((cause for cause in causes if isinstance(cause, HfHubHTTPError)), error)
-        raise ModelError(f"{path}: can't be opened: {_first_line(answer)}") from error
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-def looks_local(path: str) -> bool:
-    return path.startswith((".", "/", "~")) or path.count("/") != 1
 
 
 def load_trained(
@@ -213,9 +160,10 @@ def load_trained(
     """
     from vlmtune.models.adapters import load_adapter
 
-    saved = folder / "model"
+    saved = durable.existing(folder / "model")
     if not saved.is_dir():
         raise CheckpointError(f"{folder}: this run has not saved a model; its result.json says why")
+    durable.verify(saved)
     types = {"dtype": dtype, "compute_dtype": compute_dtype}
     if not config.uses_adapter:
         own = dataclasses.replace(config.model, path=str(saved))

@@ -51,13 +51,16 @@ class LoraProduct(torch.autograd.Function):
 
 def in_one_step(layer: Any, x: Tensor) -> Tensor | None:
     """What PEFT's LoRA `layer` makes of x [..., I], or None where it is more than the plain product: dropout, several
-    adapters or none, a variant (DoRA), a base that is quantized or trains, types that differ outside autocast.
+    adapters or none, a variant (DoRA), a base that is quantized or whose weight or bias trains, biases of A or B,
+    types that differ outside autocast.
     """
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     if layer.disable_adapters or layer.merged or len(names) != 1 or names[0] in layer.lora_variant:
         return None
     base, down, up = layer.base_layer, layer.lora_A[names[0]], layer.lora_B[names[0]]
-    if type(base) is not nn.Linear or base.weight.requires_grad or down.bias is not None or up.bias is not None:
+    if type(base) is not nn.Linear or any(p.requires_grad for p in base.parameters()):
+        return None
+    if down.bias is not None or up.bias is not None:
         return None
     if layer.training and not isinstance(layer.lora_dropout[names[0]], nn.Identity):
         return None

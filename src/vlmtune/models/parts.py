@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from vlmtune.errors import ModelError
+from vlmtune.errors import ConfigError, ModelError
 
 INSIDE_TOWER = ("merger", "deepstack_merger_list")
 """Names that families with the projector inside the vision tower (Qwen2-VL and later) give it."""
@@ -34,11 +34,6 @@ class Parts:
         name = name.removeprefix("module.").removeprefix("base_model.model.")
         matching = [p for p in self.prefixes if name == p or name.startswith(p + ".") or p == ""]
         return self.prefixes[max(matching, key=len)]
-
-    def outside(self, wanted: list[str]) -> list[str]:
-        """Module prefixes whose part is not in `wanted`; the output embedding counts as `head`, tied or not."""
-        parts = {**self.prefixes, self.head: "head"}
-        return [prefix for prefix, part in parts.items() if prefix and part not in wanted]
 
 
 def find_parts(model: Any) -> Parts:
@@ -99,6 +94,15 @@ def summary(model: nn.Module, parts: Parts) -> dict[str, dict[str, int]]:
         row["quantized"] += count(parameter) if is_quantized(parameter) else 0
     order = ["vision", "projector", "cross_attention", "language", "head"]
     return {part: found[part] for part in order if part in found}
+
+
+def check_parts(model: nn.Module, parts: Parts, wanted: list[str], key: str) -> None:
+    """Raise ConfigError where the model has no weight in a part that the config key `key` names."""
+    there = {parts.of(name) for name, _ in model.named_parameters()}
+    tied = " (its head is the input embedding, which is in language)" if parts.head else ""
+    lost = [f"{part}: this model has no such part{tied * (part == 'head')}" for part in wanted if part not in there]
+    if lost:
+        raise ConfigError([f"{key}: {problem}" for problem in lost])
 
 
 def modules_in(model: nn.Module, parts: Parts, wanted: list[str]) -> Iterator[tuple[str, nn.Module]]:

@@ -2,33 +2,122 @@
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
-import torch
+from vlmtune.errors import ConfigError, ModelError, nearest
 
-from vlmtune.errors import ConfigError
-from vlmtune.models.parts import Parts
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from vlmtune.models.parts import Parts
+
+SKIP_FIELDS = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules", "linear_weights_not_to_quantize")
+"""What transformers' classes call the list of modules that stay whole."""
+OTHERS = {
+    "bitsandbytes_4bit": ("load_in_8bit", "llm_int8_t", "llm_int8_h"),
+    "bitsandbytes_8bit": ("load_in_4bit", "bnb_"),
+}
+"""Beginnings of the fields that transformers' one class of bitsandbytes only reads for the other method."""
 
 
-def quantization_config(quantization: dict[str, Any], parts: Parts, compute_dtype: torch.dtype) -> Any:
-    """transformers' config object for `quantization`, which leaves modules outside `quantization.parts` as they are.
+def problems(quantization: dict[str, Any]) -> list[str]:
+    """What is known of `quantization` without a model: fields that would change nothing."""
+    method = quantization["method"]
+    found = [
+        f"quantization.{key}: {method} does not read it; leave it out"
+        for key in quantization
+        if key.startswith(OTHERS.get(method, ())) or key == "llm_int8_enable_fp32_cpu_offload"
+    ]
+    own = {"bitsandbytes_4bit": "load_in_4bit", "bitsandbytes_8bit": "load_in_8bit"}.get(method)
+    if own and quantization.get(own) is not True:
+        found.append(f"quantization.{own}={quantization.get(own)}: must be true with quantization.method={method}")
+    return found
 
-    The skip list replaces transformers' own (which spares the head alone and quantizes vision tower and projector).
-    Raises ConfigError where the class refuses a value.
+
+def quantization_config(quantization: dict[str, Any], skip: list[str], compute_dtype: torch.dtype) -> Any:
+    """transformers' config object for `quantization`, which leaves the modules `skip` as they are.
+
+    The list replaces transformers' own (which spares the head alone and quantizes vision tower and projector); names
+    that the user gives are added to it. Raises ConfigError where the class refuses a value, or has no such list.
     """
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-    cls = AUTO_QUANTIZATION_CONFIG_MAPPING[quantization["method"]]
+    method = quantization["method"]
+    cls = AUTO_QUANTIZATION_CONFIG_MAPPING[method]
     fields = {k: v for k, v in quantization.items() if k not in ("method", "parts")}
     if fields.get("bnb_4bit_compute_dtype", "") is None:
         fields["bnb_4bit_compute_dtype"] = compute_dtype
     if "bnb_4bit_quant_storage" in fields and fields["bnb_4bit_quant_storage"] is None:
         del fields["bnb_4bit_quant_storage"]
-    fields.setdefault("llm_int8_skip_modules", parts.outside(quantization["parts"]))
+    key = next((name for name in SKIP_FIELDS if name in inspect.signature(cls).parameters), None)
+    if key is None:
+        raise ConfigError(f"quantization.method={method}: can't be kept to quantization.parts; use nf4, fp4 or int8")
+    fields[key] = [*(fields.get(key) or []), *skip]
     try:
         return cls(**fields)
     except (TypeError, ValueError, ImportError) as error:
         raise ConfigError(f"quantization: {error}") from error
+
+
+def check_method(config: Any, method: str, device: torch.device) -> None:
+    """Raise ConfigError where `method` can't quantize while loading on this machine, or nothing can train over it."""
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+    try:
+        quantizer = AUTO_QUANTIZER_MAPPING[method](config, pre_quantized=False)
+        quantizer.validate_environment(device_map={"": device})
+    except (ImportError, ValueError, RuntimeError, KeyError) as error:
+        raise ConfigError(f"quantization.method={method}: {error}") from error
+    if not quantizer.is_trainable:
+        raise ConfigError(f"quantization.method={method}: adapters can't be trained over it; use nf4, fp4 or int8")
+
+
+def whole_modules(model: Any, parts: Parts, quantization: dict[str, Any]) -> list[str]:
+    """Names of the outermost modules of `model` that hold no layer of `quantization.parts`: these stay whole.
+
+    transformers takes a name for everything under it, so a module around a wanted one can't be named itself. The
+    output embedding counts as `head`, tied to the input's or not.
+    Raises ConfigError where a wanted part has no layer that can be quantized, or a skipped name means none.
+    """
+    wanted = quantization["parts"]
+    layers = dict(linear_layers(model, parts))
+    lost = [part for part in wanted if part not in layers.values()]
+    if "head" in wanted and parts.head and parts.of(parts.head) != "head":
+        raise ConfigError("quantization.parts: head is tied to the input embedding in this model; leave it out")
+    if lost:
+        raise ConfigError([f"quantization.parts: this model has no linear layer in {part}" for part in lost])
+    names = [name for name, _ in model.named_modules() if name]
+    for key in SKIP_FIELDS:
+        for name in quantization.get(key) or []:
+            if not any(f".{layer}.".find(f".{name}.") >= 0 for layer in layers):
+                endings = {layer.rsplit(".", 1)[-1] for layer in layers}
+                raise ConfigError(f"quantization.{key}: {name} matches nothing; {nearest(str(name), endings)}")
+    inside = [layer for layer, part in layers.items() if part in wanted]
+    around = {"", *(".".join(layer.split(".")[:n]) for layer in inside for n in range(1, layer.count(".") + 2))}
+    return [name for name in names if name not in around and name.rpartition(".")[0] in around]
+
+
+def linear_layers(model: nn.Module, parts: Parts) -> Iterator[tuple[str, str]]:
+    """(name, part) of every linear layer; those of the output embedding count as `head`."""
+    from torch import nn
+
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            is_head = parts.head and f"{name}.".startswith(f"{parts.head}.")
+            yield name, "head" if is_head else parts.of(name)
+
+
+def check_quantized(model: nn.Module, parts: Parts, wanted: list[str]) -> None:
+    """Raise ModelError where a wanted part has ended up without a single quantized layer."""
+    from vlmtune.models.parts import is_quantized
+
+    done = {parts.of(name) for name, parameter in model.named_parameters() if is_quantized(parameter)}
+    whole = [part for part in wanted if part not in done]
+    if whole:
+        raise ModelError(f"quantization.parts: no layer of {', '.join(whole)} has been quantized")
 
 
 def keep_trainable_on_cpu(model: torch.nn.Module) -> None:
@@ -39,3 +128,34 @@ def keep_trainable_on_cpu(model: torch.nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def use_stored(architecture: Any, quantization: dict[str, Any], compute_dtype: torch.dtype) -> bool:
+    """True for a checkpoint that is stored quantized; 4-bit weights of bitsandbytes then compute in `compute_dtype`.
+
+    Raises ConfigError where the run would quantize it once more.
+    """
+    stored = getattr(architecture, "quantization_config", None)
+    if not stored:
+        return False
+    if quantization["method"] is not None:
+        raise ConfigError(
+            f"quantization: the checkpoint is stored in {stored_bits(stored)} bits already; use quantization=none, "
+            "which leaves it so"
+        )
+    if stored.get("bnb_4bit_compute_dtype") is not None:
+        stored["bnb_4bit_compute_dtype"] = str(compute_dtype).removeprefix("torch.")
+    return True
+
+
+def quantized_bits(model: Any) -> int | None:
+    """4 or 8 where weights of `model` are stored so, by this run or by its checkpoint; else None."""
+    stored = getattr(model.config, "quantization_config", None)
+    return stored_bits(stored if isinstance(stored, dict) else stored.to_dict()) if stored is not None else None
+
+
+def stored_bits(stored: dict[str, Any]) -> int:
+    """Bits of a weight under a checkpoint's `quantization_config`; 8 where it doesn't say."""
+    if stored.get("load_in_4bit") or stored.get("_load_in_4bit"):
+        return 4
+    return int(stored.get("bits") or stored.get("nbits") or 8)

@@ -1,0 +1,42 @@
+"""What a file is by its first bytes, for messages about one that is not what its name says."""
+
+from __future__ import annotations
+
+KINDS = (
+    (b"PK\x03\x04", "a zip archive or an Excel workbook; unpack it, or save its sheet as CSV"),
+    (b"\xd0\xcf\x11\xe0", "an old Excel or Word file; save its sheet as CSV"),
+    (b"\x1f\x8b", "compressed by gzip; unpack it first"),
+    (b"BZh", "compressed by bzip2; unpack it first"),
+    (b"\xfd7zXZ", "compressed by xz; unpack it first"),
+    (b"\x28\xb5\x2f\xfd", "compressed by zstd; unpack it first"),
+    (b"PAR1", "a Parquet file; let its name end in .parquet"),
+    (b"SQLite format 3", "an SQLite database; export its table as CSV"),
+    (b"%PDF", "a PDF; export its pages as images"),
+    (b"\x89PNG", "a PNG image"),
+    (b"\xff\xd8\xff", "a JPEG image"),
+    (b"\xff\xfe", "text in UTF-16; save it as UTF-8"),
+    (b"\xfe\xff", "text in UTF-16; save it as UTF-8"),
+    (b"version https://git-lfs", "a pointer of Git LFS in place of the file; fetch it with: git lfs pull"),
+)
+NO_IMAGES = (
+    (b"<svg", "an SVG drawing"),
+    (b"<?xml", "an XML file or an SVG drawing"),
+    (b"<!doctype html", "a web page, so its download failed"),
+    (b"<html", "a web page, so its download failed"),
+    (b"%!ps", "a PostScript file"),
+)
+CODED = {b"hei": "an HEIC photo", b"hev": "an HEIC photo", b"mif": "an HEIC photo"}
+"""By the brand of an ISO media file, in bytes 8 to 10; the others are videos."""
+
+
+def kind_of(head: bytes) -> str | None:
+    """What a file is that begins like this and is no text; None where that isn't known."""
+    return next((kind for start, kind in KINDS if head.startswith(start)), None)
+
+
+def no_image(head: bytes) -> str | None:
+    """What a file is that begins like this and is no image in a format that is read; None where that isn't known."""
+    if head[4:8] == b"ftyp":
+        return CODED.get(head[8:11], "a video")
+    folded = head.lstrip().lower()
+    return next((kind for start, kind in NO_IMAGES if folded.startswith(start)), None) or kind_of(head)

@@ -1,0 +1,156 @@
+"""Say in one sentence why a model can't be opened, and what would work."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from vlmtune import hub
+from vlmtune.config import ModelConfig
+from vlmtune.errors import ModelError
+
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+POINTER = b"version https://git-lfs"
+
+
+def looks_local(path: str) -> bool:
+    return path.startswith((".", "/", "~")) or path.count("/") != 1
+
+
+def check_place(path: str) -> None:
+    """Raise ModelError where `path` is on this machine and is not a model's folder in the hub's layout."""
+    place = Path(path)
+    if place.is_file():
+        kind = "a GGUF file, which can't be trained" if place.suffix == ".gguf" else "a file"
+        raise ModelError(f"model.path={path}: is {kind}; give the folder of the checkpoint in the hub's layout")
+    if not place.is_dir():
+        if looks_local(path):
+            raise ModelError(f"model.path={path}: no such folder")
+        return
+    names = {file.name for file in place.iterdir()}
+    if "adapter_config.json" in names:
+        raise adapter_error(path, base_of_adapter(place))
+    if {"model", "config.yaml"} <= names and "config.json" not in names:
+        if (place / "model" / "adapter_config.json").exists():
+            raise adapter_error(f"{path}/model", base_of_adapter(place / "model"), run=path)
+        raise ModelError(f"model.path={path}: is the folder of a run; its model is model.path={path}/model")
+    check_names(path, names)
+    for index in place.glob("*.safetensors.index.json"):
+        check_shards(index)
+    for file in place.glob("*.safetensors"):
+        with file.open("rb") as handle:
+            if handle.read(len(POINTER)) == POINTER:
+                raise ModelError(f"{file}: is a pointer of git-lfs and not the weights; run `git lfs pull` in {path}")
+
+
+def check_names(path: str, names: Collection[str]) -> None:
+    """Raise ModelError where these are not the files of a whole transformers model with safe weights."""
+    if "model_index.json" in names:
+        raise ModelError(f"{path}: is a diffusers pipeline, which makes images; give a vision-language model")
+    endings = {Path(name).suffix for name in names}
+    if "config.json" not in names:
+        if "adapter_config.json" in names:
+            raise adapter_error(path, None)
+        gguf = "; its GGUF files can't be trained" * (".gguf" in endings)
+        raise ModelError(f"{path}: can't be opened: has no config.json{gguf}; give a checkpoint in the hub's layout")
+    if ".safetensors" in endings:
+        return
+    pickled = sorted(name for name in names if Path(name).suffix in PICKLED and name != "training_args.bin")
+    if pickled:
+        raise ModelError(
+            f"{path}: has its weights in {pickled[0]} alone, which can run code when it is read; convert them once: "
+            f"python -c \"import transformers as t; t.AutoModelForImageTextToText.from_pretrained('{path}')"
+            f".save_pretrained('NEW')\", copy the tokenizer's and processor's files beside, and set model.path=NEW"
+        )
+    raise ModelError(f"{path}: can't be opened: has no weights (*.safetensors)")
+
+
+def check_shards(index: Path) -> None:
+    """Raise ModelError where a file is missing that the index of a checkpoint in several files names."""
+    try:
+        wanted = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, LookupError, AttributeError, TypeError) as error:
+        raise ModelError(f"{index}: can't be opened: is damaged ({error}); copy it again") from error
+    lost = sorted(name for name in wanted if not (index.parent / name).is_file())
+    if lost:
+        missing = f"{len(lost)} of {len(wanted)} weight files are missing, among them {lost[0]}"
+        raise ModelError(f"{index.parent}: can't be opened: {missing}")
+
+
+def base_of_adapter(folder: Path) -> str | None:
+    """The base model that the adapter in `folder` was trained over, where its config says so."""
+    try:
+        return str(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def adapter_error(path: str, base: str | None, run: str = "RUN") -> ModelError:
+    """What to do with an adapter that was given as a model."""
+    whole = base or "BASE"
+    return ModelError(
+        f"model.path={path}: is an adapter{f' of {base}' if base else ''}, not a whole model. "
+        f"To answer with it: src/predict.py run={run}. To train another one: model.path={whole}. To train it further, "
+        f"merge it first: peft.PeftModel.from_pretrained(base, '{path}').merge_and_unload().save_pretrained('NEW')"
+    )
+
+
+@contextmanager
+def explained(config: ModelConfig) -> Iterator[None]:
+    """Turn what transformers and the hub raise while loading into one sentence with the way out."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+    from safetensors import SafetensorError
+
+    path = config.path
+    kinds = (OSError, ValueError, ImportError, LookupError, RuntimeError, AttributeError, TypeError, SafetensorError)
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (*kinds, hub.http().HTTPError) as error:
+        causes = list(hub.chain(error))
+        text = " ".join(str(cause) for cause in causes)
+        page = f"https://huggingface.co/{path}"
+
+        def caused_by(*kinds: type[BaseException]) -> bool:
+            return any(isinstance(cause, kinds) for cause in causes)
+
+        if "trust_remote_code" in text:
+            raise ModelError(
+                f"{path}: carries Python code of its own; read it, then set model.trust_remote_code=true to run it"
+            ) from error
+        if Path(str(path)).is_dir():
+            raise ModelError(f"{path}: can't be opened: {_first_line(error)}") from error
+        if caused_by(GatedRepoError) or "gated repo" in text:
+            raise ModelError(
+                f"{path} is gated: accept its licence on {page}, then log in once with `hf auth login` "
+                "(or set HF_TOKEN)"
+            ) from error
+        if caused_by(RevisionNotFoundError):
+            raise ModelError(
+                f"model.revision={config.revision}: {path} has no such revision; see {page}/commits"
+            ) from error
+        if hub.unreachable(error) or "couldn't connect" in text:
+            raise ModelError(
+                f"{path}: is not in the local cache, and the hub can't be reached. Connect once, or fetch it elsewhere "
+                f"with `hf download {path}` and give the folder: model.path=FOLDER"
+            ) from error
+        if caused_by(RepositoryNotFoundError):
+            raise ModelError(
+                f"{path}: no such model on the hub, or a private one: check the name, or log in with `hf auth login`"
+            ) from error
+        answer = next((cause for cause in causes if isinstance(cause, HfHubHTTPError)), error)
+        raise ModelError(f"{path}: can't be opened: {_first_line(answer)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

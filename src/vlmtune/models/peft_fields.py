@@ -1,0 +1,136 @@
+"""A PEFT config from the keys of `adapter`, and which methods and fields a run can't train as plain PEFT would."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+import typing
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from vlmtune.errors import ConfigError, nearest
+from vlmtune.signatures import adapter_fields
+
+METHODS = {
+    "adaption_prompt": "knows the layers of text models alone",
+    "poly": "needs a task number with each row",
+    "shadow": "adds a second model with a loss of its own",
+    "xlora": "mixes adapters that are trained already",
+}
+"""Methods of PEFT's registry that need more than a vision-language model and its rows."""
+LORA_FIELDS = {
+    "alora_invocation_tokens": "is only read by PEFT's text models",
+    "arrow_config": "mixes adapters that are trained already",
+    "kasa_config": "needs a loss of its own beside the model's",
+    "monteclora_config": "needs a loss of its own beside the model's",
+    "megatron_config": "is for models in Megatron's layers",
+    "megatron_core": "is for models in Megatron's layers",
+    "qalora_group_size": "is for GPTQ's layers",
+    "use_qalora": "is for GPTQ's layers",
+}
+"""Fields of LoRA that would change nothing, or train something else than their papers."""
+STARTS = ("eva", "corda", "lora_ga")
+"""Values of init_lora_weights that PEFT computes from a pass over the data before training."""
+IGNORED = re.compile(r"ignored|no effect|only supported|Setting .+ to (False|None)|does not work")
+"""How PEFT warns of a field that it passes over."""
+
+
+def problems(adapter: dict[str, Any], *, bits: int | None) -> list[str]:
+    """What is known of `adapter` without its model. `bits`: of the weights under it, None where they are whole."""
+    method = adapter["method"]
+    if method in METHODS or "num_virtual_tokens" in adapter_fields().get(str(method), ()):
+        reason = METHODS.get(method, "puts tokens in front of the text, which labels and image positions don't count")
+        return [f"adapter.method={method}: {reason}; use another method, for instance lora"]
+    found = [f"adapter.{key}: {why}; leave it out" for key, why in LORA_FIELDS.items() if adapter.get(key)]
+    if method == "trainable_tokens" and not adapter.get("token_indices"):
+        found.append("adapter.token_indices: missing; give the ids of the tokens whose embeddings train")
+    start = str(adapter.get("init_lora_weights", ""))
+    if start in STARTS:
+        found.append(
+            f"adapter.init_lora_weights={start}: needs a pass over the data before training, which vlmtune does not "
+            "make; use true, gaussian, orthogonal, olora or pissa"
+        )
+    if start.startswith("pissa_niter"):
+        found.append(
+            f"adapter.init_lora_weights={start}: its random decomposition differs at each loading, so a saved adapter "
+            "would not fit; use pissa"
+        )
+    return found + quantized_problems(adapter, bits)
+
+
+def quantized_problems(adapter: dict[str, Any], bits: int | None) -> list[str]:
+    """What PEFT can't put over quantized weights."""
+    method, start = adapter["method"], str(adapter.get("init_lora_weights", ""))
+    found = []
+    if method in ("loha", "lokr") and bits == 4:
+        found.append(
+            f"adapter={method}: PEFT can't put it on 4-bit weights; use quantization=int8 or none, or another adapter, "
+            "for instance adapter=lora"
+        )
+    if bits is not None and start.startswith(("pissa", "olora", "loftq")):
+        found.append(
+            f"adapter.init_lora_weights={start}: splits the weights themselves, which quantized ones don't allow; "
+            "use quantization=none, or adapter=lora"
+        )
+    return found
+
+
+def peft_config(adapter: dict[str, Any]) -> Any:
+    """PEFT's config object for `adapter`, each value in the type that its field is declared with.
+
+    Raises ConfigError: a value of another type, one that PEFT refuses, or a field that PEFT says it would ignore.
+    """
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+    from peft.utils import PeftType
+
+    method = adapter["method"]
+    cls = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(method.upper())]
+    given = {key: value for key, value in adapter.items() if key not in ("method", "parts")}
+    wrong: list[str] = []
+    fields = {key: _typed(cls, key, value, wrong) for key, value in given.items()}
+    if wrong:
+        raise ConfigError(wrong)
+    with refusals(method):
+        return cls(**fields)
+
+
+def _typed(cls: type, key: str, value: Any, wrong: list[str]) -> Any:
+    """`value` in the type of the field: PEFT takes any, and reads the text `off` as true."""
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+    hint = typing.Optional[_hints(cls)[key]]  # noqa: UP045  # the hint is a value here
+    for group in filter(dataclasses.is_dataclass, typing.get_args(hint)):
+        known = {field.name for field in dataclasses.fields(group)}
+        unknown = sorted(set(value) - known) if isinstance(value, dict) else []
+        wrong += [f"adapter.{key}.{name}: no such key; {nearest(str(name), known)}" for name in unknown]
+    try:
+        return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+    except ValidationError as error:
+        reasons = dict.fromkeys(problem["msg"] for problem in error.errors())
+        wrong.append(f"adapter.{key}={value}: {', or: '.join(reasons)}")
+        return None
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+@contextmanager
+def refusals(method: str) -> Iterator[None]:
+    """Turn what PEFT raises, and what it warns that it ignores, into one ConfigError. Other warnings are dropped."""
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        try:
+            yield
+        except ConfigError:
+            raise
+        except (TypeError, ValueError, RuntimeError, ImportError, LookupError, AttributeError) as error:
+            raise ConfigError(f"adapter={method}: PEFT refuses it here: {error}") from error
+    ignored = {" ".join(str(warning.message).split()) for warning in seen}
+    ignored = {text for text in ignored if IGNORED.search(text)}
+    if ignored:
+        raise ConfigError([f"adapter={method}: PEFT says: {text}" for text in sorted(ignored)])

@@ -1,0 +1,280 @@
+"""Whole or absent, at every place where a kill may fall, and checked when read."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vlmtune import checkpoint, durable
+from vlmtune.checkpoint import all_checkpoints, check, load_checkpoint, newest, save_checkpoint, set_aside
+from vlmtune.errors import CheckpointError
+from vlmtune.loop import Progress
+
+CALLS = ("mkdir", "rename", "replace", "fsync", "unlink", "rmdir", "open")
+"""Of `os`: a kill falls in front of one of them."""
+
+
+def small() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    return model, optimizer
+
+
+def save(root: Path, step: int, *, examples: int = 0, keep: int = 2) -> Path:
+    model, optimizer = small()
+    progress = Progress(step=step, examples=examples)
+    return save_checkpoint(root, model, optimizer, None, progress, {}, [checkpoint.random_state()], keep=keep)
+
+
+def load(folder: Path) -> Progress:
+    model, optimizer = small()
+    return load_checkpoint(folder, model, optimizer, None, {}, 0)
+
+
+def killed(job: Callable[[], Any], place: int) -> bool:
+    """Run `job` in a process that kills itself in front of its `place`-th call; False where it makes fewer."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child == 0:
+        left = place
+
+        def counted(real: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*args: Any, **options: Any) -> Any:
+                nonlocal left
+                left -= 1
+                if left == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return real(*args, **options)
+
+            return call
+
+        for name in CALLS:
+            setattr(os, name, counted(getattr(os, name)))
+        try:
+            job()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    status = os.waitpid(child, 0)[1]
+    assert status in (0, signal.SIGKILL), f"the job failed by itself: {status}"
+    return status == signal.SIGKILL
+
+
+def kills(root: Path, before: Callable[[], Any], job: Callable[[], Any], *, least: int) -> Iterator[int]:
+    """Yields after each kill of `job` in a folder that `before` has prepared; `least`: places that there must be."""
+    place = 1
+    while True:
+        shutil.rmtree(root, ignore_errors=True)
+        root.mkdir()
+        before()
+        if not killed(job, place):
+            break
+        yield place
+        place += 1
+    assert place > least
+
+
+def test_a_kill_in_the_first_save_leaves_it_or_nothing(tmp_path: Path) -> None:
+    root = tmp_path / "checkpoints"
+    seen = set()
+    for _ in kills(root, lambda: None, lambda: save(root, 1), least=10):
+        assert all(durable.fault(folder) is None for folder in all_checkpoints(root))
+        durable.repair_all(root)
+        seen.add(tuple(path.name for path in root.iterdir()))
+        assert check(save(root, 1)) is None, "and it can be saved again"
+    assert seen == {(), ("step_000001",)}
+
+
+def test_a_kill_while_a_step_is_saved_again_leaves_one_of_both(tmp_path: Path) -> None:
+    root = tmp_path / "checkpoints"
+    seen = set()
+    for _ in kills(root, lambda: save(root, 7, examples=1), lambda: save(root, 7, examples=2), least=15):
+        durable.repair_all(root)
+        assert [path.name for path in root.iterdir()] == ["step_000007"]
+        check(root / "step_000007")
+        seen.add(load(root / "step_000007").examples)
+    assert seen == {1, 2}
+
+
+def test_a_kill_while_an_old_checkpoint_is_deleted_leaves_no_half_one(tmp_path: Path) -> None:
+    root = tmp_path / "checkpoints"
+    seen = set()
+    for _ in kills(root, lambda: save(root, 1), lambda: save(root, 2, keep=1), least=20):
+        for folder in all_checkpoints(root):
+            check(folder)
+        seen.add(newest(tmp_path).name)
+        durable.repair_all(root)  # as each start does
+        save(root, 3, keep=1)
+        assert [path.name for path in root.iterdir()] == ["step_000003"]
+    assert seen == {"step_000001", "step_000002"}
+
+
+def test_any_folder_of_a_run_is_whole_or_absent(tmp_path: Path) -> None:
+    """A saved model is opened under the name that a kill has left it with, before a run puts it right."""
+    root = tmp_path / "run"
+
+    def write(content: str) -> None:
+        with durable.whole(root / "model") as partial:
+            (partial / "deep").mkdir()
+            (partial / "deep" / "weights").write_text(content)
+
+    for _ in kills(root, lambda: write("old"), lambda: write("new"), least=15):
+        found = durable.existing(root / "model")
+        durable.verify(found)
+        assert (found / "deep" / "weights").read_text() in ("old", "new")
+
+
+def test_the_checksums_are_those_of_sha256sum(tmp_path: Path) -> None:
+    folder = save(tmp_path, 1)
+    done = subprocess.run(["sha256sum", "--check", durable.SUMS], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stdout.count(": OK") == 4
+
+
+# ---------------------------------------------------------------- damaged ones are passed over
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def edited(**changes: Any) -> Callable[[Path], None]:
+    """state.json with other content, as an older version without checksums may have left it."""
+
+    def damage(folder: Path) -> None:
+        (folder / durable.SUMS).unlink()
+        state = json.loads((folder / "state.json").read_text())
+        (folder / "state.json").write_text(json.dumps(state | changes))
+
+    return damage
+
+
+def content(text: bytes) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        (folder / durable.SUMS).unlink()
+        (folder / "state.json").write_bytes(text)
+
+    return damage
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "a flipped bit in the weights": (lambda f: flip(f / "model.safetensors"), r"model.*checksum differs"),
+    "a flipped bit in the moments": (lambda f: flip(f / "optimizer.safetensors"), r"optimizer.*checksum differs"),
+    "a flipped bit in the state": (lambda f: flip(f / "state.json"), r"state\.json.*checksum differs"),
+    "a missing file": (lambda f: (f / "random.safetensors").unlink(), r"random\.safetensors is missing"),
+    "a cut file": (lambda f: os.truncate(f / "optimizer.safetensors", 50), "checksum differs"),
+    "an empty file": (lambda f: os.truncate(f / "model.safetensors", 0), "checksum differs"),
+    "checksums of nothing": (lambda f: os.truncate(f / durable.SUMS, 0), "SHA256SUMS is empty"),
+    "checksums that are no text": (lambda f: (f / durable.SUMS).write_bytes(b"\xff\xfe"), "SHA256SUMS is damaged"),
+    "an empty folder": (lambda f: [file.unlink() for file in f.iterdir()], r"state\.json"),
+    "{}": (content(b"{}"), "has no 'progress'"),
+    "[]": (content(b"[]"), "is no checkpoint"),
+    "no text": (content(b"\xff\xfe{"), "is no checkpoint"),
+    "nested too little": (edited(progress=None), "is no checkpoint"),
+    "an unknown key": (edited(progress={"step": 4, "weather": "fine"}), "weather"),
+    "a number as text": (edited(progress={"step": "4"}), "is no checkpoint"),
+    "nothing for a number": (edited(progress={"step": 4, "tokens": None}), "is no checkpoint"),
+    "no optimizer": (edited(optimizer={}), "lacks"),
+    "the identity of nothing": (edited(identity=[]), "lacks"),
+    "another step's name": (edited(progress={"step": 3}), "holds step 3"),
+}
+
+
+@pytest.mark.parametrize(("damage", "reason"), DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Callable[[Path], Any], reason: str
+) -> None:
+    caplog.set_level(logging.WARNING, "vlmtune")
+    root = tmp_path / "checkpoints"
+    save(root, 2)
+    damage(save(root, 4))
+    assert newest(tmp_path).name == "step_000002"
+    with pytest.raises(CheckpointError, match=reason):
+        check(root / "step_000004")
+    assert "passed over a damaged checkpoint" in caplog.text
+    assert "step_000004" in caplog.text
+    shutil.rmtree(root / "step_000002")
+    with pytest.raises(CheckpointError, match=r"no checkpoint is sound[\s\S]*step_000004"):
+        newest(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["step_abc", "step_", "step_4", "step_000004 (copy)", "step_000004.zip"])
+def test_a_stray_name_is_left_alone_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str) -> None:
+    root = tmp_path / "checkpoints"
+    save(root, 2)
+    (root / name).mkdir()
+    assert newest(tmp_path).name == "step_000002"
+    assert f"{name}: is not named as a checkpoint" in caplog.text
+    save(root, 3, keep=1)
+    assert (root / name).is_dir()
+
+
+def test_a_damaged_one_does_not_push_out_a_sound_one(tmp_path: Path) -> None:
+    """It is renamed once the run goes on, or the next saves would count it among the newest."""
+    root = tmp_path / "checkpoints"
+    save(root, 2)
+    flip(save(root, 4) / "state.json")
+    set_aside(newest(tmp_path))
+    save(root, 3, keep=1)
+    assert sorted(path.name for path in root.iterdir()) == ["step_000003", "step_000004.damaged"]
+    assert newest(tmp_path).name == "step_000003"
+
+
+def test_a_checkpoint_without_checksums_still_opens(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = save(tmp_path / "checkpoints", 2, examples=5)
+    (folder / durable.SUMS).unlink()
+    assert load(newest(tmp_path)).examples == 5
+    assert "has no SHA256SUMS, so its files are not checked" in caplog.text
+
+
+def test_what_cannot_be_deleted_costs_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 1)
+
+    def refuse(path: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(durable.shutil, "rmtree", refuse)
+    save(tmp_path, 2, keep=1)
+    assert [path.name for path in all_checkpoints(tmp_path)] == ["step_000002"]
+    assert "step_000001: can't be deleted" in caplog.text
+
+
+@pytest.mark.slow
+def test_kills_at_random_moments_lose_nothing(tmp_path: Path) -> None:
+    """A process that saves on and on, killed 20 times: what it last named as saved is there and sound."""
+    program = (
+        "import sys; sys.path[:0] = ['src', 'tests']; from pathlib import Path; import test_durable\n"
+        "for step in range(1, 10**6): print(test_durable.save(Path(sys.argv[1]), step, keep=1).name, flush=True)"
+    )
+    for trial in range(20):
+        root = tmp_path / str(trial) / "checkpoints"
+        with subprocess.Popen([sys.executable, "-c", program, str(root)], stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            named = [process.stdout.readline().strip() for _ in range(1 + trial % 7)]
+            process.kill()
+            named += process.stdout.read().split()
+        durable.repair_all(root)
+        assert newest(root.parent).name >= named[-1]
+        for folder in all_checkpoints(root):
+            check(folder)

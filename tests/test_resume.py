@@ -1,0 +1,381 @@
+"""A resumed run is the same run, or says what differs: each key is refused, or takes effect and is recorded."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import tiny
+import vlmtune
+from vlmtune import checkpoint, environment
+from vlmtune.checkpoint import load_checkpoint, save_checkpoint
+from vlmtune.config import Config, ModelConfig
+from vlmtune.data.records import Record, Turn
+from vlmtune.errors import CheckpointError, ConfigError
+from vlmtune.optim import build_scheduler, go_to
+from vlmtune.resume import KINDS, Kind, changes, kind_of, values
+
+FOLDER = Path("runs/mine/checkpoints/step_000004")
+
+
+def a_config(**model: Any) -> Config:
+    return tiny.config("weights", adapter=tiny.LORA, quantization=tiny.QUANTIZED["nf4"], model=model)
+
+
+def identity(**keys: Any) -> dict[str, Any]:
+    """That of a run with these config keys, dots written as two underscores."""
+    rows = {"rows per step": 8, "training rows": 20, "data fingerprint": "a", "image content": "b", "seed": 0}
+    config = {**values(a_config()), **{key.replace("__", "."): value for key, value in keys.items()}}
+    return {**rows, "steps in all": 9, "share_prefix": True, "processes": 1, "config": config}
+
+
+# ---------------------------------------------------------------- every key has a kind
+
+KEYS = sorted(values(a_config()))
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_every_key_of_the_schema_has_a_kind(key: str) -> None:
+    assert kind_of(key) in Kind, f"say in resume.KINDS what another value of {key} means for a resumed run"
+
+
+def test_no_kind_is_given_to_a_key_that_does_not_exist() -> None:
+    groups = {key[:end] for key in KEYS for end in [*(i for i, c in enumerate(key) if c == "."), len(key)]}
+    assert KINDS.keys() <= groups
+
+
+@pytest.mark.parametrize("key", [key for key in KEYS if kind_of(key) is Kind.SAME])
+def test_another_value_of_what_the_run_is_gets_refused(key: str) -> None:
+    was, now = identity(), identity()
+    now["config"][key] = "another"
+    with pytest.raises(CheckpointError) as caught:
+        changes(FOLDER, was, now, 4)
+    assert f"{key} was {was['config'][key]}, now another" in str(caught.value)
+    assert "another hydra.run.dir" in str(caught.value)
+    assert "model.path=runs/mine/model" in str(caught.value)
+
+
+@pytest.mark.parametrize("key", [key for key in KEYS if kind_of(key) in (Kind.STEPS, Kind.AROUND)])
+def test_another_value_of_what_may_change_is_named(key: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "vlmtune")
+    was, now = identity(), identity()
+    now["config"][key] = "another"
+    before = was["config"][key]
+    assert changes(FOLDER, was, now, 4) == [{"step": 4, "key": key, "was": before, "now": "another"}]
+    assert f"changed on resume: {key} {before} -> another" in caplog.text
+
+
+def test_what_changes_nothing_is_not_recorded() -> None:
+    assert changes(FOLDER, identity(), identity(tracker__name="tensorboard", trainer__log_every=3), 4) == []
+
+
+def test_all_differences_are_in_one_error() -> None:
+    now = identity(adapter__r=8, data__supervise="all") | {"share_prefix": False}
+    with pytest.raises(CheckpointError) as caught:
+        changes(FOLDER, identity(), now, 4)
+    assert len(caught.value.problems) == 4
+    assert "share_prefix was True, now False: set trainer.share_prefix to what it was" in str(caught.value)
+
+
+def test_a_field_of_the_adapter_that_was_not_set_counts() -> None:
+    with pytest.raises(CheckpointError, match="use_rslora was None, now True"):
+        changes(FOLDER, identity(), identity(adapter__use_rslora=True), 4)
+
+
+def test_other_steps_in_all_need_a_constant_learning_rate() -> None:
+    longer = identity(trainer__epochs=2.0) | {"steps in all": 18}
+    with pytest.raises(CheckpointError, match=r"steps in all was 9, now 18.*scheduler\.name=constant"):
+        changes(FOLDER, identity(), longer, 9)
+    constant = identity(trainer__epochs=2.0, trainer__scheduler__name="constant") | {"steps in all": 18}
+    named = [change["key"] for change in changes(FOLDER, identity(), constant, 9)]
+    assert named == ["steps in all", "trainer.epochs", "trainer.scheduler.name"]
+
+
+def test_what_would_change_nothing_any_more_is_refused() -> None:
+    with pytest.raises(CheckpointError, match=r"learning_rate.*all 9 steps are done"):
+        changes(FOLDER, identity(), identity(trainer__learning_rate=1.0), 9)
+    assert changes(FOLDER, identity(), identity(generation__max_new_tokens=3), 9)
+
+
+def test_another_number_of_processes_goes_on_where_a_step_takes_the_same_rows() -> None:
+    two = identity(trainer__batch_size=4) | {"processes": 2}
+    assert [change["key"] for change in changes(FOLDER, identity(trainer__batch_size=8), two, 4)] == [
+        "processes",
+        "trainer.batch_size",
+    ]
+    many = identity(trainer__batch_size=8) | {"processes": 2, "rows per step": 16}
+    with pytest.raises(CheckpointError, match=r"rows per step was 8, now 16.*now 8 x 1 x 2; set trainer\.batch_size=4"):
+        changes(FOLDER, identity(trainer__batch_size=8), many, 4)
+    with pytest.raises(CheckpointError, match="make it what it was"):
+        changes(FOLDER, identity(), identity() | {"processes": 3, "rows per step": 12}, 4)
+
+
+def test_an_older_version_is_compared_in_what_it_noted(caplog: pytest.LogCaptureFixture) -> None:
+    old = {"rows per step": 8, "training rows": 20, "data fingerprint": "a", "seed": 0}
+    assert changes(FOLDER, old, identity(adapter__r=8), 4) == []
+    assert "an older version wrote it; not compared with it: config, image content" in caplog.text
+    with pytest.raises(CheckpointError, match=r"seed was 0, now 1: set trainer\.seed"):
+        changes(FOLDER, old, identity() | {"seed": 1}, 4)
+
+
+# ---------------------------------------------------------------- changes take effect
+
+
+@pytest.fixture
+def weights(checkpoint_of: Callable[[str], Path]) -> Path:
+    return checkpoint_of("qwen2_vl")
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit", "muon"])
+def test_hyper_parameters_are_those_of_the_resumed_config(weights: Path, tmp_path: Path, name: str) -> None:
+    def run(**optimizer: Any) -> tiny.Run:
+        config = tiny.config(weights, max_steps=4, optimizer={"name": name, **optimizer})
+        return tiny.assemble(config, tiny.records(8))
+
+    first = run().fit(stop_after=2)
+    states = [checkpoint.random_state()]
+    saved = save_checkpoint(tmp_path, first.model, first.optimizer, None, first.progress, {}, states, keep=1)
+    second = run(weight_decay=0.5, beta2=0.9)
+    second.config.trainer.learning_rate = 7e-3
+    _, second.optimizer = second.engine.prepare(second.model, second.optimizer)
+    load_checkpoint(saved, second.model, second.optimizer, None, {}, 0)
+    groups = second.optimizer.param_groups
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.5}
+    assert {group["betas"][1] for group in groups if "betas" in group} == {0.9}
+    old, new = first.optimizer.state_dict()["state"], second.optimizer.state_dict()["state"]
+    assert old.keys() == new.keys()
+    assert all(torch.equal(old[n][key], new[n][key]) for n in old for key in old[n] if torch.is_tensor(old[n][key]))
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "constant"])
+def test_the_learning_rate_of_a_step_does_not_depend_on_how_it_was_reached(name: str) -> None:
+    trainer = tiny.config(None, learning_rate=0.3).trainer
+    trainer.scheduler = dataclasses.replace(trainer.scheduler, name=name, warmup_fraction=0.3)
+
+    def scheduler() -> tuple[Any, Any]:
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.3)
+        return optimizer, build_scheduler(optimizer, trainer, 10)
+
+    optimizer, straight = scheduler()
+    for step in range(10):
+        resumed_optimizer, resumed = scheduler()
+        go_to(resumed, step)
+        assert resumed_optimizer.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
+        assert resumed.get_last_lr() == straight.get_last_lr()
+        straight.step()
+
+
+def test_a_process_more_than_there_were_draws_as_the_first(weights: Path, tmp_path: Path) -> None:
+    run = tiny.assemble(tiny.config(weights, max_steps=1), tiny.records(4)).fit()
+    wanted = checkpoint.random_state()
+    saved = save_checkpoint(tmp_path, run.model, run.optimizer, None, run.progress, {}, [wanted], keep=1)
+    torch.manual_seed(99)
+    load_checkpoint(saved, run.model, run.optimizer, None, {}, rank=1)
+    assert torch.equal(torch.get_rng_state(), wanted["cpu"])
+
+
+# ---------------------------------------------------------------- what images and models hold
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> list[Record]:
+    (tmp_path / "images").mkdir()
+    paths = [tmp_path / "images" / f"{n}.bmp" for n in range(3)]
+    for n, path in enumerate(paths):
+        Image.new("RGB", (160, 160), (n, 0, 0)).save(path)  # 77 kB
+    return [Record((Turn("What?", ("red",)),), (path,), path.name) for path in [*paths, paths[0]]]
+
+
+def test_the_fingerprint_is_that_of_the_images_content(pictures: list[Record], tmp_path: Path) -> None:
+    before = environment.image_fingerprint(pictures)
+    for record in pictures:
+        os.utime(record.images[0], (1, 1))  # type: ignore[arg-type]
+    assert environment.image_fingerprint(pictures) == before
+    moved = tmp_path / "moved"
+    shutil.move(tmp_path / "images", moved)
+    elsewhere = [dataclasses.replace(r, images=(moved / Path(str(r.images[0])).name,)) for r in pictures]
+    assert environment.image_fingerprint(elsewhere) == before
+    Image.new("RGB", (160, 160), (9, 9, 9)).save(moved / "1.bmp")  # as large as before
+    assert environment.image_fingerprint(elsewhere) != before
+
+
+@pytest.mark.parametrize("at", [0, 77_000 // 2, 76_000])
+def test_head_middle_and_tail_of_a_file_count(tmp_path: Path, at: int) -> None:
+    file = tmp_path / "a"
+    file.write_bytes(bytes(77_000))
+    before = environment.sampled(file)
+    content = bytearray(77_000)
+    content[at] = 1
+    file.write_bytes(content)
+    assert environment.sampled(file) != before
+    file.write_bytes(bytes(77_001))
+    assert environment.sampled(file) != before
+
+
+def test_images_in_memory_count_by_their_pixels_or_bytes() -> None:
+    def rows(*images: Any) -> list[Record]:
+        return [Record((Turn("What?", ("red",)),), (image,)) for image in images]
+
+    of = environment.image_fingerprint
+    assert of(rows(tiny.image(seed=1))) == of(rows(tiny.image(seed=1))) != of(rows(tiny.image(seed=2)))
+    assert of(rows(b"1")) != of(rows(b"2"))
+    assert of(rows(b"1", b"2")) != of(rows(b"2", b"1"))
+
+
+def test_a_base_model_with_other_weights_is_another_one(weights: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "elsewhere"
+    shutil.copytree(weights, copy)
+    before = environment.model_files(str(weights), None)
+    assert environment.model_files(str(copy), None) == before
+    file = copy / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert environment.model_files(str(copy), None) != before
+    assert environment.model_files("a/b", "c1") != environment.model_files("a/b", "c2")
+
+
+# ---------------------------------------------------------------- whole runs
+
+Overrides = Callable[..., list[str]]
+
+
+@pytest.fixture
+def overrides(weights: Path, tmp_path: Path) -> Overrides:
+    def make(*more: str, name: str = "run", steps: int = 4) -> list[str]:
+        if not (tmp_path / "rows.csv").exists():
+            tiny.write_csv(tmp_path, [(f"what is {i}?", "red") for i in range(12)], per_image=2)
+        return [
+            "model=auto",
+            f"model.path={weights}",
+            "data=csv",
+            f"data.train={tmp_path / 'rows.csv'}",
+            "tracker=none",
+            "trainer.save_every=2",
+            f"trainer.max_steps={steps}",
+            "trainer.batch_size=4",
+            f"hydra.run.dir={tmp_path / name}",
+            *more,
+        ]
+
+    return make
+
+
+def cut_back(run: Path, step: int) -> None:
+    """As if the run had been killed before a later checkpoint than that of `step`."""
+    for folder in checkpoint.all_checkpoints(run / "checkpoints"):
+        if folder.name > f"step_{step:06d}":
+            shutil.rmtree(folder)
+    (run / "result.json").unlink()
+
+
+def test_a_change_is_applied_recorded_and_kept(overrides: Overrides, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    vlmtune.train(overrides("trainer.scheduler.name=constant"))
+    cut_back(run, 2)
+    vlmtune.train([f"resume={run}", "trainer.learning_rate=5e-3", "trainer.max_steps=6"])
+    changed = [
+        {"step": 2, "key": "steps in all", "was": 4, "now": 6},
+        {"step": 2, "key": "trainer.learning_rate", "was": 2e-4, "now": 5e-3},
+        {"step": 2, "key": "trainer.max_steps", "was": 4, "now": 6},
+    ]
+    assert yaml.safe_load((run / "environment.json").read_text())["changes"] == changed
+    assert "changed on resume: trainer.learning_rate 0.0002 -> 0.005" in (run / "train.log").read_text()
+    assert yaml.safe_load((run / "config.yaml").read_text())["trainer"]["learning_rate"] == 5e-3
+    last = (run / "metrics.jsonl").read_text().splitlines()[-1]
+    assert yaml.safe_load(last)["train/learning_rate"] == 5e-3
+    assert vlmtune.train([f"resume={run}"])["steps"] == 6
+    assert yaml.safe_load((run / "environment.json").read_text())["changes"] == changed
+
+
+def test_a_refused_resume_leaves_the_run_as_it_was(overrides: Overrides, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    vlmtune.train(overrides())
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "train.log"}
+    with pytest.raises(CheckpointError, match=r"adapter\.lora_alpha was \d+, now 99"):
+        vlmtune.train([f"resume={run}", "adapter.lora_alpha=99"])
+    assert {path: path.read_bytes() for path in before} == before
+    Image.new("RGB", (56, 56), "green").save(tmp_path / "0.png")
+    with pytest.raises(CheckpointError, match="image content was"):
+        vlmtune.train([f"resume={run}"])
+
+
+def test_config_yaml_edited_by_hand_is_compared_too(overrides: Overrides, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    vlmtune.train(overrides())
+    path = run / "config.yaml"
+    path.write_text(path.read_text().replace("system_prompt: null", "system_prompt: Be brief."))
+    with pytest.raises(CheckpointError, match=r"model\.system_prompt was None, now Be brief\."):
+        vlmtune.train([f"resume={run}"])
+
+
+def test_data_and_run_may_move(overrides: Overrides, tmp_path: Path) -> None:
+    vlmtune.train(overrides())
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for path in [*tmp_path.glob("*.png"), tmp_path / "rows.csv", tmp_path / "run"]:
+        shutil.move(path, moved)
+    cut_back(moved / "run", 2)
+    assert vlmtune.train([f"resume={moved / 'run'}", f"data.train={moved / 'rows.csv'}"])["steps"] == 4
+
+
+def test_a_damaged_newest_checkpoint_costs_its_steps_alone(overrides: Overrides, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    vlmtune.train(overrides(name="straight"))
+    vlmtune.train(overrides())
+    (run / "checkpoints" / "step_000004" / "optimizer.safetensors").write_bytes(b"")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('garbage\n{}\n[1]\n"step"\n')
+    assert vlmtune.train([f"resume={run}"])["steps"] == 4
+    log = (run / "train.log").read_text()
+    assert "passed over a damaged checkpoint" in log
+    assert "left out 4 lines that can't be read" in log
+    found, wanted = (
+        (tmp_path / name / "model" / "adapter_model.safetensors").read_bytes() for name in ("run", "straight")
+    )
+    assert found == wanted
+
+
+def test_the_base_of_a_failed_start_is_not_taken_over(tmp_path: Path) -> None:
+    """A model that is written anew depends on the seed; a start that failed may have had another."""
+    from vlmtune import api
+
+    run = tmp_path / "run"
+    (run / "base").mkdir(parents=True)
+    (run / "base" / "config.json").write_text("half")
+    (run / "config.yaml").write_text("model: {name: auto}\n")
+    config = tiny.config(None)
+    config.model = ModelConfig(fresh="vlmtune.models.nowhere.build")
+    config.data.train = str(tmp_path / "gone.csv")
+    with pytest.raises(vlmtune.VlmtuneError):
+        api.run_in(run, config)
+    assert not (run / "base").exists()
+
+
+@pytest.mark.parametrize(("status", "way"), [("completed", "model.path="), ("failed", "hydra.run.dir=")])
+def test_a_run_without_a_checkpoint_says_what_to_do_instead(tmp_path: Path, status: str, way: str) -> None:
+    (tmp_path / "result.json").write_text(f'{{"status": "{status}"}}')
+    with pytest.raises(CheckpointError, match=way):
+        checkpoint.newest(tmp_path)
+
+
+def test_a_start_killed_in_its_first_save_can_be_started_again(overrides: Overrides, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    half = run / "checkpoints" / ".step_000002.partial"
+    half.mkdir(parents=True)
+    (half / "model.safetensors").write_text("half")
+    (run / "config.yaml").write_text("model: {name: auto, path: x}\n")
+    with pytest.raises(ConfigError):
+        vlmtune.train([f"resume={run}"])
+    assert vlmtune.train(overrides())["steps"] == 4
+    assert sorted(path.name for path in half.parent.iterdir()) == ["step_000002", "step_000004"]
