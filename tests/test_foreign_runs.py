@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+import tiny
 import vlmtune
 from vlmtune import compose, runfolder
 from vlmtune.errors import CheckpointError, ConfigError, VlmtuneError
@@ -48,7 +49,7 @@ def change(run: Path, group: str, **values: Any) -> None:
 
 FOREIGN = [
     ("task", "metrics", ["exact_match", "foreign.run"]),
-    ("task", "metrics", "foreign.run"),
+    ("task", "metrics", ["foreign.run"]),
     ("task", "metrics", ["cProfile.run"]),
     ("task", "metrics", ["vlmtune.api.load"]),  # ours, and no metric: an answer would be opened as a folder
     ("data", "_target_", "foreign.run"),
@@ -212,8 +213,8 @@ def test_a_chat_template_runs_in_a_sandbox(checkpoint_of: Any) -> None:
 
     processor = load_processor(ModelConfig(path=str(checkpoint_of("qwen2_vl"))))
     processor.chat_template = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
-    with pytest.raises(VlmtuneError, match="template"):
-        Encoder(processor).pieces((False, ("it",)))
+    with pytest.raises(VlmtuneError, match="unsafe"):
+        Encoder(processor).encode([tiny.record()], answered=True)
 
 
 def test_the_report_shows_foreign_text_as_text(tmp_path: Path) -> None:

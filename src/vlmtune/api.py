@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlmtune.config import Config, DataConfig
 from vlmtune.data.records import Split
-from vlmtune.errors import ConfigError, DataError, VlmtuneError, memory_advice, storage_advice
+from vlmtune.errors import REFUSALS, ConfigError, DataError, VlmtuneError, memory_advice, storage_advice
 from vlmtune.outputs import ANSWER, ERROR, SCORE, Answers, Rows, output_file, refuse_columns, tell_formulas
 
 if TYPE_CHECKING:
@@ -288,7 +288,7 @@ def reason_of(error: Exception) -> str:
     """Why one row can't be answered; raises errors that concern all of them."""
     if isinstance(error, DataError):
         return "; ".join(error.problems)
-    memory = ("out of memory", "allocate memory", "enough memory")
+    memory = ("out of memory", *REFUSALS)
     if isinstance(error, MemoryError) or any(text in str(error) for text in memory):
         return "out of memory: this row needs more than there is; see trainer.eval_batch_size, model.image.max_tokens"
     raise error

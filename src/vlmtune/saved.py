@@ -41,11 +41,10 @@ def read(path: Path) -> DictConfig:
 def refuse_code(saved: DictConfig, path: Path, asked: Collection[str]) -> None:
     """Raise ConfigError where `saved` would run code that is neither ours nor among the keys `asked` for again."""
     problems = []
-    metrics = OmegaConf.select(saved, "task.metrics") or []
-    metrics = [metrics] if isinstance(metrics, str) else list(metrics)
-    own = [str(name) for name in metrics if "." in str(name)]
+    metrics = [str(name) for name in OmegaConf.select(saved, "task.metrics") or []]
+    own = [name for name in metrics if "." in name]
     if own and "task.metrics" not in asked:
-        problems.append(_refusal(path, "task.metrics", ", ".join(own), f"[{','.join(map(str, metrics))}]"))
+        problems.append(_refusal(path, "task.metrics", ", ".join(own), f"[{','.join(metrics)}]"))
     for key in ("data._target_", "model.fresh", "adapter.megatron_core"):
         value = OmegaConf.select(saved, key)
         if value is not None and str(value) not in shipped(key.rpartition(".")[2]) and key not in asked:
