@@ -314,3 +314,15 @@ def test_an_absent_number_is_no_misspelling_of_another(folder: Path) -> None:
     reasons = [row.reason for row in caught.value.bad]
     assert "did you mean" not in reasons[0]
     assert reasons[1].endswith("did you mean kitten_7.png?")
+
+
+def test_a_file_without_permission_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Raised in place of the system, which refuses nothing to the root user that tests may run as."""
+
+    def refuse(path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    (folder / "t.csv").write_bytes(HEADER + GOOD)
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(DataError, match=r"t\.csv: can't be read: Permission denied"):
+        read(folder / "t.csv")
