@@ -406,6 +406,7 @@ def test_a_start_killed_in_its_first_save_can_be_started_again(overrides: Overri
     half = run / "checkpoints" / ".step_000002.partial"
     half.mkdir(parents=True)
     (half / "model.safetensors").write_text("half")
+    (run / lock.NAME).touch()
     (run / "config.yaml").write_text("model: {name: auto, path: x}\n")
     with pytest.raises(ConfigError):
         vlmtune.train([f"resume={run}"])

@@ -78,7 +78,7 @@ def _run_alone(folder: Path, config: Config) -> dict[str, Any]:
 def check_free(folder: Path, config: Config) -> None:
     """Raise ConfigError where a running process uses the folder, or where it holds a run that this one does not resume.
 
-    A run that stopped before it saved anything is no obstacle.
+    A run that failed or was killed before it saved anything is no obstacle.
     """
     from vlmtune import durable, lock
     from vlmtune.runfolder import read_result
@@ -86,9 +86,10 @@ def check_free(folder: Path, config: Config) -> None:
     lock.check(Path(config.resume).expanduser() if config.resume else folder)
     if config.resume or not (folder / "config.yaml").exists():
         return
-    result = read_result(folder) or {}
+    killed = "killed" if (folder / lock.NAME).exists() else None  # a run of ours that nothing runs any more
+    status = (read_result(folder) or {"status": killed})["status"]
     saved = [*durable.names(folder / "checkpoints"), *({"model"} & {*durable.names(folder)})]
-    if saved or result.get("status") in ("completed", "interrupted"):
+    if saved or status not in ("failed", "preflight", "killed"):
         raise ConfigError(
             f"{folder}: holds a run already; choose another hydra.run.dir, or go on with it: resume={folder}"
         )
