@@ -192,8 +192,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "an unknown key": (edited(progress={"step": 4, "weather": "fine"}), "weather"),
     "a number as text": (edited(progress={"step": "4"}), "is no checkpoint"),
     "nothing for a number": (edited(progress={"step": 4, "tokens": None}), "is no checkpoint"),
-    "no optimizer": (edited(optimizer={}), "lacks"),
-    "the identity of nothing": (edited(identity=[]), "lacks"),
+    "no optimizer": (edited(optimizer={}), "has no 'values'"),
+    "the identity of nothing": (edited(identity=[]), r"it holds \[\] where an object"),
     "another step's name": (edited(progress={"step": 3}), "holds step 3"),
 }
 
