@@ -182,13 +182,13 @@ def _read_state(folder: Path) -> tuple[dict[str, Any], Progress]:
     """What state.json holds, and the progress in it."""
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        for group in (
-            state,
-            *(state[name] for name in ("progress", "identity", "optimizer") if isinstance(state, dict)),
-        ):
-            if not isinstance(group, dict):
-                raise ValueError(f"it holds {group!s:.20} where an object must be")
-        state["optimizer"]["values"], state["optimizer"]["param_groups"]  # or KeyError
+        if not isinstance(state, dict):
+            raise ValueError("it holds no object")
+        for name in ("progress", "identity", "optimizer"):
+            if not isinstance(state[name], dict):
+                raise ValueError(f"its {name} is no object")
+        if missing := {"values", "param_groups"} - state["optimizer"].keys():
+            raise ValueError(f"its optimizer lacks {min(missing)}")
         if strange := state["progress"].keys() - {field.name for field in dataclasses.fields(Progress)}:
             raise ValueError(f"its progress has the unknown key {min(strange)!r}")
         progress = Progress(**state["progress"])
