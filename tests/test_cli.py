@@ -117,7 +117,7 @@ def test_a_run_folder_is_not_overwritten(tmp_path: Path) -> None:
     refused(
         done,
         1,
-        "config error: run: holds a config.yaml that no run wrote; choose another hydra.run.dir",
+        "config error: run: holds a run already; choose another hydra.run.dir, or go on with it: resume=run",
     )
     assert [file.read_text() for file in (tmp_path / "run").iterdir()] == ["precious"]
 

@@ -186,14 +186,14 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "checksums that are no text": (lambda f: (f / durable.SUMS).write_bytes(b"\xff\xfe"), "SHA256SUMS is damaged"),
     "an empty folder": (lambda f: [file.unlink() for file in f.iterdir()], r"state\.json"),
     "{}": (content(b"{}"), "has no 'progress'"),
-    "[]": (content(b"[]"), "is no checkpoint"),
+    "[]": (content(b"[]"), "it holds no object"),
     "no text": (content(b"\xff\xfe{"), "is no checkpoint"),
-    "nested too little": (edited(progress=None), "is no checkpoint"),
+    "nested too little": (edited(progress=None), "progress is no object"),
     "an unknown key": (edited(progress={"step": 4, "weather": "fine"}), "weather"),
     "a number as text": (edited(progress={"step": "4"}), "is no checkpoint"),
     "nothing for a number": (edited(progress={"step": 4, "tokens": None}), "is no checkpoint"),
-    "no optimizer": (edited(optimizer={}), "lacks"),
-    "the identity of nothing": (edited(identity=[]), "lacks"),
+    "no optimizer": (edited(optimizer={}), "optimizer lacks param_groups"),
+    "the identity of nothing": (edited(identity=[]), "identity is no object"),
     "another step's name": (edited(progress={"step": 3}), "holds step 3"),
 }
 

@@ -19,7 +19,7 @@ from PIL import Image
 
 import tiny
 import vlmtune
-from vlmtune import checkpoint, environment
+from vlmtune import checkpoint, environment, lock
 from vlmtune.checkpoint import load_checkpoint, save_checkpoint
 from vlmtune.config import Config, ModelConfig
 from vlmtune.data.records import Record, Turn
@@ -385,6 +385,7 @@ def test_the_base_of_a_failed_start_is_not_taken_over(tmp_path: Path) -> None:
     run = tmp_path / "run"
     (run / "base").mkdir(parents=True)
     (run / "base" / "config.json").write_text("half")
+    (run / "result.json").write_text('{"status": "failed"}')
     (run / "config.yaml").write_text("model: {name: auto}\n")
     config = tiny.config(None)
     config.model = ModelConfig(fresh="vlmtune.models.nowhere.build")
@@ -406,6 +407,7 @@ def test_a_start_killed_in_its_first_save_can_be_started_again(overrides: Overri
     half = run / "checkpoints" / ".step_000002.partial"
     half.mkdir(parents=True)
     (half / "model.safetensors").write_text("half")
+    (run / lock.NAME).touch()
     (run / "config.yaml").write_text("model: {name: auto, path: x}\n")
     with pytest.raises(ConfigError):
         vlmtune.train([f"resume={run}"])

@@ -119,23 +119,18 @@ def _first_error() -> Iterator[None]:
 def check_free(folder: Path, config: Config) -> None:
     """Raise ConfigError where a running process uses the folder, or where it holds a run that this one does not resume.
 
-    A run that stopped before it saved anything is no obstacle.
+    A run that failed or was killed before it saved anything is no obstacle.
     """
     from vlmtune import durable, lock
-    from vlmtune import saved as earlier
-    from vlmtune.errors import CheckpointError
     from vlmtune.runfolder import read_result
 
     lock.check(Path(config.resume).expanduser() if config.resume else folder)
     if config.resume or not (folder / "config.yaml").exists():
         return
-    try:
-        earlier.read(folder / "config.yaml")
-    except CheckpointError as error:
-        raise ConfigError(f"{folder}: holds a config.yaml that no run wrote; choose another hydra.run.dir") from error
-    result = read_result(folder) or {}
+    killed = "killed" if (folder / lock.NAME).exists() else None  # a run of ours that nothing runs any more
+    status = (read_result(folder) or {"status": killed})["status"]
     saved = [*durable.names(folder / "checkpoints"), *({"model"} & {*durable.names(folder)})]
-    if saved or result.get("status") == "completed":
+    if saved or status not in ("failed", "interrupted", "preflight", "killed"):
         raise ConfigError(
             f"{folder}: holds a run already; choose another hydra.run.dir, or go on with it: resume={folder}"
         )

@@ -182,12 +182,20 @@ def _read_state(folder: Path) -> tuple[dict[str, Any], Progress]:
     """What state.json holds, and the progress in it."""
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        if not isinstance(state, dict):
+            raise ValueError("it holds no object")
+        for name in ("progress", "identity", "optimizer"):
+            if not isinstance(state[name], dict):
+                raise ValueError(f"its {name} is no object")
+        if missing := {"values", "param_groups"} - state["optimizer"].keys():
+            raise ValueError(f"its optimizer lacks {min(missing)}")
+        if strange := state["progress"].keys() - {field.name for field in dataclasses.fields(Progress)}:
+            raise ValueError(f"its progress has the unknown key {min(strange)!r}")
         progress = Progress(**state["progress"])
-        sum((progress.step, progress.examples, progress.tokens, progress.seconds, progress.skipped))  # are numbers
-        known = {"identity", "optimizer"} <= state.keys() and {"values", "param_groups"} <= state["optimizer"].keys()
-        if not known or not isinstance(state["identity"], dict):
-            raise ValueError("it lacks the identity or the optimizer of its run")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        numbers = (progress.step, progress.examples, progress.tokens, progress.seconds, progress.skipped)
+        if not all(isinstance(number, int | float) for number in numbers):
+            raise ValueError("its progress holds something else for a number")
+    except (OSError, ValueError, KeyError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(f"{folder}: is no checkpoint: state.json: {reason}") from error
     if progress.step != _step(folder):

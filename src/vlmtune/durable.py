@@ -134,7 +134,8 @@ def verify(folder: Path) -> None:
     if not (folder / SUMS).exists():
         log.warning("%s: has no %s, so its files are not checked for damage", folder, SUMS)
     elif (problem := fault(folder)) is not None:
-        raise CheckpointError(f"{folder}: {problem}")
+        way = f"copy it again, or delete {SUMS} if it was changed on purpose"
+        raise CheckpointError(f"{folder}: {problem}; {way}")
 
 
 def _hidden(folder: Path, kind: str) -> Path:

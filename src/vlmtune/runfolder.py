@@ -52,14 +52,13 @@ def read_result(folder: Path) -> dict[str, Any] | None:
     path = folder / "result.json"
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(result["status"], str):
-            raise ValueError("its status is no text")
+        if not isinstance(result, dict) or not isinstance(result.get("status"), str):
+            raise ValueError("it has no status")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
-        raise CheckpointError(f"{path}: is damaged: {reason}; delete it or put the right one back") from error
-    return dict(result)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: is damaged: {error}; delete it or put the right one back") from error
+    return result
 
 
 def closing_table(folder: Path, result: dict[str, Any]) -> str:
