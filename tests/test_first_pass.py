@@ -48,7 +48,7 @@ def test_another_loss_is_found(
 ) -> None:
     real = first_pass.summed_loss
     monkeypatch.setattr(first_pass, "summed_loss", lambda model, batch: real(model, batch) * 1.01)
-    with pytest.raises(TrainingError, match="relative difference 1.0e-02, allowed 1e-03"):
+    with pytest.raises(TrainingError, match=r"relative difference 1\.0e-02, allowed 1e-03"):
         check_loss(model_of("llava"), encoder_of("llava"), tiny.records(3), ENGINE)
 
 
