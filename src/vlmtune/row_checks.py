@@ -13,6 +13,8 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from PIL import Image
+
 from vlmtune.config import Config
 from vlmtune.data.batches import is_streamed
 from vlmtune.data.conversations import PLACE
@@ -101,7 +103,7 @@ def examples(encoder: Encoder, records: Sequence[Record]) -> list[Record]:
     and the tokenizer differently than other rows.
     """
     found: dict[Hashable, Record] = {}
-    for record in records:
+    for record in records if isinstance(records, list) else records[:1000]:  # others read each row from disk again
         key = (encoder.prompt.shape(record), *(_edges(text) for text in _texts(record)[-2:]))
         if key not in found and len(found) < EXAMPLES:
             found[key] = record
@@ -188,10 +190,11 @@ class Look:
     # ---------------------------------------------------------------- one row
 
     def _size(self, source: Any) -> tuple[int, int]:
-        key = source if isinstance(source, Hashable) and not isinstance(source, bytes) else id(source)
-        if key not in self.seen:
-            self.seen[key] = image_size(source, self.encoder.max_image_pixels)
-        return self.seen[key]
+        if isinstance(source, bytes | Image.Image):  # large, or not hashable, and as quickly read
+            return image_size(source, self.encoder.max_image_pixels)
+        if source not in self.seen:
+            self.seen[source] = image_size(source, self.encoder.max_image_pixels)
+        return self.seen[source]
 
     def _beyond(self, record: Record) -> str | None:
         """Say which token of a row's texts has no embedding."""

@@ -124,12 +124,15 @@ def shared(encoder: Encoder, records: Sequence[Record], *, answered: bool = True
 
 
 def _branched(encoded: Encoded, run: list[int]) -> dict[str, list[int]]:
-    """One row of the shared layout from the records `run`."""
-    ids = [encoded.input_ids[i] for i in run]
-    length = prefix_length(ids, [encoded.labels[i] for i in run])
+    """One row of the shared layout from the records `run`. A record alone is all prefix where it is answered: its later
+    images may stand behind labels, and have the positions that the model gives them.
+    """
+    ids, labels = [encoded.input_ids[i] for i in run], [encoded.labels[i] for i in run]
+    alone = len(run) == 1 and any(label != IGNORE for label in labels[0])
+    length = len(ids[0]) if alone else prefix_length(ids, labels)
     row = {
         "input_ids": ids[0][:length],
-        "labels": [IGNORE] * length,
+        "labels": labels[0][:length],
         "branches": [0] * length,
         "token_types": encoded.token_types[run[0]][:length] if encoded.token_types else [],
     }

@@ -1,0 +1,224 @@
+"""Before the first step: the loss is the model's own, gradients arrive where they should, the longest row fits, and
+rows share only what is the same for all of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+import tiny
+import tiny_families
+from vlmtune import first_pass
+from vlmtune.config import GenerationConfig
+from vlmtune.data.batch import shared
+from vlmtune.data.batches import groups_of, probes
+from vlmtune.data.encode import Encoder
+from vlmtune.data.records import Record, Turn
+from vlmtune.errors import TrainingError, memory_advice
+from vlmtune.first_pass import check_gradients, check_longest, check_loss
+from vlmtune.generate import generate
+from vlmtune.models.parts import find_parts
+from vlmtune.preflight import answers_agree, choose_layout, layouts_agree
+
+FAMILIES = [*tiny.FAMILIES, *tiny_families.FAMILIES]
+ENGINE = Accelerator(cpu=True)
+
+
+# ---------------------------------------------------------------- loss
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_loss_is_compared_with_the_models_own(
+    family: str, encoder_of: Callable[[str], Encoder], model_of: Callable[[str], Any]
+) -> None:
+    said = check_loss(model_of(family), encoder_of(family), tiny.records(3), ENGINE)
+    assert ("computes none by itself" if family == "idefics" else "the model's own to") in said
+
+
+def test_another_loss_is_found(
+    encoder_of: Callable[[str], Encoder], model_of: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = first_pass.summed_loss
+    monkeypatch.setattr(first_pass, "summed_loss", lambda model, batch: real(model, batch) * 1.01)
+    with pytest.raises(TrainingError, match=r"relative difference 1\.0e-02, allowed 1e-03"):
+        check_loss(model_of("llava"), encoder_of("llava"), tiny.records(3), ENGINE)
+
+
+def test_a_model_without_a_loss_and_one_too_wide_are_said(
+    encoder_of: Callable[[str], Encoder], model_of: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, encoder = model_of("qwen2_vl"), encoder_of("qwen2_vl")
+    model.loss_function = lambda *args, **options: (_ for _ in ()).throw(NotImplementedError("no loss here"))
+    assert "computes none by itself (no loss here)" in check_loss(model, encoder, tiny.records(2), ENGINE)
+    monkeypatch.setattr(first_pass, "MOST_LOGITS", 100)
+    assert "too many to hold" in check_loss(model, encoder, tiny.records(2), ENGINE)
+
+
+# ---------------------------------------------------------------- gradients
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("images", [True, False])
+def test_full_training_passes_in_every_family(
+    family: str, images: bool, encoder_of: Callable[[str], Encoder], model_of: Callable[[str], Any]
+) -> None:
+    """Towers behind rows without images, layers above the one that features are taken from: named, no error."""
+    model, encoder = model_of(family), encoder_of(family)
+    if not images and encoder.family.needs_image:
+        return
+    rows = tiny.records(2) if images else [tiny.record("Say yes", "yes", [])]
+    said = check_gradients(model.requires_grad_(True), find_parts(model), encoder, rows, ENGINE)
+    assert ("get none from these rows" in said) or images
+
+
+@pytest.mark.parametrize("layer", ["language_model.layers.0.mlp", "visual.merger"])
+def test_what_these_rows_reach_must_get_a_gradient(
+    encoder_of: Callable[[str], Encoder], model_of: Callable[[str], Any], layer: str
+) -> None:
+    """A module that computes under no_grad would never train, and the loss would fall all the same."""
+    model, encoder = model_of("qwen2_vl"), encoder_of("qwen2_vl")
+    module = model.model.get_submodule(layer)
+    module.forward = torch.no_grad()(module.forward)
+    for name, p in model.named_parameters():
+        p.requires_grad_(not name.startswith("model.visual") or layer in name)
+    with pytest.raises(TrainingError, match=rf"get no gradient, among them model\.{layer}".replace(".", r"\.", 0)):
+        check_gradients(model, find_parts(model), encoder, tiny.records(2), ENGINE)
+
+
+# ---------------------------------------------------------------- the longest row
+
+
+def test_the_longest_row_goes_first(encoder_of: Callable[[str], Encoder], model_of: Callable[[str], Any]) -> None:
+    encoder, seen = encoder_of("qwen2_vl"), []
+    model = model_of("qwen2_vl")
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    long = dataclasses.replace(tiny.record("word " * 50), row=6)
+    said = check_longest(model, encoder, [tiny.record(), long], tiny.records(2), ENGINE)
+    length = len(encoder.encode([long], answered=True).input_ids[0])
+    assert seen == [(3, length)]
+    assert f"{length} tokens (data, row 7) pass forward and backward with 2 more rows" in said
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_no_memory_for_the_longest_row_is_said_before_the_first_step(
+    encoder_of: Callable[[str], Encoder], model_of: Callable[[str], Any]
+) -> None:
+    model = model_of("qwen2_vl")
+
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    model.register_forward_pre_hook(full)
+    with pytest.raises(TrainingError, match=r"out of device memory.*trainer\.batch_size"), memory_advice():
+        check_longest(model, encoder_of("qwen2_vl"), [tiny.record()], [], ENGINE)
+
+
+# ---------------------------------------------------------------- what rows share
+
+
+PICTURE = tiny.image(112, 56, 3)
+
+
+def about(text: str, answer: str = "Red", at: tuple[int, ...] = (), **more: Any) -> Record:
+    return Record((Turn(text, (answer,), at),), (PICTURE,), "one image", **more)
+
+
+MIXED = [
+    about("What is it?\n", "a", (12,)),
+    about("What is it?\n", "b", (12,)),
+    about("How many?\n", "b", (10,)),
+    about("<image> What?", "c"),
+    about("What?", "d"),
+    about("What?", "e", system="Be brief."),
+    about("Which?", "f", system="Be brief."),
+    about("Which?", "g", system="Be kind."),
+    about("Which color is it?", "h"),
+]
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "llava", "smolvlm", "internvl", "gemma3"])
+def test_a_group_is_the_same_prompt_up_to_the_last_image(encoder_of: Callable[[str], Encoder], family: str) -> None:
+    encoder = encoder_of(family)
+    keys = [encoder.prompt.group(record) for record in MIXED]
+    prompts = [encoder.render(record, answered=False)[0] for record in MIXED]
+    token = encoder.family.image_token
+    fronts = [prompt.rpartition(token)[0] for prompt in prompts]
+    for one in range(len(MIXED)):
+        for other in range(len(MIXED)):
+            if keys[one] == keys[other]:
+                assert fronts[one] == fronts[other]
+    assert keys[3] == keys[4] == keys[8]
+    assert len(set(keys)) >= 3
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "llava", "smolvlm", "internvl"])
+def test_rows_that_place_their_image_differently_are_laid_out_right(
+    encoder_of: Callable[[str], Encoder], model_of: Callable[[str], Any], family: str
+) -> None:
+    model, encoder = model_of(family), encoder_of(family)
+    assert layouts_agree(model, encoder, MIXED, ENGINE)[0]
+    assert answers_agree(model, encoder, MIXED, ENGINE)
+    ask = {"generation": GenerationConfig(max_new_tokens=4), "batch_size": 16, "autocast": torch.no_grad}
+    assert generate(model, encoder, MIXED, share=True, **ask) == generate(model, encoder, MIXED, **ask)
+
+
+def test_an_answer_that_is_trained_ends_what_rows_share(
+    encoder_of: Callable[[str], Encoder], model_of: Callable[[str], Any]
+) -> None:
+    """With two images, the second in a later turn: its tokens stand behind a label."""
+    images = (PICTURE, tiny.image(seed=9))
+    rows = [
+        Record((Turn("a?", ("b",), (0,)), Turn(f"{q}?", ("c",), (0,))), images, "two images") for q in ("one", "two")
+    ]
+    last = encoder_of("qwen2_vl")
+    assert last.prompt.group(rows[0]) == last.prompt.group(rows[1]) is not None
+    both = Encoder(last.processor, supervise="all")
+    assert both.prompt.group(rows[0]) is None
+    for encoder in (last, both):
+        assert layouts_agree(model_of("qwen2_vl"), encoder, rows, ENGINE)[0]
+    assert len(shared(both, rows).input_ids) == 2
+
+
+def test_each_kind_of_row_is_probed(encoder_of: Callable[[str], Encoder]) -> None:
+    encoder = encoder_of("qwen2_vl")
+    usual = tiny.records(40, per_image=4)
+    behind = [dataclasses.replace(MIXED[n % 2], group=f"b{n // 2}") for n in range(4)]
+    system = [dataclasses.replace(MIXED[5 + n], group="c") for n in range(2)]
+    rows = [*usual, *behind, *system]
+    found = probes(encoder, rows, groups_of(rows, encoder), 6)
+    assert {(encoder.prompt.shape(part[0]), part[0].system) for part in found} == {
+        ((False, ("it",)), None),
+        ((False, ("ti",)), None),
+        ((True, ("it",)), "Be brief."),
+    }
+    assert all(2 <= len(part) <= 6 for part in found)
+    lengths = {len(record.question) for record in found[-1]}
+    assert len(lengths) > 1, "questions of unlike length"
+
+
+def test_one_kind_that_differs_is_enough_for_padded_batches(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    verdicts = iter([(True, "equal"), (False, "loss differs by 0.3")])
+    monkeypatch.setattr("vlmtune.preflight.layouts_agree", lambda *_: next(verdicts))
+    chosen: list[bool] = []
+    batches = SimpleNamespace(
+        trainer=SimpleNamespace(share_prefix="auto", batch_size=4),
+        probes=lambda most: [[tiny.record()], [tiny.record()]],
+        streamed=False,
+        encoder=None,
+        use_layout=lambda share: chosen.append(share),
+    )
+    assert "padded, one row each (loss differs by 0.3)" in choose_layout(None, batches, ENGINE, True)  # type: ignore[arg-type]
+    assert chosen == [False]
