@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
@@ -130,7 +131,7 @@ def test_an_adapter_trains_over_a_stored_checkpoint(stored: tuple[int, Path]) ->
     table = summary(run.model, run.parts)
     assert table["language"]["quantized"] > 0
     assert table["vision"]["quantized"] == 0
-    computed = {m.compute_dtype for m in run.model.modules() if type(m).__name__ == "Linear4bit"}
+    computed = {m.compute_dtype for m in run.model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)}
     assert computed == ({torch.float32} if stored[0] == 4 else set()), "the run's own type, not the checkpoint's"
 
 
@@ -152,7 +153,7 @@ def test_rules_for_quantized_weights_hold_for_stored_ones(stored: tuple[int, Pat
     if fields["method"] == "loha" and bits == 8:
         pytest.skip("PEFT puts LoHa on 8-bit weights")
     config = tiny.config(folder, adapter={"parts": ["language"], **fields})
-    with pytest.raises(ConfigError, match="quantization=none|use quantization=int8"):
+    with pytest.raises(ConfigError, match=r"quantization=none|use quantization=int8"):
         tiny.assemble(config, tiny.records(2))
 
 

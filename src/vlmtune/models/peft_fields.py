@@ -101,7 +101,7 @@ def _typed(cls: type, key: str, value: Any, wrong: list[str]) -> Any:
     """`value` in the type of the field: PEFT takes any, and reads the text `off` as true."""
     from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-    hint = typing.Optional[_hints(cls)[key]]  # noqa: UP045  # the hint is a value here
+    hint: Any = _hints(cls)[key] | None
     for group in filter(dataclasses.is_dataclass, typing.get_args(hint)):
         known = {field.name for field in dataclasses.fields(group)}
         unknown = sorted(set(value) - known) if isinstance(value, dict) else []

@@ -98,15 +98,29 @@ def whole_modules(model: Any, parts: Parts, quantization: dict[str, Any]) -> lis
         raise ConfigError("quantization.parts: head is tied to the input embedding in this model; leave it out")
     if lost:
         raise ConfigError([f"quantization.parts: this model has no linear layer in {part}" for part in lost])
-    names = [name for name, _ in model.named_modules() if name]
-    for key in SKIP_FIELDS:
-        for name in quantization.get(key) or []:
-            if not any(f".{layer}.".find(f".{name}.") >= 0 for layer in layers):
-                endings = {layer.rsplit(".", 1)[-1] for layer in layers}
-                raise ConfigError(f"quantization.{key}: {name} matches nothing; {nearest(str(name), endings)}")
     inside = [layer for layer, part in layers.items() if part in wanted]
     around = {"", *(".".join(layer.split(".")[:n]) for layer in inside for n in range(1, layer.count(".") + 2))}
-    return [name for name in names if name not in around and name.rpartition(".")[0] in around]
+    names = [name for name, _ in model.named_modules() if name]
+    outside = [name for name in names if name not in around and name.rpartition(".")[0] in around]
+    return outside + skipped_by_user(names, quantization)
+
+
+def skipped_by_user(names: list[str], quantization: dict[str, Any]) -> list[str]:
+    """Full names of the modules that the user has stay whole, by endings as everywhere or by transformers' own rule.
+
+    Raises ConfigError where one means none of `names`.
+    """
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    found: list[str] = []
+    for key in SKIP_FIELDS:
+        for wanted in quantization.get(key) or []:
+            hits = [n for n in names if n.endswith(f".{wanted}") or not should_convert_module(n, [wanted])]
+            if not hits:
+                endings = {name.rsplit(".", 1)[-1] for name in names}
+                raise ConfigError(f"quantization.{key}: {wanted} matches nothing; {nearest(str(wanted), endings)}")
+            found += hits
+    return found
 
 
 def linear_layers(model: nn.Module, parts: Parts) -> Iterator[tuple[str, str]]:
