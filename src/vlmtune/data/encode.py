@@ -115,7 +115,7 @@ class Encoder:
     # ---------------------------------------------------------------- text
 
     def pieces(self, shape: Shape) -> Pieces:
-        """As `_pieces`, rendered once. (A `functools.cache` of a method would keep this object, and its model, alive.)"""
+        """As `_pieces`, rendered once. A `functools.cache` of it would be a cycle that keeps the model alive."""
         if shape not in self._known:
             self._known[shape] = self._pieces(shape)
         return self._known[shape]
