@@ -1,4 +1,4 @@
-"""A finished run stays finished, a signal in any phase interrupts, and refusals of the surroundings are one sentence."""
+"""A finished run stays finished, a signal interrupts in any phase, and what the system refuses is one sentence."""
 
 from __future__ import annotations
 
@@ -298,7 +298,8 @@ def test_the_error_that_ends_a_run_is_in_its_log(tmp_path: Path) -> None:
 
 
 def test_lines_that_nobody_reads_are_dropped() -> None:
-    code = "from vlmtune import display\nwith display.logging_to(None):\n    [display.log.warning('x' * 9999) for _ in range(99)]\n"
+    lines = "[display.log.warning('x' * 9999) for _ in range(99)]"
+    code = f"from vlmtune import display\nwith display.logging_to(None): {lines}"
     source = str(Path(recorder.__file__).parents[1])
     command = f'{sys.executable} -c "$CODE" 2>&1 | head -c 1; echo ${{PIPESTATUS[0]}}'
     environment = {**os.environ, "PYTHONPATH": source, "CODE": code}

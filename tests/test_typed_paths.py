@@ -56,7 +56,7 @@ def test_a_comma_separates_unless_a_file_has_that_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("word", ["task.caption_prompt=What? (short)", "task.caption_prompt=Yes, or no"])
 def test_an_error_shows_the_quoting_that_works(word: str) -> None:
-    with pytest.raises(ConfigError, match="'task.caption_prompt=\"") as caught:
+    with pytest.raises(ConfigError, match=r"'task\.caption_prompt=\"") as caught:
         compose.read("train", [word])
     shown = str(caught.value).rsplit(": '", 1)[1].rstrip("'")
     config, _ = compose.read("train", [shown])
