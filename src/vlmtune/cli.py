@@ -148,7 +148,8 @@ def check(command: str, overrides: list[str], *, multirun: bool) -> None:
 
 def folder_of_resumed(overrides: list[str]) -> list[str]:
     """The Hydra override that makes a resumed run go on in its own folder."""
-    found = [override.value() for override in compose.parse(overrides) if override.key_or_group == "resume"]
+    typed = [o for o in compose.parse(overrides) if o.key_or_group == "resume" and not o.is_sweep_override()]
+    found = [override.value() for override in typed]
     return [f"hydra.run.dir={paths.quoted(str(found[-1]))}", "hydra.output_subdir=null"] if found and found[-1] else []
 
 

@@ -20,7 +20,7 @@ from vlmtune.data.batches import is_streamed
 from vlmtune.data.conversations import PLACE
 from vlmtune.data.encode import Encoder
 from vlmtune.data.images import image_size
-from vlmtune.data.records import BadRow, Record, Split
+from vlmtune.data.records import Record, Split
 from vlmtune.data.selection import chosen
 from vlmtune.data.table import BadRowsError, refusals
 from vlmtune.data.template import Shape, conversation
@@ -128,11 +128,7 @@ LONGEST = 8
 
 
 def _set_apart(split: Split, reasons: dict[int, str]) -> None:
-    lines = split.frame.index if split.frame is not None and split.frame.index.name == "line" else None
-    for number, reason in reasons.items():
-        record = split.records[number]
-        line = int(lines[record.row]) if lines is not None else 0
-        split.bad.append(BadRow(record.file, line, record.row + 1, reason))
+    split.bad += [split.records[number].refused(reason) for number, reason in reasons.items()]
     split.records = chosen(split.records, [n for n in range(len(split.records)) if n not in reasons])
 
 

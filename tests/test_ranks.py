@@ -1,0 +1,83 @@
+"""The error of the rank that failed first is the run's, not the connection that broke because of it."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from torch.distributed import TCPStore
+
+import tiny
+from vlmtune import api, ranks
+from vlmtune.errors import DataError, TrainingError
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> TCPStore:
+    """The store of a launcher that started two processes, of which this is the second."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2, "RANK": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    return TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+
+
+@pytest.mark.usefixtures("store")
+def test_the_first_error_that_is_told_is_the_one() -> None:
+    assert ranks.told() is None
+    ranks.tell(DataError(["a.csv line 3: gone", "a.csv line 4: gone"]))
+    ranks.tell(ValueError("later"))
+    found = ranks.told()
+    assert isinstance(found, DataError)
+    assert found.problems == ["rank 1: a.csv line 3: gone", "rank 1: a.csv line 4: gone"]
+
+
+@pytest.mark.usefixtures("store")
+def test_a_broken_connection_gives_way_to_its_cause() -> None:
+    ranks.tell(ValueError("boom"))
+    with pytest.raises(TrainingError, match="rank 1: ValueError: boom"), api._first_error():
+        raise RuntimeError("Connection closed by peer")
+    with pytest.raises(DataError, match="my own"), api._first_error():
+        raise DataError("my own")
+
+
+def test_without_a_store_an_error_stays_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    ranks.tell(ValueError("boom"))
+    with pytest.raises(RuntimeError, match="peer"), api._first_error():
+        raise RuntimeError("Connection closed by peer")
+
+
+@pytest.mark.slow
+def test_two_processes_end_with_the_error_of_the_second(tmp_path: Path) -> None:
+    table = tiny.write_csv(tmp_path, [(f"number {i}?", "red") for i in range(12)], per_image=3)
+    (tmp_path / "second.py").write_text(
+        "import os, vlmtune.data.batches as b\n"
+        "real = b.Batches.__getitem__\n"
+        "def failing(self, step):\n"
+        "    if os.environ['RANK'] == '1' and step == 2: raise vlmtune.DataError('the disk of the second machine')\n"
+        "    return real(self, step)\n"
+        "import vlmtune; b.Batches.__getitem__ = failing\n"
+        "from vlmtune import cli\n"
+        "cli.main('train', cli.train)\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(tmp_path / "second.py")]
+    words = [
+        "data=csv",
+        f"data.train={table}",
+        "tracker=none",
+        "trainer.batch_size=2",
+        f"hydra.run.dir={tmp_path / 'run'}",
+    ]
+    done = subprocess.run([*command, *words], capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["status"] == "failed"
+    assert result["error"] == {"type": "DataError", "message": "rank 1: the disk of the second machine"}
+    assert "the disk of the second machine" in (tmp_path / "run" / "train.log").read_text()
