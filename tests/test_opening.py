@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file
 
 import tiny
@@ -155,6 +156,14 @@ def test_the_files_of_a_hub_model_are_looked_at_before_they_are_fetched(names: s
     check_names("somebody/some-model", {"config.json", "model.safetensors", "pytorch_model.bin"})
 
 
+def test_a_hub_where_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The short form of the start below: the hub's own library fails to connect, in this process."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert "is not in the local cache, and the hub can't be reached" in refusal("somebody/some-model")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "wanted"),
     [
