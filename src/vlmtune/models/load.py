@@ -147,8 +147,9 @@ def make_fresh(config: ModelConfig, folder: Path, seed: int, engine: Any) -> Non
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"model.fresh={config.fresh}: {error}") from error
     if engine.is_main_process and not folder.exists():
-        with durable.whole(folder) as partial:
-            build(partial, seed)
+        partial = folder.with_name(f".{folder.name}.partial")  # a kill leaves no half model with a valid name
+        build(partial, seed)
+        partial.rename(folder)
     engine.wait_for_everyone()
     config.path = str(folder)
 
