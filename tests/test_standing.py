@@ -162,6 +162,13 @@ def test_a_signal_in_the_last_evaluation_leaves_the_model_and_can_be_gone_on_wit
 # ---------------------------------------------------------------- W&B
 
 
+def wandb_reads_again() -> None:
+    """W&B reads its variables once a process."""
+    import wandb
+
+    wandb.teardown()
+
+
 def test_wandbs_variables_win_over_our_defaults_and_lose_to_keys(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,10 +180,13 @@ def test_wandbs_variables_win_over_our_defaults_and_lose_to_keys(
         "TAGS": "x",
     }.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
+    wandb_reads_again()
     tracker = tracking.WandB(None, "offline", {}, tmp_path / "default")
     run = tracker.run
     assert (run.project, run.name, run.group, run.id, run.tags) == ("theirs", "a name", "a group", "abc", ("x",))
     tracker.finish({})
+    monkeypatch.delenv("WANDB_RUN_ID")
+    wandb_reads_again()
     monkeypatch.setenv("WANDB_DIR", str(tmp_path / "elsewhere"))
     tracker = tracking.WandB("typed", "offline", {}, tmp_path / "typed")
     assert tracker.run.project == "typed"
