@@ -44,7 +44,7 @@ class StandardError(io.TextIOBase):
         return getattr(sys.stderr, "encoding", None) or "utf-8"
 
 
-console = Console(file=StandardError())
+console = Console(file=StandardError())  # type: ignore[arg-type]  # rich writes and flushes it, no more
 SECONDS_BETWEEN_LINES = 10.0
 """Where no terminal shows a bar, a line like it is logged this often at most."""
 

@@ -168,7 +168,7 @@ class WandB:
         self.data_folder = Path(os.environ.get("WANDB_DIR") or folder) / "wandb"
         place = folder.resolve().parts[-3:]  # sweeps/<name>/<stamp>/<trial>: the trials of one sweep make a group
         earlier = folder / "wandb" / "run_id"
-        kept = {"id": earlier.read_text(), "resume": "allow"} if resumed and earlier.exists() else {}
+        kept: dict[str, Any] = {"id": earlier.read_text(), "resume": "allow"} if resumed and earlier.exists() else {}
         try:
             self.run = wandb.init(
                 project=project or os.environ.get("WANDB_PROJECT") or "vlmtune",
