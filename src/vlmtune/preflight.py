@@ -114,9 +114,7 @@ def choose_layout(model: Any, batches: Batches, engine: Any, evaluated: bool) ->
     """
     wish, probed = batches.trainer.share_prefix, batches.probes(min(6, batches.trainer.batch_size))
     if wish == "off" or not probed:
-        nothing = (
-            "rows of a stream aren't grouped" if batches.streamed else "no two rows show an image behind the same text"
-        )
+        nothing = "rows of a stream aren't grouped" if batches.streamed else "no rows share a prompt up to an image"
         reason = "trainer.share_prefix=off" if wish == "off" else nothing
         return f"batches    padded, one row each ({reason})"
     verdicts = [layouts_agree(model, batches.encoder, rows, engine) for rows in probed]
