@@ -789,7 +789,7 @@ def test_each_evaluation_shows_so_many_samples(
         def samples(self, rows: list[tracking.Sample], step: int) -> None:
             shown.append(len(rows))
 
-    monkeypatch.setattr(tracking, "build", lambda *_: Noting())
+    monkeypatch.setattr(tracking, "build", lambda *_, **__: Noting())
     train({"tracker.samples": count}, evaluated=True)
     assert shown == wanted
 

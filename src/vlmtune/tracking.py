@@ -185,7 +185,7 @@ class WandB:
                 f"tracker=wandb: W&B did not start (mode {mode}): {error}. Use tracker.mode=offline and upload later "
                 "with `wandb sync`, or `wandb login` and a network, or tracker=none"
             ) from error
-        earlier.parent.mkdir(exist_ok=True)
+        earlier.parent.mkdir(parents=True, exist_ok=True)
         earlier.write_text(self.run.id)
         self.run.define_metric("step", hidden=True)
         self.run.define_metric("*", step_metric="step")

@@ -149,6 +149,8 @@ def explained(config: ModelConfig) -> Iterator[None]:
         causes = list(hub.chain(error))
         text = " ".join(str(cause) for cause in causes)
         page = f"https://huggingface.co/{path}"
+        if missing := next((cause.name for cause in causes if isinstance(cause, ModuleNotFoundError)), None):
+            raise ModelError(f"{path}: needs the package {missing} to be opened: pip install {missing}") from error
 
         def caused_by(*kinds: type[BaseException]) -> bool:
             return any(isinstance(cause, kinds) for cause in causes)
