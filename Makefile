@@ -23,8 +23,8 @@ install: .venv/installed ## create .venv with everything that is tested
 train: install ## train pico on easy-VQA: a few minutes on a CPU
 	$(BIN)/python src/train.py
 
-test: install ## all tests but the slow ones
-	$(BIN)/python -m pytest
+test: install ## all tests but the slow ones, in two processes
+	$(BIN)/python -m pytest -n 2
 
 test-slow: install ## the slow proofs
 	$(BIN)/python -m pytest -m slow
