@@ -14,7 +14,7 @@ import yaml
 import tiny
 import vlmtune
 from vlmtune import compose, runfolder
-from vlmtune.errors import CheckpointError, ConfigError, VlmtuneError
+from vlmtune.errors import CheckpointError, ConfigError, DataError, VlmtuneError
 from vlmtune.saved import shipped
 from vlmtune.strict import strict
 
@@ -230,3 +230,23 @@ def test_the_report_shows_foreign_text_as_text(tmp_path: Path) -> None:
     assert "alert(1)" in page
     assert "<script>alert" not in page
     assert "<img src=x" not in page
+
+
+@pytest.mark.parametrize(
+    "named", ["https://example.org/x.csv", "/etc/passwd.csv", "../private/*.csv", "{train: [hf://datasets/a/b/x.csv]}"]
+)
+def test_a_data_sets_page_reaches_no_further_than_its_folder(tmp_path: Path, named: str) -> None:
+    from vlmtune.data import hub
+
+    page = f"---\nlicense: mit\nconfigs:\n- config_name: default\n  data_files: {named}\n---\n# Data\n"
+    (tmp_path / "README.md").write_text(page)
+    with pytest.raises(DataError, match=r"names files outside the folder: .*csv"):
+        hub._open(str(tmp_path), "train", None)
+
+
+def test_a_data_sets_page_may_name_files_in_its_folder(tmp_path: Path) -> None:
+    from vlmtune.data import hub
+
+    inside = "[{split: train, path: 'data/train-*.csv'}]"
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n- data_files: {inside}\n  data_dir: data\n---\n")
+    assert hub.files_outside(tmp_path) == []

@@ -108,6 +108,37 @@ def test_a_link_in_the_place_of_the_partial_file_is_not_written_through(tmp_path
     assert not target.is_symlink()
 
 
+def test_rows_of_an_interrupted_call_are_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    target = tmp_path / "a.csv"
+    for text in ("first", "second", "third"):
+        assert output_file(str(target), [], tmp_path / "run") == target
+        rows = Rows(target, Answers(pd.DataFrame({"n": [1, 2]}), texts={0: text}))
+        rows.write(1)
+        with pytest.raises(ConfigError, match="another process is writing"):
+            output_file(str(target), [], tmp_path / "run")
+        rows.close()
+    names = ("a.csv.partial.1", "a.csv.partial.2", "a.csv.partial")
+    assert [pd.read_csv(tmp_path / name)["answer_predictions"][0] for name in names] == ["first", "second", "third"]
+    assert "kept as a.csv.partial.1" in caplog.text
+
+
+def test_a_write_protected_file_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.csv").write_text("answer_predictions\nx\n")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anything
+    with pytest.raises(ConfigError, match="write-protected"):
+        output_file(str(tmp_path / "a.csv"), [], tmp_path / "run")
+
+
+def test_a_folder_that_vanishes_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    rows = Rows(tmp_path / "out" / "a.csv", Answers(pd.DataFrame({"n": [1]}), texts={0: "x"}))
+    rows.write(1)
+    (tmp_path / "out" / "a.csv.partial").unlink()
+    (tmp_path / "out").rmdir()
+    with pytest.raises(VlmtuneError, match="all rows are in"):
+        rows.finish()
+
+
 # ---------------------------------------------------------------- rows
 
 
@@ -290,6 +321,38 @@ def test_an_ended_prediction_leaves_whole_rows(
     monkeypatch.undo()
     assert api.predict_file(str(trained), config, str(tmp_path / "out.csv")) == 0  # again, from the start
     assert not (tmp_path / "out.csv.partial").exists()
+
+
+def test_an_ended_evaluation_leaves_whole_rows(
+    trained: Path, asked: tuple[Config, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vlmtune import evaluation
+
+    config, table = asked
+    api.evaluate_run(str(trained), config, str(tmp_path / "whole.csv"))
+    monkeypatch.setattr(evaluation, "PIECE_BATCHES", 2)
+    plain, calls = evaluation._answer, iter(range(9))
+
+    def ended(*given: Any) -> Any:
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+        return plain(*given)
+
+    monkeypatch.setattr(evaluation, "_answer", ended)
+    with pytest.raises(KeyboardInterrupt):
+        api.evaluate_run(str(trained), config, str(tmp_path / "out.csv"))
+    left, whole = (pd.read_csv(tmp_path / name, keep_default_na=False) for name in ("out.csv.partial", "whole.csv"))
+    assert whole.columns.tolist() == [*pd.read_csv(table).columns, "answer_predictions", "score"]
+    pd.testing.assert_frame_equal(left, whole[:4])
+    assert api.evaluate_run(str(trained), config, str(tmp_path / "out.csv")) != ""
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "out.csv", keep_default_na=False), whole)
+
+
+@pytest.mark.parametrize("word", ["resume=x", "preflight=only", "adapter.r=4", "optimizer.weight_decay=1"])
+def test_a_key_that_a_finished_run_does_not_use_is_refused(trained: Path, word: str) -> None:
+    words = [f"run={trained}", word]
+    with pytest.raises(ConfigError, match="no effect on a finished run"):
+        compose.overlay(compose.compose("predict", [f"++{each}" for each in words]), words)
 
 
 def test_an_image_that_breaks_after_the_check(

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from vlmtune.config import Config, DataConfig
+from vlmtune.data.records import Split
 from vlmtune.errors import ConfigError, DataError, VlmtuneError, memory_advice, storage_advice
-from vlmtune.outputs import ANSWER, ERROR, SCORE, Answers, Rows, output_file, refuse_columns, tell_formulas
+from vlmtune.outputs import ANSWER, ERROR, SCORE, Answers, Rows, Scored, output_file, refuse_columns, tell_formulas
 from vlmtune.predictor import Predictor, audited, reasons_of
 
 
@@ -228,7 +229,6 @@ def evaluate_run(folder: str, config: Config, output: str | None) -> str:
     from vlmtune import display
     from vlmtune.data import table
     from vlmtune.evaluation import evaluate
-    from vlmtune.runfolder import write_predictions
 
     target = None if output is None else output_file(output, inputs_of(config.data), Path(folder))
     split = "validation" if config.data.test is None else "test"
@@ -239,20 +239,44 @@ def evaluate_run(folder: str, config: Config, output: str | None) -> str:
         if target is not None and rows.frame is not None:
             refuse_columns(rows.frame.columns, (ANSWER, SCORE), str(getattr(config.data, split) or split))
         predictor = Predictor(Path(folder), config)
-        found = evaluate(
-            predictor.model,
-            predictor.encoder,
-            rows.records,
-            config,
-            predictor.engine,
-            title="evaluating",
-            share_answers=predictor.shares_answers(rows.records),
-        )
-    if target is not None:
-        write_predictions(target, rows, found, config.task.metrics[0])
-        tell_formulas(target, found.predictions)
+        here = target if predictor.engine.is_main_process else None
+        with _scored_rows(here, rows, config.task.metrics[0]) as done:
+            found = evaluate(
+                predictor.model,
+                predictor.encoder,
+                rows.records,
+                config,
+                predictor.engine,
+                title="evaluating",
+                share_answers=predictor.shares_answers(rows.records),
+                done=done,
+            )
+        if target is not None:
+            tell_formulas(target, found.predictions)
     title = f"{len(rows)} {split} rows" + (f", {len(rows.bad)} more left out" if rows.bad else "")
     return display.table(title, ("metric", "value"), [(name, f"{value:.4f}") for name, value in found.metrics.items()])
+
+
+@contextmanager
+def _scored_rows(target: Path | None, split: Split, metric: str) -> Iterator[Callable[[int, list[str]], None] | None]:
+    """Writes rows with their scores as they are answered, into `target` if there is one."""
+    from vlmtune.metrics import resolve
+    from vlmtune.runfolder import frame_of
+
+    if target is None:
+        yield None
+        return
+    answers, [function] = Scored(frame_of(split)), resolve([metric]).values()
+    with closing(Rows(target, answers)) as rest:
+
+        def done(start: int, texts: list[str]) -> None:
+            for row, text in enumerate(texts, start):
+                answers.texts[row] = text
+                answers.scores[row] = float(function(text, list(split.records[row].answers)))
+            rest.write(start + len(texts))
+
+        yield done
+        rest.finish()
 
 
 __all__ = ["Predictor", "evaluate_run", "load", "predict_file", "run_in", "train"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -171,6 +172,11 @@ def overlay(composed: DictConfig, overrides: Sequence[str]) -> Config:
     usable, problems = normalise(overrides)
     if composed.get("run") is None:
         problems.append("run: missing; give a run folder, for instance run=outputs/runs/<stamp>")
+    problems += [
+        f"{override}: has no effect on a finished run; leave it out"
+        for override in (each.lstrip("+") for each in usable)
+        if re.match(r"(resume|preflight)=|(optimizer|tracker|adapter)\.(?!megatron_core)", override)
+    ]
     if problems:
         raise ConfigError(problems)
     own = [o for o in usable if o.lstrip("+").split("=")[0] not in ("run", "output")]

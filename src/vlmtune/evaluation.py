@@ -20,6 +20,9 @@ from vlmtune.loss import supervised_logits
 from vlmtune.metrics import resolve, score
 from vlmtune.signals import Ended
 
+PIECE_BATCHES = 16
+"""Batches whose answers are handed over together, where they are: rows that still have to be generated fill a batch."""
+
 
 @dataclass
 class Evaluation:
@@ -43,11 +46,14 @@ def evaluate(
     share: bool = False,
     share_answers: bool = False,
     stop: Callable[[], int | None] = lambda: None,
+    done: Callable[[int, list[str]], None] | None = None,
 ) -> Evaluation:
     """Answer all records and compare; each rank takes a stretch of them. `share` lays out the batches for the loss with
     each image once, `share_answers` those for generation.
 
     `stop`: asked after each batch, the number of a signal that asks to end. Raises `signals.Ended` then, on every rank.
+    `done`: told the answers of some batches at a time, in order, and the number of the first of these rows; on several
+    processes those of all rows at the end.
     """
     from accelerate.utils import gather_object
 
@@ -62,7 +68,11 @@ def evaluate(
                 if number := stop():
                     raise Ended(number)
 
-            gathered = [_answer(model, encoder, own, config, engine, share, share_answers, advance)]
+            def answer(rows: Sequence[Record]) -> tuple[float, int, list[str]]:
+                return _answer(model, encoder, rows, config, engine, share, share_answers, advance)
+
+            alone = done if engine.num_processes == 1 else None
+            gathered = [_in_pieces(answer, own, config.trainer.eval_batch_size, alone)]
     except Ended as ended:
         gathered = [ended.number]
     if engine.num_processes > 1:
@@ -71,9 +81,29 @@ def evaluate(
         if isinstance(number, int):  # a signal may reach some ranks alone, and all must end
             raise Ended(number)
     loss, tokens = sum(g[0] for g in gathered), sum(g[1] for g in gathered)
-    answers = [answer for g in gathered for answer in g[2]]
-    means, scores = score(resolve(config.task.metrics), answers, [list(record.answers) for record in records])
-    return Evaluation({"loss": loss / max(tokens, 1), **means}, answers, scores)
+    predictions = [text for g in gathered for text in g[2]]
+    if done is not None and engine.num_processes > 1:
+        done(0, predictions)
+    means, scores = score(resolve(config.task.metrics), predictions, [list(record.answers) for record in records])
+    return Evaluation({"loss": loss / max(tokens, 1), **means}, predictions, scores)
+
+
+def _in_pieces(
+    answer: Callable[[Sequence[Record]], tuple[float, int, list[str]]],
+    own: Sequence[Record],
+    size: int,
+    done: Callable[[int, list[str]], None] | None,
+) -> tuple[float, int, list[str]]:
+    """What `answer` gives for all rows, a piece after the other where each is handed over to `done`."""
+    if done is None:
+        return answer(own)
+    loss, tokens = 0.0, 0
+    texts: list[str] = []
+    for start in range(0, len(own), PIECE_BATCHES * size):
+        found = answer(own[start : start + PIECE_BATCHES * size])
+        done(start, found[2])
+        loss, tokens, texts = loss + found[0], tokens + found[1], texts + found[2]
+    return loss, tokens, texts
 
 
 def _answer(
@@ -86,7 +116,7 @@ def _answer(
     share_answers: bool,
     advance: Callable[[int], None],
 ) -> tuple[float, int, list[str]]:
-    """Summed loss, count of supervised tokens, and the answers of this rank's rows."""
+    """Summed loss, count of supervised tokens, and the answers of these rows."""
     size = config.trainer.eval_batch_size
     make = shared if share else padded
     draft = Draft(model, encoder, config.generation)

@@ -1,16 +1,20 @@
 """The table that predict.py and evaluate.py write: checked before anything is computed, kept when they are ended.
 
-predict.py writes each batch of rows, in the input's order, to FILE.partial, which becomes FILE when all rows are there.
-What ends it before that leaves whole rows in FILE.partial.
+Both write rows in the input's order, as they are answered, to FILE.partial, which becomes FILE when all rows are there.
+What ends them before that leaves whole rows in FILE.partial.
 """
 
 from __future__ import annotations
 
 import csv
+import fcntl
+import itertools
 import logging
 import os
 import re
+import tempfile
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,23 +77,52 @@ def _header(path: Path) -> list[str]:
 
 
 def _unwritable(target: Path) -> str | None:
-    """Why no file can be made beside the target, found by making one."""
+    """Why the file or the partial file beside it could not be written, found by writing another one there."""
+    partial = partial_of(target)
+    if target.exists() and not os.access(target, os.W_OK):
+        return "is write-protected; name another file"
+    if partial.is_dir():
+        return f"can't be written: {partial.name} is a folder"
+    if in_use(partial):
+        return f"another process is writing {partial.name}; wait for it, or name another file"
     try:
-        open_new(partial_of(target)).close()
-        partial_of(target).unlink()
+        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=partial.name):
+            return None
     except OSError as error:
         return f"can't be written: {error.strerror}"
-    return None
 
 
 def partial_of(target: Path) -> Path:
     return target.with_name(f"{target.name}.partial")
 
 
+def in_use(partial: Path) -> bool:
+    """Whether a running process writes this file; each holds a lock on its own."""
+    if not partial.is_file():
+        return False
+    with partial.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # a file system without locks
+            pass
+    return False
+
+
 def open_new(path: Path) -> Any:
-    """A new file in the place of whatever bears this name; a link's target is left alone."""
-    path.unlink(missing_ok=True)
-    return path.open("x", encoding="utf-8", newline="")
+    """A new, locked file of this name. Rows that an interrupted call left there are kept under another name."""
+    if path.is_symlink() or (path.exists() and not path.stat().st_size):
+        path.unlink()
+    elif path.exists():
+        names = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
+        kept = next(name for name in names if not os.path.lexists(name))
+        path.rename(kept)
+        log.warning("%s: holds the rows of an interrupted call; kept as %s", path, kept.name)
+    file = path.open("x", encoding="utf-8", newline="")
+    with suppress(OSError):  # a file system without locks
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return file
 
 
 def refuse_columns(columns: Any, ours: Sequence[str], place: str) -> None:
@@ -135,6 +168,18 @@ class Answers:
         return part
 
 
+@dataclass
+class Scored(Answers):
+    """Answers with their scores."""
+
+    scores: dict[int, float] = field(default_factory=dict)
+
+    def table(self, start: int = 0, stop: int | None = None) -> pd.DataFrame:
+        part = super().table(start, stop)
+        part[SCORE] = [self.scores.get(row) for row in range(start, start + len(part))]
+        return part
+
+
 class Rows:
     """Answers on their way into a file."""
 
@@ -168,9 +213,14 @@ class Rows:
     def finish(self) -> None:
         """Write the rest, and give the file its name."""
         self.write(len(self.answers.frame))
-        os.fsync(self.file.fileno())
-        self.close()
-        self.partial.replace(self.target)
+        try:
+            os.fsync(self.file.fileno())
+            self.close()
+            self.partial.replace(self.target)
+        except OSError as error:
+            raise VlmtuneError(
+                f"{self.target}: can't be written ({error.strerror}); all rows are in {self.partial}"
+            ) from error
 
     def close(self) -> None:
         """Leave the partial file as it is."""

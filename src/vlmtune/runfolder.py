@@ -133,17 +133,9 @@ def write_predictions(path: Path, split: Split, found: Evaluation, metric: str) 
 
     A column of the input that has one of these names is kept as NAME_before.
     """
-    import pandas as pd
-
     from vlmtune.outputs import ANSWER, SCORE
 
-    if hasattr(split.records, "frame"):
-        frame = split.records.frame()
-    elif split.frame is not None:
-        frame = split.frame.iloc[[record.row for record in split.records]].copy()
-    else:
-        rows = [(record.group, record.question, record.answers[0]) for record in split.records]
-        frame = pd.DataFrame(rows, columns=["image_path", "question", "answer"])
+    frame = frame_of(split)
     for name in (ANSWER, SCORE):
         if name in frame.columns:
             log.warning("%s: the input's column %s is kept as %s_before", path, name, name)
@@ -151,6 +143,18 @@ def write_predictions(path: Path, split: Split, found: Evaluation, metric: str) 
     frame[ANSWER] = found.predictions
     frame[SCORE] = [scores[metric] for scores in found.scores]
     write_table(path, frame)
+
+
+def frame_of(split: Split) -> Any:
+    """A frame of the split's usable rows: their own columns where they came from a table."""
+    import pandas as pd
+
+    if hasattr(split.records, "frame"):
+        return split.records.frame()
+    if split.frame is not None:
+        return split.frame.iloc[[record.row for record in split.records]].copy()
+    rows = [(record.group, record.question, record.answers[0]) for record in split.records]
+    return pd.DataFrame(rows, columns=["image_path", "question", "answer"])
 
 
 def write_table(path: Path, frame: Any) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
+import re
 import sys
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -64,6 +65,8 @@ def _open(path: str, split: str, subset: str | None, *, streaming: bool = False)
                 raise DataError(f"data.{split}={path}: has no split {wanted!r}; {nearest(wanted, found)}")
             return found[wanted].to_iterable_dataset() if streaming else found[wanted]
         source = str(folder) if folder.is_dir() else place
+        if outside := files_outside(folder):
+            raise DataError(f"data.{split}={path}: its README.md names files outside the folder: {', '.join(outside)}")
         return datasets.load_dataset(source, name=subset, split=wanted, streaming=streaming)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         if unreachable(error):
@@ -71,8 +74,36 @@ def _open(path: str, split: str, subset: str | None, *, streaming: bool = False)
                 f"data.{split}={path}: is not in the local cache, and the hub can't be reached. Connect once, or fetch "
                 f"it elsewhere with `hf download --repo-type dataset {place}` and give the folder: data.{split}=FOLDER"
             ) from error
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
         raise DataError(f"data.{split}={path}: can't be opened: {reason}") from error
+
+
+def files_outside(folder: Path) -> list[str]:
+    """The files that the metadata in a folder's README.md names and that aren't in the folder: URLs, other places.
+
+    `datasets` would fetch and read them.
+    """
+    import yaml
+
+    page = folder / "README.md"
+    text = page.read_text(encoding="utf-8", errors="replace") if page.is_file() else ""
+    block = re.match(r"\ufeff?---\s*\n(.*?)\n---\s*(\n|$)", text, re.DOTALL)
+    try:
+        metadata = yaml.safe_load(block[1]) if block else None
+    except yaml.YAMLError as error:
+        raise DataError(f"{page}: its metadata is no YAML: {' '.join(str(error).split())}") from error
+    configs = metadata.get("configs") if isinstance(metadata, dict) else None
+    named = [each for config in configs or [] for key in ("data_files", "data_dir") for each in _texts(config.get(key))]
+    inside = folder.resolve()
+    return [name for name in named if "://" in name or not (inside / name).resolve().is_relative_to(inside)]
+
+
+def _texts(value: Any) -> list[str]:
+    """All texts in a value of any depth."""
+    if isinstance(value, str):
+        return [value]
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+    return [text for part in parts for text in _texts(part)]
 
 
 def _undecoded(dataset: Any) -> Any:
