@@ -156,7 +156,7 @@ class Reader:
             text, places = placed(text_of(question, "question"))
             images = self.images.of_cell(image)
             if len(places) not in (0, len(images)):
-                faults.append(f"{len(places)} places ({PLACE}) for {len(images)} images")
+                faults.append(f"places and images differ: {len(places)} places ({PLACE}) for {len(images)} images")
             if mark := media_mark(text, self.unread.media):
                 faults.append(mark)
             self.unread.note_marks(text)
@@ -189,7 +189,7 @@ class Reader:
         images = self.images.of_cell(image)
         open_places = sum(source is None for source in found.images)
         if open_places != len(images) and (found.images or not images):
-            raise DataError(f"{open_places} places ({PLACE}) for {len(images)} images")
+            raise DataError(f"places and images differ: {open_places} places ({PLACE}) for {len(images)} images")
         of_row = iter(images)
         placed_images = [next(of_row) if source is None else self.images.locate(source) for source in found.images]
         if system is not None and found.system not in (None, system):

@@ -88,7 +88,7 @@ def parse(cell: Any, *, answers_required: bool, unread: Unread | None = None) ->
                 found.system = message.text if found.system is None else f"{found.system}\n{message.text}"
             elif message.role == "user":
                 if question is not None:
-                    raise DataError("two questions in a row")
+                    raise DataError("two questions in a row; join them in one message")
                 question = message
             else:
                 turns.append(_turn(question, message, answers_required))

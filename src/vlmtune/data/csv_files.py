@@ -66,7 +66,8 @@ def _read(lines: list[str], header: Sequence[str] | None, path: Path) -> Rows:
 def _header_problems(header: list[str], line: int, separator: str) -> list[str]:
     other = next((mark for mark in "\t;|," if mark in header[0] and mark != separator), None)
     if len(header) == 1 and other:
-        convert = f"pd.read_csv(..., sep={other!r}, dtype=str, keep_default_na=False).to_csv(..., index=False)"
+        spaces = ", skipinitialspace=True" if f"{other} " in header[0] else ""
+        convert = f"pd.read_csv(..., sep={other!r}{spaces}, dtype=str, keep_default_na=False).to_csv(..., index=False)"
         end = "; a file whose cells tabs separate ends in .tsv" if other == "\t" else ""
         wanted = "commas" if separator == "," else "tabs"
         return [f"fields are separated by {other!r}; this file needs {wanted}: {convert}{end}"]

@@ -51,7 +51,9 @@ def read_table(name: str | Path, header: Sequence[str] | None = None) -> pd.Data
     if not path.exists() and "," in str(name) and all(map(is_table, str(name).split(","))):
         raise DataError(f"{name}: is no file; several files are a list: [{name}]")
     if reader is None:
-        raise DataError(f"{path}: ends in none of {', '.join(READERS)}, so its form isn't known")
+        raise DataError(
+            f"{path}: ends in none of {', '.join(READERS)}, so its form isn't known; rename the file by what it holds"
+        )
     options: dict[str, Any] = {"key": key} if key is not None else {}
     if header is not None:
         if path.suffix.lower() not in (".csv", ".tsv"):

@@ -4,32 +4,22 @@
     {"info": {...}, "annotations": [{...}, ...]}            data.train=FILE.json:annotations
     {"images": [{"id": 7, ...}], "annotations": [{"image_id": 7, ...}]}      the same: each row gets its image's columns
 
-The third is COCO's form, with the columns `file_name` and `caption`.
+    {"0293": {"question": "...", ...}, ...}                 data.train=FILE.json, the keys in a column `key`
+
+The third is COCO's form, with the columns `file_name` and `caption`; the fourth GQA's and ScienceQA's.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
-from vlmtune.data.cells import from_json, to_json
+from vlmtune.data.cells import from_json
+from vlmtune.data.json_lists import kind_of, rows_in, with_images
 from vlmtune.data.rows import Rows
 from vlmtune.data.text_files import byte_fault, read_lines, read_text
-from vlmtune.errors import DataError, nearest
-
-log = logging.getLogger("vlmtune")
-
-VQA_PAIR = """\
-questions and answers are in two files; join them with pandas, naming images as your folder does:
-    import json, pathlib, pandas as pd
-    rows = lambda file, key: pd.DataFrame(json.loads(pathlib.Path(file).read_text())[key])
-    q, a = rows(QUESTIONS, "questions"), rows(ANNOTATIONS, "annotations")
-    t = q.merge(a[["question_id", "answers"]].rename(columns={"answers": "answer"}), on="question_id")
-    t["answer"] = [[one["answer"] for one in many] for many in t["answer"]]
-    t["image_path"] = t["image_id"].map("COCO_train2014_{:012d}.jpg".format)
-    t.to_json("train.jsonl", orient="records", lines=True)"""
+from vlmtune.errors import DataError
 
 
 def read_json(path: Path, key: str | None = None) -> Rows:
@@ -43,15 +33,11 @@ def read_json(path: Path, key: str | None = None) -> Rows:
         of_lines = text.lstrip().startswith("{") and "Extra data" in str(error)
         hint = "; a file with one object per line ends in .jsonl" if of_lines else ""
         raise DataError(f"{path}{line}: is {_broken(error)}{hint}") from None
-    items, beside = (_list_in(found, key, path), found) if isinstance(found, dict) else (found, {})
-    if not isinstance(items, list):
-        raise DataError(f"{path}: holds {_kind(items)}; a list of objects is needed")
-    if key is not None and not beside:
-        raise DataError(f"{path}:{key}: the file holds a list, not an object with keys; leave out :{key}")
+    items, beside = rows_in(found, key, path)
     rows, doubtful = Rows(), _is_doubtful(text)
     for item in items:
         rows.add(item, 0, _item_fault(item, doubtful))
-    return _with_images(rows, beside, path) if key != "images" else rows
+    return with_images(rows, beside, path) if key != "images" else rows
 
 
 def read_json_lines(path: Path) -> Rows:
@@ -95,7 +81,7 @@ def _is_doubtful(text: str) -> bool:
 
 def _item_fault(item: Any, doubtful: bool) -> str | None:
     if not isinstance(item, dict):
-        return f"no object: the row is {_kind(item)}; write {{...}}"
+        return f"no object: the row is {kind_of(item)}; write {{...}}"
     if not doubtful:
         return None
     written = json.dumps(item, ensure_ascii=False)
@@ -105,60 +91,3 @@ def _item_fault(item: Any, doubtful: bool) -> str | None:
         half = f"half a character: {written[error.start]!r} has no partner, which two \\u escapes make together"
         return byte_fault(written) or half
     return byte_fault(written)
-
-
-def _kind(value: Any) -> str:
-    """What JSON calls a value."""
-    kinds = {list: "a list", dict: "an object", str: "a text", bool: "a truth value", type(None): "null"}
-    return kinds.get(type(value), "a number")
-
-
-# ---------------------------------------------------------------- a list in an object
-
-
-def _list_in(found: dict[str, Any], key: str | None, path: Path) -> Any:
-    """The list under `key`, or the advice which keys there are."""
-    lists = {name: rows for name, rows in found.items() if isinstance(rows, list) and rows}
-    if key is not None:
-        if key not in found:
-            raise DataError(f"{path}:{key}: the object has no such key; {nearest(key, lists)}")
-        unread = [name for name in found if name != key and not (name == "images" and _by_image(found[key]))]
-        if unread:
-            log.info("%s: the rows are those of %s; not read: %s", path, key, ", ".join(unread))
-        return found[key]
-    if any("question_id" in rows[0] for rows in lists.values() if isinstance(rows[0], dict)):
-        raise DataError(f"{path}: {VQA_PAIR}")
-    if lists:
-        names = sorted(lists, key=lambda name: name == "images")
-        shown = ", ".join(f"{path}:{name} ({len(lists[name])} rows)" for name in names)
-        raise DataError(f"{path}: holds an object, and rows are a list; name its key behind the file: {shown}")
-    if found and all(isinstance(column, dict) for column in found.values()):
-        raise DataError(f"{path}: holds columns, not rows; write it by frame.to_json(..., orient='records')")
-    raise DataError(f"{path}: holds an object; a list of objects is needed ([...])")
-
-
-def _by_image(rows: Any) -> bool:
-    return isinstance(rows, list) and any(isinstance(row, dict) and "image_id" in row for row in rows)
-
-
-def _with_images(rows: Rows, beside: dict[str, Any], path: Path) -> Rows:
-    """Each row with the columns of the image that its `image_id` names, where `images` stand beside the rows."""
-    images = beside.get("images")
-    if not (isinstance(images, list) and _by_image(rows.cells)):
-        return rows
-    of_id: dict[Any, dict[str, Any]] = {}
-    for image in images:
-        if not isinstance(image, dict) or "id" not in image:
-            raise DataError(f"{path}:images: one is no object with an id: {image!s:.80}")
-        if of_id.setdefault(image["id"], image) is not image:
-            raise DataError(f"{path}:images: two have the id {to_json(image['id'])}")
-    for position, row in enumerate(rows.cells):
-        image = of_id.get(row.get("image_id"))
-        if position not in rows.faults and image is None:
-            rows.faults[position] = f"no image: none of images has the id {to_json(row.get('image_id'))}"
-        rows.cells[position] = {**_columns(image), **row} if image is not None else {}
-    return rows
-
-
-def _columns(image: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in image.items() if name != "id"}

@@ -205,7 +205,7 @@ def refusals(name: str, split: Split, config: DataConfig) -> list[str]:
 
 def _kinds(bad: Sequence[BadRow]) -> str:
     reasons = (re.sub(r"^message \d+: ", "", row.reason) for row in bad)
-    kinds = Counter(re.split(r"[:\d]", reason)[0].strip(" (") for reason in reasons)
+    kinds = Counter(re.split(r":|\b\d", reason)[0].strip(" (") for reason in reasons)
     return ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common())
 
 
