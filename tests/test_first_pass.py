@@ -19,7 +19,7 @@ import tiny_families
 from vlmtune import first_pass
 from vlmtune.config import GenerationConfig
 from vlmtune.data.batch import shared
-from vlmtune.data.batches import groups_of, probes
+from vlmtune.data.batches import Batches, groups_of, probes
 from vlmtune.data.encode import Encoder
 from vlmtune.data.records import Record, Turn
 from vlmtune.errors import TrainingError, memory_advice
@@ -96,6 +96,10 @@ def test_what_these_rows_reach_must_get_a_gradient(
 # ---------------------------------------------------------------- the longest row
 
 
+def batches_of(encoder: Encoder, records: list[Record], **trainer: Any) -> Batches:
+    return Batches(encoder, records, tiny.config(None, **trainer).trainer, ENGINE)
+
+
 def test_the_longest_row_goes_first(encoder_of: Callable[[str], Encoder], model_of: Callable[[str], Any]) -> None:
     encoder, seen = encoder_of("qwen2_vl"), []
     model = model_of("qwen2_vl")
@@ -103,11 +107,40 @@ def test_the_longest_row_goes_first(encoder_of: Callable[[str], Encoder], model_
         lambda module, args, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True
     )
     long = dataclasses.replace(tiny.record("word " * 50), row=6)
-    said = check_longest(model, encoder, [tiny.record(), long], tiny.records(2), ENGINE)
+    batches = batches_of(encoder, tiny.records(3), batch_size=3)
+    said = check_longest(model, batches, [tiny.record(), long], ENGINE)
     length = len(encoder.encode([long], answered=True).input_ids[0])
     assert seen == [(3, length)]
-    assert f"{length} tokens (data, row 7) pass forward and backward with 2 more rows" in said
+    assert f"{length} tokens (data, row 7) pass forward and backward in a batch of 3" in said
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_the_longest_batch_is_one_that_the_run_makes(encoder_of: Callable[[str], Encoder]) -> None:
+    """A larger one could run out of memory where training would not."""
+    encoder, rows = encoder_of("qwen2_vl"), [about(f"Is it {n}?") for n in range(4)]
+    long = about("word " * 20)
+    [(image, text)] = encoder.lengths([long])
+    batches = batches_of(encoder, rows)
+    assert len(batches.around(long, image + text).input_ids) == 4
+    batches.use_layout(share=True)
+    once = batches.around(long, image + text)
+    assert (once.rows, len(once.input_ids)) == (4, 1), "one image for all four rows"
+    by_tokens = batches_of(encoder, rows, batch_tokens=3 * (image + text) + 5)
+    assert by_tokens.around(long, image + text).input_ids.shape == (3, image + text)
+    assert by_tokens.around(long, 10**6).rows == 1
+
+
+def test_a_comparison_that_needs_more_memory_than_training_is_left_out(
+    encoder_of: Callable[[str], Encoder], model_of: Callable[[str], Any]
+) -> None:
+    model = model_of("qwen2_vl")
+
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    model.lm_head.register_forward_pre_hook(full)
+    said = check_loss(model, encoder_of("qwen2_vl"), tiny.records(2), ENGINE)
+    assert "no memory for the logits of all" in said
 
 
 def test_no_memory_for_the_longest_row_is_said_before_the_first_step(
@@ -120,7 +153,7 @@ def test_no_memory_for_the_longest_row_is_said_before_the_first_step(
 
     model.register_forward_pre_hook(full)
     with pytest.raises(TrainingError, match=r"out of device memory.*trainer\.batch_size"), memory_advice():
-        check_longest(model, encoder_of("qwen2_vl"), [tiny.record()], [], ENGINE)
+        check_longest(model, batches_of(encoder_of("qwen2_vl"), tiny.records(2)), [tiny.record()], ENGINE)
 
 
 # ---------------------------------------------------------------- what rows share

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vlmtune.data.batch import Batch, padded
+from vlmtune.data.batches import Batches
 from vlmtune.data.encode import Encoder
 from vlmtune.data.records import Record
 from vlmtune.errors import TrainingError
@@ -39,8 +40,8 @@ def check_loss(model: Any, encoder: Encoder, records: Sequence[Record], engine: 
         with torch.no_grad(), engine.autocast():
             own = model(**model_inputs(model, batch), labels=batch.labels).loss
             ours = summed_loss(model, batch) / batch.supervised
-    except torch.OutOfMemoryError:
-        raise
+    except torch.OutOfMemoryError:  # training holds the logits of answers alone, so it may fit
+        return f"loss       not compared with the model's own: no memory for the logits of all {batch.places} places"
     except REFUSALS as error:
         return f"loss       not compared: this model computes none by itself ({str(error).splitlines()[0]:.80})"
     finally:
@@ -147,21 +148,19 @@ def _noting_use(model: Any) -> Iterator[set[str]]:
             handle.remove()
 
 
-def check_longest(
-    model: Any, encoder: Encoder, candidates: Sequence[Record], others: Sequence[Record], engine: Any
-) -> str:
-    """Take the longest training row, in the company of a batch, through one forward and backward pass.
+def check_longest(model: Any, batches: Batches, candidates: Sequence[Record], engine: Any) -> str:
+    """Take the longest training row through one forward and backward pass, in a batch as the run will make them.
 
-    `candidates`: rows that may be the longest; `others`: rows of the same micro-batch. Raises TrainingError where the
-    pass fails, and lets running out of memory through, which says what needs less.
+    `candidates`: rows that may be the longest. Raises TrainingError where the pass fails, and lets running out of
+    memory through, which says what needs less.
     """
     if not candidates:
         return "longest    unknown: rows of a stream are read in their turn"
-    lengths = [image + text for image, text in encoder.lengths(candidates)]
+    lengths = [image + text for image, text in batches.encoder.lengths(candidates)]
     longest = candidates[lengths.index(max(lengths))]
-    batch = padded(encoder, [longest, *others]).to(engine.device)
+    batch = batches.around(longest, max(lengths)).to(engine.device)
     loss, *_ = _one_pass(model, batch, engine)
     if not torch.isfinite(loss):
         raise TrainingError(f"{longest.place}: the loss of this longest row is {float(loss)}")
-    company = f" with {len(others)} more rows" if others else ""
+    company = f" in a batch of {batch.rows}" if batch.rows > 1 else ""
     return f"longest    {max(lengths)} tokens ({longest.place}) pass forward and backward{company}"

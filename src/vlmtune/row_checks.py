@@ -13,9 +13,8 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from PIL import Image
-
 from vlmtune.config import Config
+from vlmtune.data.audit import keys_of
 from vlmtune.data.batches import is_streamed
 from vlmtune.data.conversations import PLACE
 from vlmtune.data.encode import Encoder
@@ -164,7 +163,7 @@ class Look:
         for number, record in enumerate(records):
             try:
                 self.encoder.check(record)
-                sizes = tuple(map(self._size, record.images))
+                sizes = tuple(self._size(key, image) for key, image in zip(keys_of(record), record.images, strict=True))
                 if self.beyond and (fault := self._beyond(record)):
                     raise DataError(fault)
                 shown.append(sizes)
@@ -185,12 +184,12 @@ class Look:
 
     # ---------------------------------------------------------------- one row
 
-    def _size(self, source: Any) -> tuple[int, int]:
-        if isinstance(source, bytes | Image.Image):  # large, or not hashable, and as quickly read
-            return image_size(source, self.encoder.max_image_pixels)
-        if source not in self.seen:
-            self.seen[source] = image_size(source, self.encoder.max_image_pixels)
-        return self.seen[source]
+    def _size(self, key: Hashable, source: Any) -> tuple[int, int]:
+        """`key`: equal for images that are copies of each other, None where that isn't known."""
+        size = self.seen.get(key) or image_size(source, self.encoder.max_image_pixels)
+        if key is not None:
+            self.seen[key] = size
+        return size
 
     def _beyond(self, record: Record) -> str | None:
         """Say which token of a row's texts has no embedding."""

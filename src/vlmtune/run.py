@@ -70,10 +70,10 @@ def train(config: Config, folder: Path | None) -> dict[str, Any]:
     log.info(preflight.check_images(encoder, sample, config.model.image))
     log.info(first_pass.check_loss(model, encoder, sample, engine))
     log.info(first_pass.check_gradients(model, parts, encoder, sample, engine))
-    log.info(first_pass.check_longest(model, encoder, rows.longest, batches.company(), engine))
     evaluated = bool(splits.keys() & {"validation", "test"})
     log.info(preflight.choose_layout(model, batches, engine, evaluated))
     log.info(preflight.choose_features(model, parts, batches, config, engine, evaluated))
+    log.info(first_pass.check_longest(model, batches, rows.longest, engine))
     if config.preflight == "only":
         return {"status": "preflight", "steps": 0}
 

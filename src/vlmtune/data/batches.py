@@ -99,9 +99,15 @@ class Batches(Dataset[list[Batch]]):
         """Some rows that training begins with, no more than fit into one forward pass."""
         return [self.records[i] for i in self.order.step(0)[: min(count, self.trainer.batch_size)]]
 
-    def company(self) -> list[Record]:
-        """Rows that the longest one shares a forward pass with, as far as the order of the first step tells."""
-        return [] if self.trainer.batch_tokens else self.sample(self.trainer.batch_size)[1:]
+    def around(self, record: Record, length: int) -> Batch:
+        """A micro-batch of the run's own size and layout with `record`, of `length` tokens: beside the first rows
+        of the run, or as often as `trainer.batch_tokens` holds it.
+        """
+        if self.trainer.batch_tokens:
+            rows = [record] * max(self.trainer.batch_tokens // length, 1)
+        else:
+            rows = [record, *self.sample(self.trainer.batch_size)[1:]]
+        return (shared if self.share else padded)(self.encoder, rows)
 
     def use_layout(self, *, share: bool) -> None:
         """Choose between padded batches and shared ones, which need rows of a group to stay together."""

@@ -107,7 +107,7 @@ class Prompt:
         if placed not in (0, len(record.images)):
             raise DataError(f"{record.place}: {len(record.images)} images for {placed} places in the text")
         leading = "i" * (len(record.images) - placed)
-        orders = ["".join(kind for kind, _ in content_of(turn)) for turn in record.turns]
+        orders = ["".join(kind for kind, _ in content_of(turn)) if turn.image_at else "t" for turn in record.turns]
         return self.system(record) is not None, (leading + orders[0], *orders[1:])
 
     def check(self, record: Record) -> None:
