@@ -1,11 +1,16 @@
-"""SIGKILL inside the saves of whole runs: each is gone on with, and ends as the straight run did, bit for bit."""
+"""SIGKILL inside the saves of whole runs, and at random moments of them: each is gone on with, and ends as the straight
+run did, bit for bit.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import random
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +20,7 @@ from safetensors.torch import load_file
 
 import tiny
 import vlmtune
+from vlmtune import durable
 from vlmtune.errors import CheckpointError
 
 pytestmark = pytest.mark.slow
@@ -71,6 +77,14 @@ def losses(folder: Path) -> list[tuple[int, float]]:
     return [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row]
 
 
+def assert_equal(folder: Path, straight: Path) -> None:
+    found, wanted = weights(folder), weights(straight)
+    assert found.keys() == wanted.keys()
+    assert all(found[key].equal(wanted[key]) for key in wanted)
+    assert losses(folder) == losses(straight)
+    assert not [path for path in folder.rglob(".*") if path.name not in (".lock", ".hydra")]
+
+
 @pytest.mark.parametrize(("name", "place"), PLACES)
 def test_a_killed_run_ends_as_the_straight_one(
     straight: Path, kind: list[str], overrides: Callable[..., Any], tmp_path: Path, name: str, place: int
@@ -85,8 +99,39 @@ def test_a_killed_run_ends_as_the_straight_one(
         assert place == 1 or name == "fsync"
         result = vlmtune.train(words)
     assert (result["status"], result["steps"]) == ("completed", 9)
-    found, wanted = weights(folder), weights(straight)
-    assert found.keys() == wanted.keys()
-    assert all(found[key].equal(wanted[key]) for key in wanted)
-    assert losses(folder) == losses(straight)
-    assert not [path for path in folder.rglob(".*") if path.name not in (".lock", ".hydra")]
+    assert_equal(folder, straight)
+
+
+KILLS = 20
+
+
+def test_runs_killed_at_random_end_as_the_straight_one(
+    straight: Path, kind: list[str], overrides: Callable[..., Any], tmp_path: Path
+) -> None:
+    """While it loads, trains, saves, evaluates or finishes; a run is killed and gone on with until it is through."""
+    whole, chance = tmp_path / "whole", random.Random(0)
+    began = time.monotonic()
+    assert command(overrides(whole, *kind)).wait() == 0
+    seconds, kills, runs = time.monotonic() - began, 0, 0
+    while kills < KILLS:
+        folder, runs = tmp_path / f"run{runs}", runs + 1
+        words = overrides(folder, *kind)
+        while True:
+            process = command([f"resume={folder}"] if saved(folder) else words)
+            time.sleep(chance.uniform(0.3, 1.1) * seconds)
+            os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
+            if process.wait() == 0:
+                break
+            assert process.returncode == -signal.SIGKILL
+            kills += 1
+        assert_equal(folder, straight)
+
+
+def command(words: list[str]) -> subprocess.Popen[bytes]:
+    program = [sys.executable, "src/train.py", *words]
+    return subprocess.Popen(program, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def saved(folder: Path) -> bool:
+    """Whether there is a checkpoint, under its own name or one that the next start gives back to it."""
+    return any(name.startswith("step_") for name in durable.names(folder / "checkpoints"))

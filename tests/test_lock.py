@@ -73,6 +73,17 @@ def test_a_process_started_inside_does_not_go_on_holding(tmp_path: Path, method:
     worker.join()
 
 
+def test_a_process_that_runs_many_trials_keeps_nothing_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is registered for a fork stays so until the process ends, and is called at each."""
+    calls: list[object] = []
+    monkeypatch.setattr(os, "register_at_fork", lambda **kinds: calls.append(kinds))
+    for number in range(3):
+        with lock.held(tmp_path / str(number)):
+            assert len(lock.HELD) == 1
+    assert not lock.HELD
+    assert not calls
+
+
 def test_a_stale_file_blocks_nothing(tmp_path: Path) -> None:
     (tmp_path / lock.NAME).write_text("process 1 on elsewhere")
     lock.check(tmp_path)

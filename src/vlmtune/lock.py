@@ -16,15 +16,26 @@ from vlmtune.errors import ConfigError
 log = logging.getLogger("vlmtune")
 
 NAME = ".lock"
+HELD: set[IO[str]] = set()
+"""The lock files of this process."""
+
+
+def _let_go() -> None:
+    """In a forked process (a loader's): or it would go on holding what its parent held."""
+    for file in HELD:
+        file.close()
+    HELD.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
     """Hold the folder, which is made if need be, while inside.
 
-    Raises ConfigError that names the process that holds it, or says why it can't be written.
-
-    The system lets go of the lock when its process ends, however that happens, so none is ever stale.
+    Raises ConfigError that names the process that holds it, or says why it can't be written. The system
+    lets go of the lock when its process ends, however that happens, so none is ever stale.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -36,11 +47,13 @@ def held(folder: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
-        os.register_at_fork(after_in_child=file.close)  # or a loader's process would go on holding it
+        HELD.add(file)
         try:
             yield
         finally:
-            file.truncate(0)
+            HELD.discard(file)
+            if not file.closed:  # it is, in a forked process that leaves this block
+                file.truncate(0)
 
 
 def check(folder: Path) -> None:
