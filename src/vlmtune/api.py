@@ -240,7 +240,7 @@ def evaluate_run(folder: str, config: Config, output: str | None) -> str:
             refuse_columns(rows.frame.columns, (ANSWER, SCORE), str(getattr(config.data, split) or split))
         predictor = Predictor(Path(folder), config)
         here = target if predictor.engine.is_main_process else None
-        with _scored_rows(here, rows, config.task.metrics[0]) as done:
+        with predictor.at_work(), _scored_rows(here, rows, config.task.metrics[0]) as done:
             found = evaluate(
                 predictor.model,
                 predictor.encoder,
