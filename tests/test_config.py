@@ -211,7 +211,7 @@ def test_several_values_need_a_multirun(override: str) -> None:
 
 @pytest.mark.parametrize("word", ["foo", "trainer.epochs=[1", "=3"])
 def test_what_is_no_override_is_a_usage_error(word: str) -> None:
-    with pytest.raises(vlmtune.errors.UsageError, match="is no override; write key=value"):
+    with pytest.raises(vlmtune.errors.UsageError, match="is not an override; write key=value"):
         read(word)
 
 

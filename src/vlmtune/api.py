@@ -129,9 +129,7 @@ def check_free(folder: Path, config: Config) -> None:
     status = (read_result(folder) or {"status": killed})["status"]
     saved = [*durable.names(folder / "checkpoints"), *({"model"} & {*durable.names(folder)})]
     if saved or status not in ("failed", "interrupted", "preflight", "killed"):
-        raise ConfigError(
-            f"{folder}: holds a run already; choose another hydra.run.dir, or go on with it: resume={folder}"
-        )
+        raise ConfigError(f"{folder}: holds a run already; choose another hydra.run.dir, or resume it: resume={folder}")
 
 
 def load(folder: str | Path, *, overrides: Sequence[str] = ()) -> Predictor:

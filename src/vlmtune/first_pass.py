@@ -156,7 +156,7 @@ def check_longest(
     pass fails, and lets running out of memory through, which says what needs less.
     """
     if not candidates:
-        return "longest    unknown: rows of a stream are read in their turn"
+        return "longest    unknown: a stream's rows are not known in advance"
     lengths = [image + text for image, text in encoder.lengths(candidates)]
     longest = candidates[lengths.index(max(lengths))]
     batch = padded(encoder, [longest, *others]).to(engine.device)

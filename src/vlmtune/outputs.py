@@ -61,7 +61,7 @@ def _problem(target: Path, inputs: Iterable[str], run: Path) -> str | None:
     if not target.exists():
         return None
     if not target.is_file():
-        return "is no regular file; name another"
+        return "is not a regular file; name another"
     if any(Path(name).expanduser().exists() and target.samefile(Path(name).expanduser()) for name in inputs):
         return "is the table that is read; name another file"
     if target.parent == run.expanduser().resolve():

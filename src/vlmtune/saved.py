@@ -34,7 +34,7 @@ def read(path: Path) -> DictConfig:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{path}: is damaged ({reason}); restore the file") from error
     if not isinstance(values, dict) or not values:
-        raise CheckpointError(f"{path}: is no run's config; restore the file")
+        raise CheckpointError(f"{path}: is not a run's config; restore the file")
     return OmegaConf.create(literal(values))
 
 
