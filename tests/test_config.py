@@ -287,3 +287,8 @@ def test_quantization_fields_are_those_of_transformers() -> None:
     for method in ("bitsandbytes_4bit", "bitsandbytes_8bit"):
         parameters = inspect.signature(AUTO_QUANTIZATION_CONFIG_MAPPING[method]).parameters.values()
         assert found[method] == [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
+
+
+def test_a_task_without_metrics_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"task\.metrics: is empty"):
+        compose.read("train", ["task.metrics=[]"])

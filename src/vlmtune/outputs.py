@@ -215,7 +215,8 @@ class Rows:
         self.write(len(self.answers.frame))
         try:
             os.fsync(self.file.fileno())
-            self.close()
+            self.file.close()
+            self.file = None
             self.partial.replace(self.target)
         except OSError as error:
             raise VlmtuneError(
@@ -223,9 +224,10 @@ class Rows:
             ) from error
 
     def close(self) -> None:
-        """Leave the partial file as it is."""
+        """Leave the partial file of rows that are not complete as it is, and say so."""
         if self.file is not None:
             self.file.close()
+            log.warning("%s: holds the first %d of %d rows", self.partial, self.written, len(self.answers.frame))
 
 
 def tell_formulas(path: Path, answers: Iterable[str]) -> None:

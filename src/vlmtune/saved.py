@@ -38,6 +38,13 @@ def read(path: Path) -> DictConfig:
     return OmegaConf.create(literal(values))
 
 
+def refuse_links(run: Path) -> None:
+    """Raise CheckpointError where a file that a resumed run adds to is a link, which could lead to any file."""
+    links = [run / name for name in ("train.log", "metrics.jsonl") if (run / name).is_symlink()]
+    if links:
+        raise CheckpointError([f"{link}: is a symbolic link; put the file itself in its place" for link in links])
+
+
 def refuse_code(saved: DictConfig, path: Path, asked: Collection[str]) -> None:
     """Raise ConfigError where `saved` would run code that is neither ours nor among the keys `asked` for again."""
     problems = []
