@@ -219,7 +219,7 @@ FILES = {
         objects({"images": [{"id": 1}, {"id": 1}], "annotations": [{"image_id": 1}]}),
         "two have the id 1",
     ),
-    "no Parquet": ("parquet", b"abc", "is no Parquet file"),
+    "no Parquet": ("parquet", b"abc", "is not a Parquet file"),
 }
 
 
@@ -240,7 +240,7 @@ def test_what_is_no_file_is_said_before_it_is_read(folder: Path) -> None:
     (folder / "link.csv").symlink_to(folder / "nowhere.csv")
     (folder / "folder.csv").mkdir()
     for name, reason in {
-        "pipe.csv": "is no regular file",
+        "pipe.csv": "is not a regular file",
         "link.csv": "is a link to",
         "folder.csv": "is a folder",
         "gone.csv": "no such file",

@@ -202,7 +202,7 @@ def test_a_damaged_checkpoint_is_refused(
     (path / file).unlink()
     if content is not None:
         (path / file).write_bytes(content)
-    with pytest.raises(CheckpointError, match="is no checkpoint"):
+    with pytest.raises(CheckpointError, match="is not a checkpoint"):
         resume(tiny.config(folder, adapter=tiny.LORA, max_steps=1), tiny.records(4), path)
 
 

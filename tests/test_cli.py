@@ -117,7 +117,7 @@ def test_a_run_folder_is_not_overwritten(tmp_path: Path) -> None:
     refused(
         done,
         1,
-        "config error: run: holds a run already; choose another hydra.run.dir, or go on with it: resume=run",
+        "config error: run: holds a run already; choose another hydra.run.dir, or resume it: resume=run",
     )
     assert [file.read_text() for file in (tmp_path / "run").iterdir()] == ["precious"]
 
@@ -185,5 +185,5 @@ def test_predict_needs_a_run(tmp_path: Path) -> None:
 
 def test_predict_says_which_folder_is_no_run(tmp_path: Path) -> None:
     done = script("predict", "run=nowhere", "data.test=x.csv", folder=tmp_path)
-    refused(done, 1, "error: nowhere: is no run folder (it has no config.yaml)")
+    refused(done, 1, "error: nowhere: is not a run folder (it has no config.yaml)")
     assert list(tmp_path.iterdir()) == []

@@ -211,7 +211,7 @@ def test_several_values_need_a_multirun(override: str) -> None:
 
 @pytest.mark.parametrize("word", ["foo", "trainer.epochs=[1", "=3"])
 def test_what_is_no_override_is_a_usage_error(word: str) -> None:
-    with pytest.raises(vlmtune.errors.UsageError, match="is no override; write key=value"):
+    with pytest.raises(vlmtune.errors.UsageError, match="is not an override; write key=value"):
         read(word)
 
 
@@ -287,3 +287,8 @@ def test_quantization_fields_are_those_of_transformers() -> None:
     for method in ("bitsandbytes_4bit", "bitsandbytes_8bit"):
         parameters = inspect.signature(AUTO_QUANTIZATION_CONFIG_MAPPING[method]).parameters.values()
         assert found[method] == [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
+
+
+def test_a_task_without_metrics_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"task\.metrics: is empty"):
+        compose.read("train", ["task.metrics=[]"])

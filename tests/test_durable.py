@@ -187,11 +187,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "an empty folder": (lambda f: [file.unlink() for file in f.iterdir()], r"state\.json"),
     "{}": (content(b"{}"), "has no 'progress'"),
     "[]": (content(b"[]"), "it holds no object"),
-    "no text": (content(b"\xff\xfe{"), "is no checkpoint"),
+    "no text": (content(b"\xff\xfe{"), "is not a checkpoint"),
     "nested too little": (edited(progress=None), "progress is no object"),
     "an unknown key": (edited(progress={"step": 4, "weather": "fine"}), "weather"),
-    "a number as text": (edited(progress={"step": "4"}), "is no checkpoint"),
-    "nothing for a number": (edited(progress={"step": 4, "tokens": None}), "is no checkpoint"),
+    "a number as text": (edited(progress={"step": "4"}), "is not a checkpoint"),
+    "nothing for a number": (edited(progress={"step": 4, "tokens": None}), "is not a checkpoint"),
     "no optimizer": (edited(optimizer={}), "optimizer lacks param_groups"),
     "the identity of nothing": (edited(identity=[]), "identity is no object"),
     "another step's name": (edited(progress={"step": 3}), "holds step 3"),
@@ -209,7 +209,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     assert newest(tmp_path).name == "step_000002"
     with pytest.raises(CheckpointError, match=reason):
         check(root / "step_000004")
-    assert "passed over a damaged checkpoint" in caplog.text
+    assert "skipped a damaged checkpoint" in caplog.text
     assert "step_000004" in caplog.text
     shutil.rmtree(root / "step_000002")
     with pytest.raises(CheckpointError, match=r"no checkpoint is sound[\s\S]*step_000004"):

@@ -250,3 +250,14 @@ def test_a_data_sets_page_may_name_files_in_its_folder(tmp_path: Path) -> None:
     inside = "[{split: train, path: 'data/train-*.csv'}]"
     (tmp_path / "README.md").write_text(f"---\nconfigs:\n- data_files: {inside}\n  data_dir: data\n---\n")
     assert hub.files_outside(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["train.log", "metrics.jsonl"])
+def test_a_resumed_run_writes_through_no_link(tmp_path: Path, name: str) -> None:
+    from vlmtune import saved
+
+    (tmp_path / "run").mkdir()
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "run" / name).symlink_to(tmp_path / "precious")
+    with pytest.raises(CheckpointError, match="symbolic link"):
+        saved.refuse_links(tmp_path / "run")

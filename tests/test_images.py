@@ -217,7 +217,7 @@ def test_a_folder_and_a_pipe_are_no_images(tmp_path: Path) -> None:
     """Reading a pipe would hang the audit for ever."""
     os.mkfifo(tmp_path / "pipe")
     assert "is a folder" in refusal(tmp_path)
-    assert "no regular file" in refusal(tmp_path / "pipe")
+    assert "not a regular file" in refusal(tmp_path / "pipe")
 
 
 def test_a_sentence_in_the_image_column_is_refused_briefly() -> None:

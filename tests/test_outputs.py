@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -62,9 +63,9 @@ def bad_outputs(folder: Path) -> dict[str, tuple[str, str]]:
         "no folder": (f"{folder}/no/where.csv", "does not exist"),
         "other ending": (f"{folder}/answers.parquet", "answers.parquet.csv"),
         "no ending": (f"{folder}/answers", "answers.csv"),
-        "pipe": (f"{folder}/pipe.csv", "no regular file"),
-        "socket": (f"{folder}/socket.csv", "no regular file"),
-        "link to a pipe": (f"{folder}/to_pipe.csv", "no regular file"),
+        "pipe": (f"{folder}/pipe.csv", "not a regular file"),
+        "socket": (f"{folder}/socket.csv", "not a regular file"),
+        "link to a pipe": (f"{folder}/to_pipe.csv", "not a regular file"),
         "input": (f"{folder}/table.csv", "the table that is read"),
         "link to the input": (f"{folder}/to_table.csv", "the table that is read"),
         "input by another path": (f"{folder}/run/../table.csv", "the table that is read"),
@@ -309,13 +310,18 @@ def test_one_bad_row_costs_that_row_alone(
 
 
 def test_an_ended_prediction_leaves_whole_rows(
-    trained: Path, asked: tuple[Config, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: Path,
+    asked: tuple[Config, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     config, table = asked
     failing_at("what is 4?", KeyboardInterrupt(), monkeypatch)  # type: ignore[arg-type]
     with pytest.raises(KeyboardInterrupt):
         api.predict_file(str(trained), config, str(tmp_path / "out.csv"))
     assert not (tmp_path / "out.csv").exists()
+    assert "out.csv.partial: holds the first 4 of 6 rows" in capsys.readouterr().err
     left = pd.read_csv(tmp_path / "out.csv.partial", keep_default_na=False)
     assert left["question"].tolist() == pd.read_csv(table)["question"].tolist()[:4]
     monkeypatch.undo()
@@ -372,6 +378,19 @@ def test_an_image_that_breaks_after_the_check(
     errors = pd.read_csv(tmp_path / "out.csv", keep_default_na=False)["error"].tolist()
     assert ["no such image" in errors[1], "not an image" in errors[4]] == [True, True]
     assert sum(map(bool, errors)) == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_is_one_sentence(
+    trained: Path, asked: tuple[Config, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    from vlmtune import generate
+    from vlmtune.signals import Interrupted
+
+    config, _ = asked
+    monkeypatch.setattr(generate, "generate", lambda *given, **options: os.kill(os.getpid(), number))
+    with pytest.raises(Interrupted, match=signal.Signals(number).name):
+        api.predict_file(str(trained), config, str(tmp_path / "out.csv"))
 
 
 def test_the_callers_frame_is_left_alone(trained: Path) -> None:

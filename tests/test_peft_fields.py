@@ -269,7 +269,7 @@ def test_nothing_else_is_refused() -> None:
         ({**LINEAR, "exclude_modules": r".*layers.*"}, "nothing in language is left to put an adapter on"),
         ({"target_modules": []}, "target_modules: is empty; give all-linear"),
         ({"target_modules": "q_proj, v_proj"}, r"write a list in brackets: \[q_proj,v_proj\]"),
-        ({"target_modules": "(q_proj"}, "is no regular expression"),
+        ({"target_modules": "(q_proj"}, "is not a regular expression"),
         ({"target_modules": [3]}, "should be a valid string"),
         ({}, "target_modules: missing; PEFT has no default of lora for llava. Give all-linear"),
         ({"target_modules": ["o_proj"], "bias": "lora_only"}, "bias=lora_only: no layer with an adapter in language"),

@@ -370,7 +370,7 @@ def test_a_damaged_newest_checkpoint_costs_its_steps_alone(overrides: Overrides,
         file.write('garbage\n{}\n[1]\n"step"\n')
     assert vlmtune.train([f"resume={run}"])["steps"] == 4
     log = (run / "train.log").read_text()
-    assert "passed over a damaged checkpoint" in log
+    assert "skipped a damaged checkpoint" in log
     assert "left out 4 lines that can't be read" in log
     found, wanted = (
         (tmp_path / name / "model" / "adapter_model.safetensors").read_bytes() for name in ("run", "straight")

@@ -52,7 +52,7 @@ def test_a_strange_config_is_one_error_wherever_it_is_read(tmp_path: Path, conte
 
 def test_a_config_that_is_a_folder_is_none(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").mkdir()
-    with pytest.raises(CheckpointError, match="is no run folder"):
+    with pytest.raises(CheckpointError, match="is not a run folder"):
         vlmtune.load(tmp_path)
 
 

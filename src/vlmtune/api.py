@@ -37,7 +37,7 @@ def run_in(folder: Path, config: Config) -> dict[str, Any]:
     Raises ConfigError where the folder holds another run, and whatever ends the run early: on several processes the
     error of the one that failed first.
     """
-    from vlmtune import display, environment, lock, ranks, run, signals, surroundings
+    from vlmtune import display, environment, lock, ranks, run, saved, signals, surroundings
 
     environment.PEAK.start()
     if ranks.rank() != 0:
@@ -45,6 +45,8 @@ def run_in(folder: Path, config: Config) -> dict[str, Any]:
             return run.train(config, None)
     with storage_advice():
         check_free(folder, config)
+        if config.resume:
+            saved.refuse_links(folder)
         folder.mkdir(parents=True, exist_ok=True)
         with lock.held(folder):
             return _run_alone(folder, config)
@@ -129,9 +131,7 @@ def check_free(folder: Path, config: Config) -> None:
     status = (read_result(folder) or {"status": killed})["status"]
     saved = [*durable.names(folder / "checkpoints"), *({"model"} & {*durable.names(folder)})]
     if saved or status not in ("failed", "interrupted", "preflight", "killed"):
-        raise ConfigError(
-            f"{folder}: holds a run already; choose another hydra.run.dir, or go on with it: resume={folder}"
-        )
+        raise ConfigError(f"{folder}: holds a run already; choose another hydra.run.dir, or resume it: resume={folder}")
 
 
 def load(folder: str | Path, *, overrides: Sequence[str] = ()) -> Predictor:
@@ -161,12 +161,12 @@ def predict_file(folder: str, config: Config, output: str) -> int:
     Raises ConfigError where `output` can't be written, DataError where the table can't be read or no row can be used:
     all before the model is opened. What ends it later leaves the rows answered so far in `output`.partial.
     """
-    from vlmtune import display
+    from vlmtune import display, signals
 
     if config.data.test is None:
         raise ConfigError("data.test: missing; give the CSV file to answer, for instance data.test=test.csv")
     target = output_file(output, inputs_of(config.data), Path(folder))
-    with display.logging_to(None):
+    with display.logging_to(None), signals.ending_at_once():
         answers, records, rows = _to_answer(config)
         predictor = Predictor(Path(folder), config)
         with closing(Rows(target, answers)) as rest:
@@ -226,7 +226,7 @@ def evaluate_run(folder: str, config: Config, output: str | None) -> str:
 
     `output`: a CSV file for the rows with answer_predictions and score. Raises DataError for rows that can't be used.
     """
-    from vlmtune import display
+    from vlmtune import display, signals
     from vlmtune.data import table
     from vlmtune.evaluation import evaluate
 
@@ -234,7 +234,7 @@ def evaluate_run(folder: str, config: Config, output: str | None) -> str:
     split = "validation" if config.data.test is None else "test"
     if split == "test":
         config.data = of_test_rows(config.data)
-    with display.logging_to(None):
+    with display.logging_to(None), signals.ending_at_once():
         rows = table.load(config.data, config.task, config.trainer.seed, (split,))[split]
         if target is not None and rows.frame is not None:
             refuse_columns(rows.frame.columns, (ANSWER, SCORE), str(getattr(config.data, split) or split))

@@ -139,7 +139,7 @@ def newest(run: Path) -> Path:
         try:
             check(folder)
         except CheckpointError as error:
-            log.warning("passed over a damaged checkpoint: %s", error)
+            log.warning("skipped a damaged checkpoint: %s", error)
             problems += error.problems
         else:
             return folder
@@ -175,7 +175,7 @@ def _explained(file: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file.parent}: is no checkpoint: {file.name}: {error}") from error
+        raise CheckpointError(f"{file.parent}: is not a checkpoint: {file.name}: {error}") from error
 
 
 def _read_state(folder: Path) -> tuple[dict[str, Any], Progress]:
@@ -197,9 +197,9 @@ def _read_state(folder: Path) -> tuple[dict[str, Any], Progress]:
             raise ValueError("its progress holds something else for a number")
     except (OSError, ValueError, KeyError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
-        raise CheckpointError(f"{folder}: is no checkpoint: state.json: {reason}") from error
+        raise CheckpointError(f"{folder}: is not a checkpoint: state.json: {reason}") from error
     if progress.step != _step(folder):
-        raise CheckpointError(f"{folder}: is no checkpoint of this name: it holds step {progress.step}")
+        raise CheckpointError(f"{folder}: is not a checkpoint of this name: it holds step {progress.step}")
     return state, progress
 
 

@@ -38,7 +38,7 @@ def normalise(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
     """Overrides as Hydra takes them, and the problems of those that it would refuse or worse, let through.
 
     Keys are set whether or not a YAML file names them (`++`), since `strict` knows which exist; `a=1` and `+a=1` are
-    the same here. Raises UsageError for what is no override at all.
+    the same here. Raises UsageError for what is not an override at all.
     """
     out, problems = [], []
     for override in parse(overrides):
@@ -78,7 +78,7 @@ def parse(overrides: Sequence[str]) -> list[Any]:
         except HydraException:
             key, equals, value = text.partition("=")
             quoting = f"; with quotes around what it holds: {paths.shown(key, value)}" if key and equals else ""
-            problems.append(f"{text}: is no override; write key=value{quoting}")
+            problems.append(f"{text}: is not an override; write key=value{quoting}")
     if problems:
         raise UsageError(problems)
     return parsed
@@ -146,7 +146,7 @@ def saved_config(run: str | Path, overrides: Sequence[str]) -> DictConfig:
     """
     path = Path(run).expanduser() / "config.yaml"
     if not path.is_file():
-        raise CheckpointError(f"{run}: is no run folder (it has no config.yaml){_runs_nearby(Path(run))}")
+        raise CheckpointError(f"{run}: is not a run folder (it has no config.yaml){_runs_nearby(Path(run))}")
     config = saved.read(path)
     if problems := unreadable(config):
         raise CheckpointError([f"{path}: {problem}" for problem in problems])

@@ -107,11 +107,11 @@ class TrainerConfig:
     share_prefix: str = one_of("auto", "on", "off")
     """Put an image that several rows ask about into the batch once; `auto`: where an equality check allows it."""
     eval_every: Any = None
-    """Evaluate each so many optimizer steps, or `epoch`; null: only before and after."""
+    """Evaluate every N optimizer steps, or `epoch`; null: only before and after."""
     eval_baseline: bool = True
     """Evaluate the untrained model first."""
     save_every: Any = None
-    """Write a checkpoint each so many optimizer steps, or `epoch`; null: never. The final model is always saved."""
+    """Write a checkpoint every N optimizer steps, or `epoch`; null: never. The final model is always saved."""
     keep_checkpoints: int = number(2, least=1)
     """Newest checkpoints to keep; the best one is kept besides."""
     best_metric: str | None = None
@@ -204,9 +204,9 @@ class DataConfig:
     max_image_pixels: int = number(100_000_000, least=1)
     """Images with more pixels are refused before they are decoded."""
     max_train_rows: int | None = number(None, least=1)
-    """Use only so many training rows, drawn by seed."""
+    """Use at most N training rows, drawn by seed."""
     max_eval_rows: int | None = number(None, least=1)
-    """Use only so many rows of validation and test each, the first ones."""
+    """Use at most N rows of validation and of test, the first ones."""
 
 
 @dataclass
@@ -284,7 +284,7 @@ class Config:
     tracker: TrackerConfig
     """Where curves and samples are shown."""
     resume: str | None = None
-    """A run folder to go on with, from its last checkpoint."""
+    """A run folder to resume, from its newest sound checkpoint."""
     preflight: str = one_of("on", "only")
     """`only`: stop after the checks that come before the first step."""
 

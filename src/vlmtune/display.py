@@ -150,8 +150,8 @@ def duration(seconds: float) -> str:
 
 
 def size(count: float, unit: str = "") -> str:
-    """A large number in three digits: `1.53 G`."""
-    for factor, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+    """A large number in three digits: `1.53 B` (billion), with a unit `1.53 GB`."""
+    for factor, letter in ((1e9, "G" if unit else "B"), (1e6, "M"), (1e3, "k")):
         if abs(count) >= factor:
             return f"{count / factor:.3g} {letter}{unit}"
     return f"{count:.3g} {unit}".strip()

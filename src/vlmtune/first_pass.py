@@ -155,7 +155,7 @@ def check_longest(model: Any, batches: Batches, candidates: Sequence[Record], en
     memory through, which says what needs less.
     """
     if not candidates:
-        return "longest    unknown: rows of a stream are read in their turn"
+        return "longest    unknown: a stream's rows are not known in advance"
     lengths = [image + text for image, text in batches.encoder.lengths(candidates)]
     longest = candidates[lengths.index(max(lengths))]
     batch = batches.around(longest, max(lengths)).to(engine.device)

@@ -61,7 +61,7 @@ def _problem(target: Path, inputs: Iterable[str], run: Path) -> str | None:
     if not target.exists():
         return None
     if not target.is_file():
-        return "is no regular file; name another"
+        return "is not a regular file; name another"
     if any(Path(name).expanduser().exists() and target.samefile(Path(name).expanduser()) for name in inputs):
         return "is the table that is read; name another file"
     if target.parent == run.expanduser().resolve():
@@ -215,7 +215,8 @@ class Rows:
         self.write(len(self.answers.frame))
         try:
             os.fsync(self.file.fileno())
-            self.close()
+            self.file.close()
+            self.file = None
             self.partial.replace(self.target)
         except OSError as error:
             raise VlmtuneError(
@@ -223,9 +224,10 @@ class Rows:
             ) from error
 
     def close(self) -> None:
-        """Leave the partial file as it is."""
+        """Leave the partial file of rows that are not complete as it is, and say so."""
         if self.file is not None:
             self.file.close()
+            log.warning("%s: holds the first %d of %d rows", self.partial, self.written, len(self.answers.frame))
 
 
 def tell_formulas(path: Path, answers: Iterable[str]) -> None:

@@ -90,7 +90,7 @@ class Recorder:
             checkpoint.set_aside(found)
             runfolder.write_config(self.folder / "config.yaml", self.config)
             (self.folder / "result.json").unlink(missing_ok=True)
-        log.info("going on from step %d (%s)", self.progress.step, found)
+        log.info("resuming from step %d (%s)", self.progress.step, found)
 
     def measure_baseline(self) -> None:
         """Evaluate the untrained model, unless that is switched off, impossible or already done."""

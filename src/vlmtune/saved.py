@@ -34,8 +34,15 @@ def read(path: Path) -> DictConfig:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{path}: is damaged ({reason}); restore the file") from error
     if not isinstance(values, dict) or not values:
-        raise CheckpointError(f"{path}: is no run's config; restore the file")
+        raise CheckpointError(f"{path}: is not a run's config; restore the file")
     return OmegaConf.create(literal(values))
+
+
+def refuse_links(run: Path) -> None:
+    """Raise CheckpointError where a file that a resumed run adds to is a link, which could lead to any file."""
+    links = [run / name for name in ("train.log", "metrics.jsonl") if (run / name).is_symlink()]
+    if links:
+        raise CheckpointError([f"{link}: is a symbolic link; put the file itself in its place" for link in links])
 
 
 def refuse_code(saved: DictConfig, path: Path, asked: Collection[str]) -> None:

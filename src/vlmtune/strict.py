@@ -167,6 +167,8 @@ def combinations(config: Config) -> list[str]:
             f"model.revision={model.revision}: code of a repository is only run at a pinned commit; give the 40 "
             "characters of one that you have read"
         )
+    if not config.task.metrics:
+        found.append("task.metrics: is empty; give at least one, for instance task.metrics=[exact_match]")
     try:
         resolve(config.task.metrics)
     except ConfigError as error:

@@ -76,7 +76,7 @@ def read_parquet(path: Path) -> pd.DataFrame:
     except ImportError:
         raise DataError(f"{path}: reading Parquet needs pyarrow: pip install 'vlmtune[datasets]'") from None
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: is no Parquet file: {str(error).splitlines()[0]}") from None
+        raise DataError(f"{path}: is not a Parquet file: {str(error).splitlines()[0]}") from None
     if table.num_rows == 0:
         raise DataError(f"{path}: has no rows")
     columns = {name: cells for name, cells in values(table).items() if not name.startswith("__index_level_")}

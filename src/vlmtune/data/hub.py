@@ -91,7 +91,7 @@ def files_outside(folder: Path) -> list[str]:
     try:
         metadata = yaml.safe_load(block[1]) if block else None
     except yaml.YAMLError as error:
-        raise DataError(f"{page}: its metadata is no YAML: {' '.join(str(error).split())}") from error
+        raise DataError(f"{page}: its metadata is not YAML: {' '.join(str(error).split())}") from error
     configs = metadata.get("configs") if isinstance(metadata, dict) else None
     named = [each for config in configs or [] for key in ("data_files", "data_dir") for each in _texts(config.get(key))]
     inside = folder.resolve()

@@ -33,7 +33,7 @@ def existing(path: Path) -> Path:
     if not path.exists():
         raise DataError(f"no such image: {path}; {whats_there(path)}")
     if not path.is_file():
-        raise DataError(f"not an image: {path}: is no regular file")
+        raise DataError(f"not an image: {path}: is not a regular file")
     if not path.stat().st_size:
         raise DataError(f"empty image: {path} has 0 bytes; fetch it again")
     return path

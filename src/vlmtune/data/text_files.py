@@ -40,7 +40,7 @@ def _content(path: Path) -> bytes:
     if path.is_symlink() and not path.exists():
         raise DataError(f"{path}: is a link to {path.readlink()}, which does not exist")
     if path.exists() and not path.is_file():
-        kind = "a folder" if path.is_dir() else "no regular file"
+        kind = "a folder" if path.is_dir() else "not a regular file"
         raise DataError(f"{path}: is {kind}; a file is needed here")
     try:
         return path.read_bytes()

@@ -25,7 +25,7 @@ SETTINGS = (
 MISSING = {
     "Can't load image processor": "has no files of an image processor (preprocessor_config.json); copy them from the "
     "original checkpoint. A text-only model has none",
-    "has no image processor": "has no image processor, so it is no vision-language model",
+    "has no image processor": "has no image processor, so it is not a vision-language model",
     "Couldn't instantiate the backend tokenizer": "has no tokenizer.json; copy it from the original checkpoint",
     "Unrecognized configuration class": "is of a type that reads no images, or that this transformers can't open",
     "Error while deserializing header": "its weights (*.safetensors) are cut or damaged; copy them again",
@@ -89,7 +89,7 @@ def check_names(path: str, names: Collection[str]) -> None:
 
 
 def check_settings(file: Path) -> None:
-    """Raise ModelError where a file of settings is no JSON object."""
+    """Raise ModelError where a file of settings is not a JSON object."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:

@@ -72,7 +72,7 @@ def load_processor(config: ModelConfig) -> Any:
         else:
             processor = AutoProcessor.from_pretrained(config.path, **options)
     if getattr(processor, "tokenizer", None) is None or getattr(processor, "image_processor", None) is None:
-        raise ModelError(f"{config.path}: has no image processor, so it is no vision-language model")
+        raise ModelError(f"{config.path}: has no image processor, so it is not a vision-language model")
     if not getattr(processor, "chat_template", None) and type(processor).__name__ in FAMILIES:
         processor.chat_template = FAMILIES[type(processor).__name__].chat_template
     set_image_budget(processor, config.image)

@@ -130,7 +130,7 @@ def _nowhere(key: str, wanted: Any, names: list[str], parts: Parts, scope: list[
         try:
             hits = [name for name in names if matches(means, name)]
         except re.error as error:
-            problems.append(f"adapter.{key}={pattern}: is no regular expression: {error}")
+            problems.append(f"adapter.{key}={pattern}: is not a regular expression: {error}")
             continue
         if not any(parts.of(name) in scope for name in hits):
             problems.append(f"adapter.{key}: {pattern} {_where(hits, parts, scope, pattern, inside)}")
