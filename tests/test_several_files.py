@@ -64,9 +64,7 @@ def test_each_file_has_its_own_folder_lines_and_columns(folder: Path) -> None:
     ]
     assert [record.row for record in found.records] == [0, 1, 2]
     assert found.frame["level"].tolist() == ["hard", "7", None]
-    assert found.frame["id"].tolist() == [None, None, "12"], (
-        "the digits of the file, beside missing cells too"
-    )
+    assert found.frame["id"].tolist() == [None, None, "12"], "the digits of the file, beside missing cells too"
 
 
 def test_bad_rows_name_their_own_file_and_line(folder: Path) -> None:

@@ -15,6 +15,7 @@ KEYS = (
     "data.validation",
     "data.test",
     "data.image_root",
+    "data.image_name",
     "data.cache_folder",
     "model.path",
     "resume",

@@ -10,6 +10,7 @@ import enum
 import json
 import numbers
 import os
+import re
 import uuid
 from collections.abc import Callable
 from decimal import Decimal
@@ -190,6 +191,13 @@ def is_structure(value: Any) -> bool:
 def is_truth(value: Any) -> bool:
     """A truth value, also as a text."""
     return _is_truth_type(value) or (isinstance(value, str) and value.strip().casefold() in ("true", "false"))
+
+
+def is_image(value: Any) -> bool:
+    """An image, by its kind or by the ending of its file's name."""
+    if isinstance(value, str):
+        return re.search(r"\.(png|jpe?g|webp|gif|bmp|tiff?)$|^data:image/", value.strip(), re.IGNORECASE) is not None
+    return isinstance(value, bytes) or hasattr(value, "getpixel") or (isinstance(value, dict) and "bytes" in value)
 
 
 def is_one(value: Any) -> bool:

@@ -13,12 +13,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from vlmtune.data.cells import is_image
 from vlmtune.data.rows import Rows
 from vlmtune.data.text_files import byte_fault, read_lines
 from vlmtune.errors import DataError
 
 ENDING = re.compile(r"\.[A-Za-z0-9]{2,5}$")
-IMAGE = re.compile(r"\.(png|jpe?g|webp|gif|bmp|tiff?)$|^data:image/", re.IGNORECASE)
 LONGEST = 2**31 - 1
 
 
@@ -71,7 +71,7 @@ def _header_problems(header: list[str], line: int, separator: str) -> list[str]:
         end = "; a file whose cells tabs separate ends in .tsv" if other == "\t" else ""
         wanted = "commas" if separator == "," else "tabs"
         return [f"fields are separated by {other!r}; this file needs {wanted}: {convert}{end}"]
-    if image := next((cell for cell in header if IMAGE.search(cell.strip())), None):
+    if image := next((cell for cell in header if is_image(cell)), None):
         names = "[image_path,question,answer]"
         return [f"looks like a row, not a header ({image:.60}); name its columns in order: data.header={names}"]
     twice = sorted({name for name in header if header.count(name) > 1})
