@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import enum
+import functools
 import json
 import numbers
 import os
@@ -49,14 +50,20 @@ class Unreadable(str):
 
 
 def from_json(text: str, **options: Any) -> Any:
-    """Read JSON, its numbers as they are written; `options` of json.loads.
+    """Read JSON, its numbers as they are written; `options` of json.JSONDecoder.
 
     Raises json.JSONDecodeError, or DataError where it is too deep.
     """
     try:
-        return json.loads(text, parse_float=Number, parse_int=Number, parse_constant=_constant, **options)
+        return _decoder(**options).decode(text)
     except RecursionError:
         raise DataError("nested too deeply") from None
+
+
+@functools.lru_cache
+def _decoder(**options: Any) -> json.JSONDecoder:
+    """Made once, not for each line of a file."""
+    return json.JSONDecoder(parse_float=Number, parse_int=Number, parse_constant=_constant, **options)
 
 
 def _constant(name: str) -> Any:

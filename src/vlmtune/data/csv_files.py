@@ -83,6 +83,8 @@ class _Table:
 
     def __init__(self, lines: list[str], separator: str):
         self.lines, self.next = lines, 0
+        self.sound = byte_fault("".join(lines)) is None
+        """Whether no row holds a byte that no text has."""
         self.separator = separator
         self.columns: list[str] | None = None
         """Known once the header is read: how many cells a row has."""
@@ -107,16 +109,15 @@ class _Table:
                 cells, fault = [], _quote_fault(str(error))
             if not cells and fault is None:
                 continue
-            fault = fault or self._width_fault(cells)
+            if fault is None and self.columns is not None and len(cells) != len(self.columns):
+                fault = self._width_fault(cells, len(self.columns))
             if self.next - begin > 1:
                 fault = self._go_back(begin, cells, fault)
-            text = "".join(self.lines[begin : self.next])
-            yield begin + 1, cells, byte_fault(text) or fault
+            if not self.sound:
+                fault = byte_fault("".join(self.lines[begin : self.next])) or fault
+            yield begin + 1, cells, fault
 
-    def _width_fault(self, cells: list[str]) -> str | None:
-        wanted = len(cells if self.columns is None else self.columns)
-        if len(cells) == wanted:
-            return None
+    def _width_fault(self, cells: list[str], wanted: int) -> str:
         if len(cells) > wanted:
             advice = f'put a field that holds {"commas" if self.separator == "," else "tabs"} in quotes ("...")'
             return f"too many fields: {len(cells)} where the header has {wanted}; {advice}"
