@@ -81,6 +81,7 @@ ELSEWHERE = {
     "data.streaming": "test_hub.py::test_a_streamed_run_and_its_resumption",
     "data.shuffle_buffer": "test_hub.py::test_a_stream_comes_in_order_goes_round_and_can_be_read_again",
     "data.subset": "test_hub.py::test_a_subset_is_handed_on",
+    "data.image_name": "test_public_sets.py::test_images_are_named_by_what_the_cell_holds",
     "data.image_separator": "test_conversations.py::test_a_json_list_or_a_separator_gives_several_images",
     "data.supervise": "test_conversations.py::test_a_run_from_conversations_to_predictions",
     "data.answer_lists": "test_values.py::test_a_list_of_texts_is_references_or_the_answer_itself",

@@ -54,6 +54,23 @@ def test_a_comma_separates_unless_a_file_has_that_name(tmp_path: Path) -> None:
     assert not compose.parse([f"data.train={tmp_path}/a.csv,b.csv"])[0].is_sweep_override()
 
 
+def test_a_name_that_begins_with_a_tilde_is_a_file_or_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("~nobody.csv").touch()
+    assert compose.parse(["data.train=~nobody.csv"])[0].value() == str(tmp_path / "~nobody.csv")
+    for word in ("data.train=~nobody-at-all/a.csv", "data.train=[~nobody-at-all/a.csv,b.csv]", "run=~nobody-at-all"):
+        with pytest.raises(ConfigError, match="there is no user 'nobody-at-all'"):
+            compose.parse([word])
+
+
+def test_the_place_in_an_images_name_is_no_mapping() -> None:
+    for name in ("{}.jpg", "{:012d}.jpg", "COCO_train2014_{:012d}.jpg", "img ({}).png"):
+        assert compose.parse([f"data.image_name={name}"])[0].value() == name
+    roots = {"train": "a b", "test": "c=d"}
+    for typed in ("{train: a b, test: 'c=d'}", "{train: a b, test: c=d}"):
+        assert compose.parse([f"data.image_root={typed}"])[0].value() == roots
+
+
 @pytest.mark.parametrize("word", ["task.caption_prompt=What? (short)", "task.caption_prompt=Yes, or no"])
 def test_an_error_shows_the_quoting_that_works(word: str) -> None:
     with pytest.raises(ConfigError, match=r"'task\.caption_prompt=\"") as caught:

@@ -142,9 +142,10 @@ def load(folder: str | Path, *, overrides: Sequence[str] = ()) -> Predictor:
     Raises CheckpointError: no run there; ModelError: its base model can't be opened.
     """
     from vlmtune.compose import names, normalise, saved_config
+    from vlmtune.paths import home
     from vlmtune.strict import strict
 
-    path = Path(folder).expanduser()
+    path = Path(home(str(folder)))
     path = path.parent if path.name == "model" and (path.parent / "config.yaml").exists() else path
     usable, problems = normalise(overrides)
     if problems:

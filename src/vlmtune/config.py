@@ -171,6 +171,9 @@ class DataConfig:
     Needs trainer.max_steps, and max_eval_rows where rows are evaluated. Bad rows that are left out are logged."""
     shuffle_buffer: int = number(1000, least=1)
     """Rows from which each streamed row is drawn at random; 1 keeps the order of the source."""
+    image_name: str | None = None
+    """How the name of an image's file is made of what its cell holds: `{}.jpg`, or `COCO_train2014_{:012d}.jpg` for the
+    number of an image; null: the cell is the name."""
     image_separator: str | None = None
     """What stands between the paths of several images in one cell, for instance `;`. A JSON list needs none."""
     answer_lists: str = one_of("references", "text")

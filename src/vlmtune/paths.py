@@ -8,13 +8,14 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from vlmtune.errors import StorageError
+from vlmtune.errors import ConfigError, StorageError
 
 KEYS = (
     "data.train",
     "data.validation",
     "data.test",
     "data.image_root",
+    "data.image_name",
     "data.cache_folder",
     "model.path",
     "resume",
@@ -23,6 +24,7 @@ KEYS = (
     "hydra.run.dir",
     "hydra.sweep.dir",
 )
+QUOTES = " '\""
 
 
 def literal(word: str, parser: Any) -> str:
@@ -35,7 +37,7 @@ def literal(word: str, parser: Any) -> str:
     key, equals, value = word.partition("=")
     if key.lstrip("+") not in KEYS or not equals:
         return word
-    if Path(value).expanduser().exists():
+    if os.path.exists(os.path.expanduser(value)):
         return f"{key}={quoted(home(value))}"
     try:
         override = parser.parse_override(word)
@@ -46,15 +48,23 @@ def literal(word: str, parser: Any) -> str:
 
 
 def _separated(value: str) -> str:
-    """A path, or several between commas, each in quotes."""
+    """A path, several between commas, or one for each name of a mapping; each in quotes."""
+    if re.match(r"{\s*\w+\s*: ", value) and value.endswith("}"):  # one for each split
+        pairs = (pair.partition(":") for pair in value[1:-1].split(","))
+        return "{" + ",".join(f"{name}:{quoted(home(path.strip(QUOTES)))}" for name, _, path in pairs) + "}"
     opening, closing = ("[", "]") if value.startswith("[") and value.endswith("]") else ("", "")
     names = value.removeprefix(opening).removesuffix(closing).split(",")
     return opening + ",".join(quoted(home(name.strip() if len(names) > 1 else name)) for name in names) + closing
 
 
 def home(value: str) -> str:
-    """`value` with the home folder in place of a leading `~`."""
-    return str(Path(value).expanduser()) if value.startswith("~") else value
+    """`value` with the home folder in place of a leading `~`. Raises ConfigError for that of nobody."""
+    expanded = os.path.expanduser(value)
+    if not expanded.startswith("~"):
+        return expanded
+    if os.path.exists(value):  # a file whose name begins with it
+        return os.path.abspath(value)
+    raise ConfigError(f"{value}: there is no user {value[1:].split('/')[0]!r}, nor such a file")
 
 
 def quoted(value: str) -> str:

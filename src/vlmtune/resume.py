@@ -41,6 +41,7 @@ KINDS: dict[str, Kind] = {
     "data.header": Kind.SAME,
     "data.ignore": Kind.AROUND,
     "data.image_root": Kind.AROUND,
+    "data.image_name": Kind.SAME,
     "data.image_separator": Kind.SAME,
     "data.max_bad_fraction": Kind.FREE,
     "data.max_eval_rows": Kind.AROUND,

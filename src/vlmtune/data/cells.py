@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import datetime
 import enum
+import functools
 import json
 import numbers
 import os
+import re
 import uuid
 from collections.abc import Callable
 from decimal import Decimal
@@ -48,14 +50,20 @@ class Unreadable(str):
 
 
 def from_json(text: str, **options: Any) -> Any:
-    """Read JSON, its numbers as they are written; `options` of json.loads.
+    """Read JSON, its numbers as they are written; `options` of json.JSONDecoder.
 
     Raises json.JSONDecodeError, or DataError where it is too deep.
     """
     try:
-        return json.loads(text, parse_float=Number, parse_int=Number, parse_constant=_constant, **options)
+        return _decoder(**options).decode(text)
     except RecursionError:
         raise DataError("nested too deeply") from None
+
+
+@functools.lru_cache
+def _decoder(**options: Any) -> json.JSONDecoder:
+    """Made once, not for each line of a file."""
+    return json.JSONDecoder(parse_float=Number, parse_int=Number, parse_constant=_constant, **options)
 
 
 def _constant(name: str) -> Any:
@@ -190,6 +198,13 @@ def is_structure(value: Any) -> bool:
 def is_truth(value: Any) -> bool:
     """A truth value, also as a text."""
     return _is_truth_type(value) or (isinstance(value, str) and value.strip().casefold() in ("true", "false"))
+
+
+def is_image(value: Any) -> bool:
+    """An image, by its kind or by the ending of its file's name."""
+    if isinstance(value, str):
+        return re.search(r"\.(png|jpe?g|webp|gif|bmp|tiff?)$|^data:image/", value.strip(), re.IGNORECASE) is not None
+    return isinstance(value, bytes) or hasattr(value, "getpixel") or (isinstance(value, dict) and "bytes" in value)
 
 
 def is_one(value: Any) -> bool:

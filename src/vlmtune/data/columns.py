@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,21 @@ SAMPLE = 50
 """Rows that are looked at to see whether a column holds text."""
 
 USUAL = {
-    "image": ("image", "images", "image_path", "image_paths", "img", "img_path", "imgname", "file_name", "filename"),
+    "image": (
+        "image",
+        "images",
+        "image_path",
+        "image_paths",
+        "img",
+        "img_path",
+        "imgname",
+        "file_name",
+        "filename",
+        "image_name",
+        "image_local_name",
+        "image_id",
+        "imageid",
+    ),
     "question": ("question", "questions", "query", "prompt", "instruction", "problem", "text_input", "user", "input"),
     "answer": (
         "answer",
@@ -36,6 +51,11 @@ USUAL = {
     "conversation": ("conversations", "messages", "conversation", "dialog", "dialogue", "chat", "texts"),
 }
 """Names that data sets give to what is read, the usual ones first."""
+ID = re.compile(r"_?ids?$", re.IGNORECASE).search
+NO_IMAGE = re.compile(r"(url|width|height|size|class|classes|type|count|index|caption)s?$", re.IGNORECASE).search
+"""Names of columns that hold something else than what is read, however near their names are."""
+SURE = 0.85
+"""How near a column's name is to the wanted one where it is a slip of the pen."""
 BLANK = {"image": "rows of text alone"}
 """Columns that may be empty, and what such rows are."""
 
@@ -111,10 +131,12 @@ def _closest(role: str, name: str, names: list[str], *, carried: bool = False) -
     """The column that is most likely meant: one of nearly that name, else the first of a usual one. Where images may be
     `carried` by messages, the less usual names are other things as often.
     """
-    folded = {other.casefold(): other for other in reversed(names)}
-    close = difflib.get_close_matches(name.casefold(), folded, n=1)
+    folded = {other.casefold(): other for other in reversed(names) if not (NO_IMAGE if role == "image" else ID)(other)}
     usual = USUAL[role][:5] if carried and role == "image" else USUAL[role]
-    return folded[close[0]] if close else next((folded[other] for other in usual if other in folded), None)
+    found = difflib.get_close_matches(name.casefold(), folded, n=1, cutoff=SURE)
+    found += [other for other in usual if other in folded]
+    found += difflib.get_close_matches(name.casefold(), folded, n=1)
+    return folded[found[0]] if found else None
 
 
 def override(key: str, value: str) -> str:

@@ -13,12 +13,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from vlmtune.data.cells import is_image
 from vlmtune.data.rows import Rows
 from vlmtune.data.text_files import byte_fault, read_lines
 from vlmtune.errors import DataError
 
 ENDING = re.compile(r"\.[A-Za-z0-9]{2,5}$")
-IMAGE = re.compile(r"\.(png|jpe?g|webp|gif|bmp|tiff?)$|^data:image/", re.IGNORECASE)
 LONGEST = 2**31 - 1
 
 
@@ -71,7 +71,7 @@ def _header_problems(header: list[str], line: int, separator: str) -> list[str]:
         end = "; a file whose cells tabs separate ends in .tsv" if other == "\t" else ""
         wanted = "commas" if separator == "," else "tabs"
         return [f"fields are separated by {other!r}; this file needs {wanted}: {convert}{end}"]
-    if image := next((cell for cell in header if IMAGE.search(cell.strip())), None):
+    if image := next((cell for cell in header if is_image(cell)), None):
         names = "[image_path,question,answer]"
         return [f"looks like a row, not a header ({image:.60}); name its columns in order: data.header={names}"]
     twice = sorted({name for name in header if header.count(name) > 1})
@@ -83,6 +83,8 @@ class _Table:
 
     def __init__(self, lines: list[str], separator: str):
         self.lines, self.next = lines, 0
+        self.sound = byte_fault("".join(lines)) is None
+        """Whether no row holds a byte that no text has."""
         self.separator = separator
         self.columns: list[str] | None = None
         """Known once the header is read: how many cells a row has."""
@@ -107,16 +109,15 @@ class _Table:
                 cells, fault = [], _quote_fault(str(error))
             if not cells and fault is None:
                 continue
-            fault = fault or self._width_fault(cells)
+            if fault is None and self.columns is not None and len(cells) != len(self.columns):
+                fault = self._width_fault(cells, len(self.columns))
             if self.next - begin > 1:
                 fault = self._go_back(begin, cells, fault)
-            text = "".join(self.lines[begin : self.next])
-            yield begin + 1, cells, byte_fault(text) or fault
+            if not self.sound:
+                fault = byte_fault("".join(self.lines[begin : self.next])) or fault
+            yield begin + 1, cells, fault
 
-    def _width_fault(self, cells: list[str]) -> str | None:
-        wanted = len(cells if self.columns is None else self.columns)
-        if len(cells) == wanted:
-            return None
+    def _width_fault(self, cells: list[str], wanted: int) -> str:
         if len(cells) > wanted:
             advice = f'put a field that holds {"commas" if self.separator == "," else "tabs"} in quotes ("...")'
             return f"too many fields: {len(cells)} where the header has {wanted}; {advice}"

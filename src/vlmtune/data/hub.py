@@ -126,6 +126,13 @@ def _undecoded(dataset: Any) -> Any:
     return dataset
 
 
+def _of_images(feature: Any) -> bool:
+    """Whether a column holds images, or lists of them."""
+    import datasets
+
+    return isinstance(getattr(feature, "feature", feature), datasets.Image)
+
+
 class Rows(Reader):
     """Reads rows of a data set: their cells as the set's features say, for instance classes by name."""
 
@@ -243,7 +250,7 @@ class HubRows(Sequence[Record]):
         import pandas as pd
 
         image = self.reader.names["image"]
-        kept = [name for name in self.dataset.column_names if name != image]
+        kept = [name for name, feature in self.dataset.features.items() if name != image and not _of_images(feature)]
         rows = self.dataset.select(self.rows).select_columns(kept)
         return pd.DataFrame([self.reader.converted(row) for row in rows], dtype=object)
 

@@ -3,7 +3,6 @@
     [{"image_path": "0.png", ...}, ...]                     data.train=FILE.json
     {"info": {...}, "annotations": [{...}, ...]}            data.train=FILE.json:annotations
     {"images": [{"id": 7, ...}], "annotations": [{"image_id": 7, ...}]}      the same: each row gets its image's columns
-
     {"0293": {"question": "...", ...}, ...}                 data.train=FILE.json, the keys in a column `key`
 
 The third is COCO's form, with the columns `file_name` and `caption`; the fourth GQA's and ScienceQA's.

@@ -20,6 +20,8 @@ from vlmtune.data.meanings import PARTS, Unread
 from vlmtune.data.paths import local_path
 from vlmtune.errors import DataError
 
+EXAMPLE = "data.image_name={}.jpg, or COCO_train2014_{:012d}.jpg"
+
 
 class Locator:
     """Finds the images of one file's rows. Relative paths start from `data.image_root`, else from the file's folder."""
@@ -28,6 +30,7 @@ class Locator:
         own = Path(file).expanduser()
         self.root = Path(config.image_root).expanduser() if config.image_root else own if own.is_dir() else own.parent
         self.separator, self.unread = config.image_separator, unread
+        self.name = checked_name(config.image_name)
         self.paths: dict[str, Path] = {}
 
     def of_cell(self, cell: Any) -> list[tuple[Source, Hashable]]:
@@ -53,13 +56,36 @@ class Locator:
             return cell, id(cell)
         if is_blank(cell):
             raise DataError("not an image: an image in the list is missing")
-        if not isinstance(cell, str | Path) or isinstance(cell, Number):
-            kind = "a number" if isinstance(cell, Number) else type(cell).__name__
-            raise DataError(f"not an image: the cell is {kind}; give a path, bytes or a PIL image")
-        text = str(cell)
+        if isinstance(cell, Number | int) and not self.name:
+            raise DataError(f"not an image: the cell is a number ({cell}); say how files are named: {EXAMPLE}")
+        if not isinstance(cell, str | Path | int):
+            raise DataError(f"not an image: the cell is {type(cell).__name__}; give a path, bytes or a PIL image")
+        text = named(self.name, str(cell)) if self.name else str(cell)
         if text not in self.paths:
             self.paths[text] = Path(os.path.realpath(self.root / os.path.expanduser(local_path(text))))
         return self.paths[text], str(self.paths[text])
+
+
+def checked_name(pattern: str | None) -> str | None:
+    """`data.image_name`, which has one place for what a cell holds. Raises DataError for any other."""
+    if pattern is None:
+        return None
+    try:
+        fits = "12" in pattern.format(12) and pattern.count("{") == pattern.count("}") == 1
+    except (ValueError, IndexError, KeyError, AttributeError):
+        fits = False
+    if not fits:
+        raise DataError(f"data.image_name={pattern}: one place for what the cell holds is needed, as in {EXAMPLE}")
+    return pattern
+
+
+def named(pattern: str, cell: str) -> str:
+    """The name of an image's file by what its cell holds."""
+    if ":" not in pattern[pattern.index("{") : pattern.index("}")]:
+        return pattern.format(cell)
+    if not cell.strip().isdecimal():
+        raise DataError(f"not an image: {cell!r:.60} is no whole number, as data.image_name={pattern} needs")
+    return pattern.format(int(cell))
 
 
 def _from_data_set(cell: dict[str, Any]) -> Image.Image:

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from vlmtune.data.cells import is_one, is_structure, is_truth, says_nothing, to_json
+from vlmtune.data.cells import is_image, is_one, is_structure, is_truth, says_nothing, to_json
 from vlmtune.errors import DataError
 
 log = logging.getLogger("vlmtune")
@@ -28,7 +28,8 @@ class Meaning:
     what: str
     way: str = ""
     when: str = "any"
-    """Values that change a row: `any`, a `structure` (a list or an object), a `truth` value, `not one`, `not auto`."""
+    """Values that change a row: `any`, a `structure` (a list or an object), a `truth` value, an `image`, `not one`, or
+    `not auto`."""
     beside: str = ""
     """The question column beside which alone it has that meaning."""
     of_answer: bool = False
@@ -42,6 +43,7 @@ class Meaning:
                 "any": lambda: True,
                 "structure": lambda: is_structure(value),
                 "truth": lambda: is_truth(value),
+                "image": lambda: is_image(value),
                 "not one": lambda: not is_one(value),
                 "not auto": lambda: value != "auto",
             }[self.when]()
@@ -106,6 +108,8 @@ COLUMNS = _table(
     (["weight", "weights", "sample_weight", "example_weight", "loss_weight", "loss_scale"], WEIGHT),
     (["images", "second_image", "right_image", *(f"image{n}" for n in range(2, 10))], SEVERAL),
     ([f"image_{n}" for n in range(2, 10)], SEVERAL),
+    (["right", "image_right", "img2", "img_2", "image_b", "after", "image_after"], replace(SEVERAL, when="image")),
+    (["image_path2", "image_path_2", "path2", "candidate", "target_image"], replace(SEVERAL, when="image")),
     (["system", "system_prompt", "system_message", "system_instruction"], SYSTEM),
     (["history"], HISTORY),
     (["choices", "options"], OPTIONS),

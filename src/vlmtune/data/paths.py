@@ -51,7 +51,8 @@ def whats_there(path: Path) -> str:
         return f"{folder} has no {path.absolute().relative_to(folder).parts[0]}"
     names, stems = _listing(folder, folder.stat().st_mtime_ns)
     if same_stem := stems.get(path.stem.casefold()):
-        return f"did you mean {same_stem}?"
+        pattern = "" if path.suffix else f" For a column of such names: data.image_name={{}}{Path(same_stem).suffix}"
+        return f"did you mean {same_stem}?{pattern}"
     position = bisect.bisect(names, path.name)
     neighbours = names[max(0, position - 4) : position + 4]  # in alphabetical order: a folder may hold a million
     same_number = [name for name in neighbours if _numbers(name) == _numbers(path.name)]
