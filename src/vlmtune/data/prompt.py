@@ -103,12 +103,14 @@ class Prompt:
 
     def shape(self, record: Record) -> Shape:
         """What of a row decides how the template treats it, its texts aside."""
-        placed = sum(len(turn.image_at) for turn in record.turns)
-        if placed not in (0, len(record.images)):
-            raise DataError(f"{record.place}: {len(record.images)} images for {placed} places in the text")
-        leading = "i" * (len(record.images) - placed)
-        orders = ["".join(kind for kind, _ in content_of(turn)) if turn.image_at else "t" for turn in record.turns]
-        return self.system(record) is not None, (leading + orders[0], *orders[1:])
+        with_system, images, turns = self.system(record) is not None, len(record.images), record.turns
+        if len(turns) == 1 and not turns[0].image_at:  # nearly every row: its images, then its question
+            return with_system, ("i" * images + "t",)
+        placed = sum(len(turn.image_at) for turn in turns)
+        if placed not in (0, images):
+            raise DataError(f"{record.place}: {images} images for {placed} places in the text")
+        orders = ["".join(kind for kind, _ in content_of(turn)) for turn in turns]
+        return with_system, ("i" * (images - placed) + orders[0], *orders[1:])
 
     def check(self, record: Record) -> None:
         """Raise DataError where the template refuses such a conversation, whatever its texts hold."""
