@@ -25,6 +25,7 @@ from vlmtune.data.records import Record, Turn
 from vlmtune.errors import TrainingError, memory_advice
 from vlmtune.first_pass import check_gradients, check_longest, check_loss
 from vlmtune.generate import generate
+from vlmtune.models import adapters
 from vlmtune.models.parts import find_parts
 from vlmtune.preflight import answers_agree, choose_layout, layouts_agree
 
@@ -91,6 +92,26 @@ def test_what_these_rows_reach_must_get_a_gradient(
         p.requires_grad_(not name.startswith("model.visual") or layer in name)
     with pytest.raises(TrainingError, match=rf"get no gradient, among them model\.{layer}".replace(".", r"\.", 0)):
         check_gradients(model, find_parts(model), encoder, tiny.records(2), ENGINE)
+
+
+@pytest.mark.parametrize("adapter", ["lora", "dora", "loha", "ia3", "vera"])
+def test_an_adapter_that_these_rows_reach_must_get_a_gradient(
+    encoder_of: Callable[[str], Encoder], model_of: Callable[[str], Any], adapter: str
+) -> None:
+    """LoRA computes in one step here, which calls none of the modules that its tensors are in."""
+    fields: dict[str, Any] = {"method": adapter, "parts": ["language"], "target_modules": ["k_proj", "down_proj"]}
+    fields |= {"dora": {"method": "lora", "use_dora": True}, "ia3": {"feedforward_modules": ["down_proj"]}}.get(
+        adapter, {}
+    )
+    model, encoder = model_of("qwen2_vl"), encoder_of("qwen2_vl")
+    parts = find_parts(model)
+    model = adapters.adapt(model, tiny.config(None, adapter=fields), parts, total_steps=3)
+    check_gradients(model, parts, encoder, tiny.records(2), ENGINE)
+    layer = model.get_base_model().model.language_model.layers[1].mlp
+    forward = layer.forward
+    layer.forward = lambda x: forward(x.detach()).detach()
+    with pytest.raises(TrainingError, match=r"reach get no gradient, among them .*layers\.1\.mlp"):
+        check_gradients(model, parts, encoder, tiny.records(2), ENGINE)
 
 
 # ---------------------------------------------------------------- the longest row

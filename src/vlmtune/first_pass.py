@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlmtune.data.batch import Batch, padded
 from vlmtune.data.batches import Batches
@@ -82,7 +82,8 @@ def check_gradients(model: Any, parts: Parts, encoder: Encoder, records: Sequenc
     if not torch.isfinite(loss):
         raise TrainingError(f"the loss of the first rows is {float(loss)}; try trainer.precision=fp32")
     shown = any(record.images for record in records)
-    if wrong := _unexplained(missed, trained, used, parts, shown):
+    owners = {name: _owners(model, name) for name in trained}
+    if wrong := _unexplained(missed, owners, used, parts, shown):
         raise TrainingError(
             f"{len(wrong)} trainable weights that these rows reach get no gradient, among them {wrong[0]}: something "
             "detaches them, so they would never train"
@@ -92,22 +93,29 @@ def check_gradients(model: Any, parts: Parts, encoder: Encoder, records: Sequenc
     return f"gradients  reach {len(trained) - len(missed)} of {len(trained)} trainable tensors and no frozen one{note}"
 
 
-def _unexplained(missed: Sequence[str], trained: Sequence[str], used: set[str], parts: Parts, shown: bool) -> list[str]:
+def _unexplained(
+    missed: Sequence[str], owners: dict[str, set[str]], used: set[str], parts: Parts, shown: bool
+) -> list[str]:
     """Tensors that should have got a gradient: of the language model where they are used, and of a part behind images
-    where it gets none at all although images are shown.
+    where it gets none at all although images are shown. `owners`: of each tensor that trains.
     """
     text = ("language", "head")
-    wrong = [name for name in missed if parts.of(name) in text and used & set(_owners(name))]
+    wrong = [name for name in missed if parts.of(name) in text and used & owners[name]]
     for part in {parts.of(name) for name in missed} - set(text):
-        own = [name for name in trained if parts.of(name) == part]
-        wrong += own if shown and set(own) <= set(missed) and used & {m for n in own for m in _owners(n)} else []
+        own = [name for name in owners if parts.of(name) == part]
+        wrong += own if shown and set(own) <= set(missed) and any(used & owners[name] for name in own) else []
     return wrong
 
 
-def _owners(name: str) -> tuple[str, str]:
-    """The module of a tensor, and the module that holds that one."""
+def _owners(model: Any, name: str) -> set[str]:
+    """The module of a tensor, and the module that holds that one: adapters' dictionaries are never called themselves,
+    and what is in them may be computed with in one step.
+    """
     module = name.rpartition(".")[0]
-    return module, module.rpartition(".")[0]
+    holder = module.rpartition(".")[0]
+    while holder and isinstance(model.get_submodule(holder), nn.ModuleDict | nn.ParameterDict):
+        holder = holder.rpartition(".")[0]
+    return {module, holder}
 
 
 def _one_pass(model: Any, batch: Batch, engine: Any) -> tuple[Tensor, list[str], list[str], set[str]]:

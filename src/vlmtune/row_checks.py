@@ -89,6 +89,7 @@ def check_rows(encoder: Encoder, splits: dict[str, Split], config: Config, limit
     if problems:
         raise BadRowsError(problems, [row for split in splits.values() for row in split.bad])
     train = splits["train"].records if "train" in splits and not is_streamed(splits["train"].records) else []
+    _tell_of_date(encoder)
     _tell_of_markers(encoder, splits)
     _tell_of_long_references(encoder, splits, config.generation.max_new_tokens)
     most = f" of {limits.positions} positions" if limits.positions else ""
@@ -289,6 +290,12 @@ def _least(sizes: Sizes) -> int:
 
 
 # ---------------------------------------------------------------- what is said
+
+
+def _tell_of_date(encoder: Encoder) -> None:
+    """Log where prompts hold the day on which they are made: training and prediction then differ in it."""
+    if "strftime_now" in str(encoder.processor.chat_template):
+        log.info("prompts hold today's date where this model's chat template writes it; later ones hold another")
 
 
 def _tell_of_markers(encoder: Encoder, splits: dict[str, Split]) -> None:

@@ -103,12 +103,14 @@ class Prompt:
 
     def shape(self, record: Record) -> Shape:
         """What of a row decides how the template treats it, its texts aside."""
-        placed = sum(len(turn.image_at) for turn in record.turns)
-        if placed not in (0, len(record.images)):
-            raise DataError(f"{record.place}: {len(record.images)} images for {placed} places in the text")
-        leading = "i" * (len(record.images) - placed)
-        orders = ["".join(kind for kind, _ in content_of(turn)) if turn.image_at else "t" for turn in record.turns]
-        return self.system(record) is not None, (leading + orders[0], *orders[1:])
+        with_system, images, turns = self.system(record) is not None, len(record.images), record.turns
+        if len(turns) == 1 and not turns[0].image_at:  # nearly every row: its images, then its question
+            return with_system, ("i" * images + "t",)
+        placed = sum(len(turn.image_at) for turn in turns)
+        if placed not in (0, images):
+            raise DataError(f"{record.place}: {images} images for {placed} places in the text")
+        orders = ["".join(kind for kind, _ in content_of(turn)) for turn in turns]
+        return with_system, ("i" * (images - placed) + orders[0], *orders[1:])
 
     def check(self, record: Record) -> None:
         """Raise DataError where the template refuses such a conversation, whatever its texts hold."""
@@ -176,10 +178,11 @@ class Prompt:
         texts = [TEXT.format(number) for number in range(len(kinds))]
         prompt = self.rendered(messages[:-1], add_generation_prompt=True)
         full = self.rendered(messages)
-        if any(prompt.count(text) != 1 for text in texts[:-1]) or full.count(texts[-1]) != 1:
-            raise ModelError("this model's chat template leaves out or repeats a question or an answer")
-        if [prompt.index(text) for text in texts[:-1]] != sorted(prompt.index(text) for text in texts[:-1]):
-            raise ModelError("this model's chat template changes the order of texts")
+        counts = [prompt.count(text) for text in texts[:-1]] + [full.count(texts[-1])]
+        if wrong := [kind for kind, count in zip(kinds, counts, strict=True) if count != 1]:
+            if wrong == ["system"]:
+                raise DataError("this model's chat template leaves out or repeats the system prompt")
+            raise ModelError(f"this model's chat template leaves out or repeats the {wrong[0]}")
         tail = full.partition(texts[-1])[2]
         ends = [marker for marker in self.markers if marker in tail and marker != self.family.image_token]
         return Ending(tail, min((tail[: tail.index(end) + len(end)] for end in ends), key=len, default=""))
@@ -238,23 +241,23 @@ class Prompt:
         if texts is None:
             return None
         own = [] if (system := self.system(record)) is None else [system]
-        for turn in record.turns if len(own) < texts else ():
+        for turn in record.turns if texts and max(texts) >= len(own) else ():
             own += [text for kind, text in content_of(turn) if kind == "t"] + list(turn.answers[:1])
-        return (record.group, in_front, *own[:texts])
+        return (record.group, in_front, *(own[number] for number in texts))
 
     @functools.cached_property
     def _in_front(self) -> Any:
-        """Of a shape: what the template writes up to the last image, and how many texts are in there; None where one
-        of them is trained on.
+        """Of a shape: what the template writes up to the last image, and the numbers of the texts in there; None where
+        one of them is trained on.
         """
 
         @functools.cache
-        def found(shape: Shape) -> tuple[str, int | None]:
+        def found(shape: Shape) -> tuple[str, list[int] | None]:
             messages, kinds = conversation(shape)
             prompt = self.rendered(messages[:-1], add_generation_prompt=True)
             head = prompt.rpartition(self.family.image_token or "\0")[0]
-            texts = sum(TEXT.format(number) in head for number in range(len(kinds)))
-            trained = self.supervise == "all" and "answer" in kinds[:texts]
+            texts = [number for number in range(len(kinds)) if TEXT.format(number) in head]
+            trained = self.supervise == "all" and any(kinds[number] == "answer" for number in texts)
             return head, None if trained else texts
 
         return found
