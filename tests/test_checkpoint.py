@@ -136,8 +136,6 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(
     monkeypatch.setattr(checkpoint, "save_file", fill_up)
     run.progress.step = 2
     with pytest.raises(CheckpointError, match=r"the disk is full, or a limit .*; earlier checkpoints are untouched"):
-        CheckpointError, match="the disk is full, or a limit .* is reached; earlier checkpoints are untouched"
-    ):
         save(run, tmp_path, keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step_000001"]
     assert {file.name: file.read_bytes() for file in earlier.iterdir()} == content
