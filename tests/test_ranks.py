@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -12,8 +14,8 @@ import pytest
 from torch.distributed import TCPStore
 
 import tiny
-from vlmtune import api, ranks
-from vlmtune.errors import DataError, TrainingError
+from vlmtune import api, ranks, signals
+from vlmtune.errors import DataError, VlmtuneError
 
 
 @pytest.fixture
@@ -40,18 +42,35 @@ def test_the_first_error_that_is_told_is_the_one() -> None:
 @pytest.mark.usefixtures("store")
 def test_a_broken_connection_gives_way_to_its_cause() -> None:
     ranks.tell(ValueError("boom"))
-    with pytest.raises(TrainingError, match="rank 1: ValueError: boom"), api._first_error():
+    for follower in (RuntimeError("Connection closed by peer"), signals.Interrupted(signal.SIGTERM)):
+        assert str(api._first_error(follower)) == "rank 1: ValueError: boom"
+    own = DataError("my own")
+    assert api._first_error(own) is own
+
+
+@pytest.mark.usefixtures("store")
+def test_the_launchers_signal_does_not_hide_the_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes a moment after the connection broke, while the first rank asks what happened."""
+    ranks.tell(DataError("gone"))
+    real = ranks.told
+
+    def slow() -> VlmtuneError | None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real()
+
+    monkeypatch.setattr(ranks, "told", slow)
+    with pytest.raises(DataError, match="rank 1: gone"), signals.ending_at_once(), api._failure_written(tmp_path):
         raise RuntimeError("Connection closed by peer")
-    with pytest.raises(DataError, match="my own"), api._first_error():
-        raise DataError("my own")
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert (result["status"], result["error"]["message"]) == ("failed", "rank 1: gone")
 
 
 def test_without_a_store_an_error_stays_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     ranks.tell(ValueError("boom"))
-    with pytest.raises(RuntimeError, match="peer"), api._first_error():
-        raise RuntimeError("Connection closed by peer")
+    error = RuntimeError("Connection closed by peer")
+    assert api._first_error(error) is error
 
 
 @pytest.mark.slow

@@ -87,33 +87,31 @@ def _telling() -> Iterator[None]:
 @contextmanager
 def _failure_written(folder: Path) -> Iterator[None]:
     """What ends a run early becomes its result.json, unless one stands there already."""
-    from vlmtune import runfolder
+    from vlmtune import runfolder, signals
     from vlmtune.data.table import BadRowsError, write_quarantine
 
     try:
-        with _first_error(), memory_advice(), storage_advice():
+        with memory_advice(), storage_advice():
             yield
-    except BaseException as error:
-        with suppress(OSError):  # on a full disk the error itself matters more
-            if isinstance(error, BadRowsError):
-                write_quarantine(folder / "quarantine.csv", error.bad)
-            if not (folder / "result.json").exists():
-                runfolder.write_failure(folder, error)
-        raise
+    except BaseException as raised:
+        with signals.Wish().watching():  # where another rank failed, the launcher's signal comes just now
+            error = _first_error(raised)
+            with suppress(OSError):  # on a full disk the error itself matters more
+                if isinstance(error, BadRowsError):
+                    write_quarantine(folder / "quarantine.csv", error.bad)
+                if not (folder / "result.json").exists():
+                    runfolder.write_failure(folder, error)
+        if error is raised:
+            raise
+        raise error from raised
 
 
-@contextmanager
-def _first_error() -> Iterator[None]:
+def _first_error(error: BaseException) -> BaseException:
     """Where another rank failed first, its error in place of the connection that broke, or of the launcher's signal."""
     from vlmtune import ranks, signals
 
-    try:
-        yield
-    except (Exception, signals.Interrupted) as error:
-        own = isinstance(error, VlmtuneError) or not ranks.several()
-        if not own and (first := ranks.told()) is not None:
-            raise first from error
-        raise
+    follows = isinstance(error, Exception | signals.Interrupted) and not isinstance(error, VlmtuneError)
+    return (ranks.told() if follows and ranks.several() else None) or error
 
 
 def check_free(folder: Path, config: Config) -> None:

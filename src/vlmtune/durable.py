@@ -6,7 +6,6 @@ name. A kill at any moment leaves the earlier folder, the new one, or hidden lef
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import logging
 import os
@@ -16,9 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
-
-from vlmtune.errors import CheckpointError
+from vlmtune.errors import DISK_FULL, FULL, CheckpointError, VlmtuneError, system_error
 
 log = logging.getLogger("vlmtune")
 
@@ -44,15 +41,13 @@ def whole(folder: Path) -> Iterator[Path]:
         os.rename(partial, folder)
         for parent in (folder.parent, folder.parent.parent):  # the first folder's parent is new as well
             _sync(parent)
-    except OSError as error:
-        reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error)
-        raise CheckpointError(f"{folder}: can't be written: {reason}; earlier checkpoints are untouched") from error
-    except SafetensorError as error:
-        if "No space left" in str(error):
-            raise CheckpointError(
-                f"{folder}: can't be written: the disk is full; earlier checkpoints are untouched"
-            ) from error
+    except VlmtuneError:
         raise
+    except Exception as raised:
+        if (error := system_error(raised)) is None:
+            raise
+        reason = DISK_FULL if error.errno in FULL else str(error)
+        raise CheckpointError(f"{folder}: can't be written: {reason}; earlier checkpoints are untouched") from raised
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         if not folder.exists() and old.exists():

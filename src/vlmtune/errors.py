@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import difflib
 import errno
+import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -96,8 +98,17 @@ def memory_advice() -> Iterator[None]:
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DISK_FULL = "the disk is full, or a limit on file sizes is reached"
 PLACES = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EIO, errno.ESTALE)
 """Of the folder or the disk, whatever the program does; a file that is missing may be a fault of the program."""
+
+
+def system_error(error: Exception) -> OSError | None:
+    """What the system refused: the error itself, or the one that safetensors and tokenizers wrap in their own."""
+    if isinstance(error, OSError):
+        return error
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else None
 
 
 @contextmanager
@@ -105,17 +116,21 @@ def storage_advice() -> Iterator[None]:
     """Turn a disk's or a folder's refusal into an error of one sentence."""
     try:
         yield
-    except OSError as error:
+    except VlmtuneError:
+        raise
+    except Exception as raised:
+        if (error := system_error(raised)) is None:
+            raise
         place = f"{error.filename}: " if error.filename else ""
         reason = (error.strerror or str(error)).lower()
         if error.errno in FULL:
-            raise StorageError(f"{place}the disk is full, or a limit on file sizes is reached ({reason})") from error
+            raise StorageError(f"{place}{DISK_FULL} ({reason})") from raised
         if error.errno in PLACES:
-            raise StorageError(f"{place}can't be used: {reason}") from error
+            raise StorageError(f"{place}can't be used: {reason}") from raised
         if error.errno in (errno.EMFILE, errno.ENFILE):
-            raise StorageError(f"{place}too many open files; raise the limit (ulimit -n)") from error
+            raise StorageError(f"{place}too many open files; raise the limit (ulimit -n)") from raised
         if error.errno == errno.ENOMEM:
-            raise TrainingError(MEMORY) from error
+            raise TrainingError(MEMORY) from raised
         raise
 
 
