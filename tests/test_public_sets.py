@@ -115,6 +115,17 @@ def test_half_of_a_pair_of_files_says_how_to_join_them(folder: Path, key: str) -
     assert "t.json:data (1 rows)" in fault(folder, TEXTVQA)  # holds both
 
 
+def test_rows_that_are_nested_deeper_are_not_taken_for_rows_by_key(folder: Path) -> None:
+    content = {"dataset": {"train": [{"image_path": "0.png", "question": "q", "answer": "a"}]}}
+    assert "a list of rows deeper in it needs a file of its own" in fault(folder, content)
+
+
+def test_the_two_halves_of_a_conversation_are_named(folder: Path) -> None:
+    row = {"prompt": [{"role": "user", "content": "q"}], "completion": [{"role": "assistant", "content": "a"}]}
+    message = fault(folder, [row], columns=Named(image="images", conversation="messages"))
+    assert "join their lists in one column" in message
+
+
 def test_columns_in_place_of_rows_are_named_so(folder: Path) -> None:
     lists = {"image_path": ["0.png", "1.png"], "question": ["a", "b"], "answer": ["x", "y"]}
     by_index = {name: dict(enumerate(cells)) for name, cells in lists.items()}
