@@ -115,6 +115,17 @@ def test_half_of_a_pair_of_files_says_how_to_join_them(folder: Path, key: str) -
     assert "t.json:data (1 rows)" in fault(folder, TEXTVQA)  # holds both
 
 
+def test_rows_that_are_nested_deeper_are_not_taken_for_rows_by_key(folder: Path) -> None:
+    content = {"dataset": {"train": [{"image_path": "0.png", "question": "q", "answer": "a"}]}}
+    assert "a list of rows deeper in it needs a file of its own" in fault(folder, content)
+
+
+def test_the_two_halves_of_a_conversation_are_named(folder: Path) -> None:
+    row = {"prompt": [{"role": "user", "content": "q"}], "completion": [{"role": "assistant", "content": "a"}]}
+    message = fault(folder, [row], columns=Named(image="images", conversation="messages"))
+    assert "join their lists in one column" in message
+
+
 def test_columns_in_place_of_rows_are_named_so(folder: Path) -> None:
     lists = {"image_path": ["0.png", "1.png"], "question": ["a", "b"], "answer": ["x", "y"]}
     by_index = {name: dict(enumerate(cells)) for name, cells in lists.items()}
@@ -140,6 +151,45 @@ def test_a_second_image_beside_the_first_is_refused(folder: Path) -> None:
     columns = Named(image="left", question="sentence", answer="label")
     assert "column 'right' holds another image of the row" in fault(folder, [row], columns=columns)
     assert len(read(folder, [{**row, "right": "the right side"}], columns=columns)) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "harmless"),
+    [
+        ("clip", "a.MP4", 0.31),
+        ("speech", "a.wav", "said loudly"),
+        ("frames", ["0.png", "1.png"], 16),
+        ("xyxy", [1, 2, 3, 4], None),
+        ("prompt_weight", 0.1, 1),
+        ("enable_thinking", False, None),
+        ("mm_processor_kwargs", {"max_pixels": 9}, {}),
+        ("documents", [{"text": "x"}], "3 pages"),
+    ],
+)
+def test_columns_that_change_a_row_are_refused_where_they_do(
+    folder: Path, name: str, value: Any, harmless: Any
+) -> None:
+    row = {"image_path": "0.png", "question": "q", "answer": "a"}
+    assert f"column {name!r} holds" in fault(folder, [{**row, name: value}])
+    assert len(read(folder, [{**row, name: harmless}])) == 1
+
+
+@pytest.mark.parametrize(
+    ("asked", "answered", "words"),
+    [
+        ({}, {"mask": 0}, "'mask' holds whether an answer is trained on"),
+        ({}, {"train_on": False}, "write it as weight: 0 or 1"),
+        ({}, {"tool_plan": "look"}, "'tool_plan' holds tools"),
+        ({"rotate": 90}, {}, "an image's 'rotate' holds a view of its own of an image: 90"),
+        ({"max_tiles": 4}, {}, "an image's 'max_tiles' holds a size of its own"),
+    ],
+)
+def test_keys_of_messages_and_images_that_change_a_row_are_refused(
+    folder: Path, asked: Any, answered: Any, words: str
+) -> None:
+    parts = [{"type": "image", "image": "0.png", **asked}, {"type": "text", "text": "What?"}]
+    row = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "a", **answered}]}
+    assert words in fault(folder, [row], columns=Named(image="images", conversation="messages"))
 
 
 def test_a_kind_of_fault_is_named_by_words(folder: Path) -> None:

@@ -207,6 +207,12 @@ def is_image(value: Any) -> bool:
     return isinstance(value, bytes) or hasattr(value, "getpixel") or (isinstance(value, dict) and "bytes" in value)
 
 
+def is_media(value: Any) -> bool:
+    """A video or a sound, by the ending of its file's name or by its content."""
+    endings = r"\.(mp4|m4v|avi|mov|mkv|webm|gif|wav|mp3|m4a|flac|ogg|opus)$"
+    return re.search(endings, str(value).strip(), re.IGNORECASE) is not None or is_structure(value)
+
+
 def is_one(value: Any) -> bool:
     """The number 1, also as a text or as true, or a list of such."""
     value = as_list(value)

@@ -114,6 +114,8 @@ def _way_out(role: str, close: str | None, names: list[str], free: list[str], te
     key = f"data.columns.{role}"
     if role == "question":
         return _question_hint(close, [name for name in texts if name in free])
+    if role == "conversation" and {"prompt", "completion"} <= set(names):
+        return "prompt and completion (TRL's form) are two halves of a conversation; join their lists in one column"
     hint = f"try {override(key, close)}" if close else f"set {key} to one of: {', '.join(names)}"
     if role == "answer" and (chats := [c for c in ("conversations", "messages") if c in names]):
         hint = f"for conversations use data={chats[0]}, or set data.columns.conversation={chats[0]}"

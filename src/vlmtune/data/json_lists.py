@@ -78,6 +78,8 @@ def _rows_by_key(found: dict[str, Any], path: Path, key: str | None) -> list[dic
         raise DataError(f"{path}: holds columns, not rows; write it by frame.to_json(..., orient='records')")
     if not found or not all(isinstance(row, dict) for row in values):
         raise DataError(f"{path}: holds an object; a list of objects is needed ([...])")
+    if not any(isinstance(cell, str) for row in values for cell in row.values()):
+        raise DataError(f"{path}: holds objects in an object; a list of rows deeper in it needs a file of its own")
     log.info("%s: the rows are the values of an object; its keys are the column 'key'", path)
     return [{"key": name, **row} for name, row in found.items()]
 

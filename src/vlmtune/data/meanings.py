@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from vlmtune.data.cells import is_image, is_one, is_structure, is_truth, says_nothing, to_json
+from vlmtune.data.cells import is_image, is_media, is_one, is_structure, is_truth, says_nothing, to_json
 from vlmtune.errors import DataError
 
 log = logging.getLogger("vlmtune")
@@ -28,8 +28,8 @@ class Meaning:
     what: str
     way: str = ""
     when: str = "any"
-    """Values that change a row: `any`, a `structure` (a list or an object), a `truth` value, an `image`, `not one`, or
-    `not auto`."""
+    """Values that change a row: `any`, a `structure` (a list or an object), a `truth` value, an `image`, a video
+    or sound as `media`, `not one`, or `not auto`."""
     beside: str = ""
     """The question column beside which alone it has that meaning."""
     of_answer: bool = False
@@ -44,6 +44,7 @@ class Meaning:
                 "structure": lambda: is_structure(value),
                 "truth": lambda: is_truth(value),
                 "image": lambda: is_image(value),
+                "media": lambda: is_media(value),
                 "not one": lambda: not is_one(value),
                 "not auto": lambda: value != "auto",
             }[self.when]()
@@ -68,6 +69,8 @@ HISTORY = Meaning("earlier turns", "write whole conversations: data=messages or 
 TEMPLATE = Meaning("arguments of the chat template", "the template is called in one way for all rows")
 OPTIONS = Meaning("the options of a multiple choice", "write them into the question", "structure")
 SECOND_HALF = Meaning("the second half of an instruction", "join both in one column", beside="instruction")
+VIEW = Meaning("a view of its own of an image", "change the image's file")
+MASK = Meaning("whether an answer is trained on", "write it as weight: 0 or 1", of_answer=True)
 CONTENT = Meaning("an image's content", "give a path or a data URL under image_url")
 FILE = Meaning("a file", "text and images are read")
 
@@ -102,10 +105,15 @@ COLUMNS = _table(
     (SIZES, SIZE),
     (["crop"], replace(SIZE, when="structure")),
     (["nframes", "fps"], VIDEO),
+    (["vid", "clip", "clips", "gif"], replace(VIDEO, when="media")),
+    (["frames"], replace(SEVERAL, when="structure")),
+    (["sound", "sounds", "speech", "wav"], replace(AUDIO, when="media")),
     (SHAPES, BOXES),
     (["mask", "masks", "segmentation", "polygon", "polygons", "keypoints"], BOXES),
     (["objects", "ref", "refs", "point", "points"], replace(BOXES, when="structure")),
+    (["region", "regions", "rect", "quad", "xyxy", "xywh", "coordinates"], replace(BOXES, when="structure")),
     (["weight", "weights", "sample_weight", "example_weight", "loss_weight", "loss_scale"], WEIGHT),
+    (["loss_mask", "prompt_weight", "prompt_loss_weight"], WEIGHT),
     (["images", "second_image", "right_image", *(f"image{n}" for n in range(2, 10))], SEVERAL),
     ([f"image_{n}" for n in range(2, 10)], SEVERAL),
     (["right", "image_right", "img2", "img_2", "image_b", "after", "image_after"], replace(SEVERAL, when="image")),
@@ -114,7 +122,9 @@ COLUMNS = _table(
     (["history"], HISTORY),
     (["choices", "options"], OPTIONS),
     (["input"], SECOND_HALF),
-    (["chat_template_kwargs", "chat_template"], TEMPLATE),
+    (["chat_template_kwargs", "chat_template", "enable_thinking", "add_generation_prompt"], TEMPLATE),
+    (["mm_processor_kwargs", "processor_kwargs", "images_kwargs"], replace(SIZE, what="arguments of the processor")),
+    (["documents"], replace(TEMPLATE, when="structure")),
 )
 """Of a table, or of the objects of a file."""
 
@@ -127,6 +137,9 @@ MESSAGES = _table(
     (SIZES, SIZE),
     (SHAPES, BOXES),
     (["objects"], BOXES),
+    (["mask", "masked", "loss_mask", "trainable", "is_trained", "train_on", "train_on_turn", "compute_loss"], MASK),
+    (["learn", "ignore", "do_train", "supervised"], MASK),
+    (["tool_plan"], TOOLS),
     (["loss_scale", "loss_weight", "train_detail"], replace(WEIGHT, what="a weight of single words")),
     (["image", "images", "image_url"], Meaning("images of one message", "put them in the row, or in the content")),
     (["files", "file", "attachments", "documents"], FILE),
@@ -137,7 +150,10 @@ MESSAGES = _table(
 PARTS = _table(
     (SIZES, SIZE),
     (["detail"], replace(SIZE, when="not auto")),
-    (["crop", "crops", "image_size", "size"], SIZE),
+    (["crop", "crops", "image_size", "size", "resize", "max_tokens", "min_tokens", "do_resize"], SIZE),
+    (["num_crops", "max_crops", "num_tiles", "max_tiles", "max_num", "max_dynamic_patch"], SIZE),
+    (["rotate", "rotation", "region", "flip"], VIEW),
+    (["weight", "loss", "train", "loss_scale"], replace(WEIGHT, what="a weight of a part of a message")),
     ([*VIDEOS, "nframes", "fps", "video_start", "video_end"], VIDEO),
     (AUDIOS, AUDIO),
     (["source", "data", "base64", "b64_json", "file_id"], CONTENT),
