@@ -159,6 +159,52 @@ def test_fields_of_other_methods_too(
     check(model_of, {"method": method, **fields}, scope)
 
 
+MORE: list[tuple[str, dict[str, Any]]] = [
+    ("lora", {**LAYERED, "modules_to_save": ["model.language_model.norm"]}),
+    ("lora", {**LINEAR, "trainable_token_indices": {"embed_tokens": [3, 4]}}),
+    ("lora", {**LINEAR, "init_lora_weights": "orthogonal", "r": 4}),
+    ("lora", {**LINEAR, "use_rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {".*q_proj": 5}}),
+    ("lora", {"target_modules": ["embed_tokens"], "use_dora": True}),
+    ("adalora", {**LAYERED, "init_r": 6, "target_r": 2, "tinit": 1, "tfinal": 2, "total_step": 20}),
+    ("boft", {**LAYERED, "boft_block_num": 4, "boft_block_size": 0}),
+    ("c3a", {**LAYERED, "block_size": 16, "block_size_pattern": {"q_proj": 32}}),
+    ("hra", {**LAYERED, "r": 4, "apply_GS": True, "bias": "hra_only"}),
+    (
+        "ia3",
+        {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"], "init_ia3_weights": False},
+    ),
+    ("ln_tuning", {"target_modules": ["input_layernorm"]}),
+    ("lokr", {**LAYERED, "init_weights": "lycoris", "decompose_both": True, "r": 2}),
+    ("miss", {**LAYERED, "r": 16, "mini_r": 4, "init_weights": "mini"}),
+    ("oft", {**LAYERED, "oft_block_size": 16, "coft": True, "block_share": True}),
+    ("randlora", {**LAYERED, "r": 8, "sparse": True, "projection_prng_key": 3}),
+    ("road", {**LAYERED, "variant": "road_2", "group_size": 16}),
+    ("shira", {**LAYERED, "r": 2, "random_seed": 7}),
+    ("vera", {**LAYERED, "projection_prng_key": 5, "save_projection": False, "r": 4, "d_initial": 0.5}),
+]
+"""Fields of which each one changes values, and not what trains alone."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "fields"), MORE, ids=[f"{method} {'+'.join(fields)}" for method, fields in MORE])
+def test_more_fields_step_as_plain_peft(
+    model_of: Callable[[str], Any], batch: dict[str, torch.Tensor], method: str, fields: dict[str, Any]
+) -> None:
+    fields = {"method": method, **fields}
+    one, other = plain(model_of("qwen2_vl"), fields), ours(model_of("qwen2_vl"), fields, WHOLE)
+    assert trained(other) == trained(one)
+    wanted, found = values_after_steps(one, batch), values_after_steps(other, batch)
+    assert found.keys() == wanted.keys()
+    for key, value in wanted.items():
+        assert torch.allclose(found[key], value, atol=1e-5), key
+
+
+def test_a_method_that_saves_too_little_to_go_on_from_is_refused() -> None:
+    fields = {"method": "vblora", "parts": ["language"], "save_only_topk_weights": True}
+    (problem,) = peft_fields.problems(fields, bits=None)
+    assert problem == "adapter.save_only_topk_weights: saves too little of VB-LoRA to go on from; leave it out"
+
+
 @pytest.mark.parametrize("name", ["layers", "ranks", "its biases", "all biases", "dora", "rslora", "dropout", "tokens"])
 def test_steps_are_those_of_plain_peft(
     model_of: Callable[[str], Any], batch: dict[str, torch.Tensor], name: str

@@ -21,7 +21,7 @@ METHODS = {
     "xlora": "mixes adapters that are trained already",
 }
 """Methods of PEFT's registry that need more than a vision-language model and its rows."""
-LORA_FIELDS = {
+REFUSED_FIELDS = {
     "alora_invocation_tokens": "is only read by PEFT's text models",
     "arrow_config": "mixes adapters that are trained already",
     "kasa_config": "needs a loss of its own beside the model's",
@@ -29,9 +29,10 @@ LORA_FIELDS = {
     "megatron_config": "is for models in Megatron's layers",
     "megatron_core": "is for models in Megatron's layers",
     "qalora_group_size": "is for GPTQ's layers",
+    "save_only_topk_weights": "saves too little of VB-LoRA to go on from",
     "use_qalora": "is for GPTQ's layers",
 }
-"""Fields of LoRA that would change nothing, or train something else than their papers."""
+"""Fields, most of them LoRA's, that would change nothing, or train something else than their papers."""
 STARTS = ("eva", "corda", "lora_ga")
 """Values of init_lora_weights that PEFT computes from a pass over the data before training."""
 IGNORED = re.compile(r"ignored|no effect|only supported|Setting .+ to (False|None)|does not work")
@@ -44,7 +45,7 @@ def problems(adapter: dict[str, Any], *, bits: int | None) -> list[str]:
     if method in METHODS or "num_virtual_tokens" in adapter_fields().get(str(method), ()):
         reason = METHODS.get(method, "puts tokens in front of the text, which labels and image positions don't count")
         return [f"adapter.method={method}: {reason}; use another method, for instance lora"]
-    found = [f"adapter.{key}: {why}; leave it out" for key, why in LORA_FIELDS.items() if adapter.get(key)]
+    found = [f"adapter.{key}: {why}; leave it out" for key, why in REFUSED_FIELDS.items() if adapter.get(key)]
     if method == "trainable_tokens" and not adapter.get("token_indices"):
         found.append("adapter.token_indices: missing; give the ids of the tokens whose embeddings train")
     start = str(adapter.get("init_lora_weights", ""))
