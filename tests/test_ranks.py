@@ -15,7 +15,7 @@ from torch.distributed import TCPStore
 
 import tiny
 from vlmtune import api, ranks, signals
-from vlmtune.errors import DataError, VlmtuneError
+from vlmtune.errors import DataError, TrainingError, VlmtuneError
 
 
 @pytest.fixture
@@ -46,6 +46,17 @@ def test_a_broken_connection_gives_way_to_its_cause() -> None:
         assert str(api._first_error(follower)) == "rank 1: ValueError: boom"
     own = DataError("my own")
     assert api._first_error(own) is own
+
+
+@pytest.mark.usefixtures("store")
+def test_a_rank_that_was_killed_leaves_a_plain_sentence() -> None:
+    """gloo and NCCL say this of it, with places in their own source."""
+    for text in ("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [::1]:18138", "NCCL error: remote error"):
+        found = api._first_error(RuntimeError(text))
+        assert isinstance(found, TrainingError)
+        assert str(found).startswith("another process of this run ended and left no reason")
+    bug = RuntimeError("shapes differ")
+    assert api._first_error(bug) is bug
 
 
 @pytest.mark.usefixtures("store")

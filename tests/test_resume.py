@@ -413,3 +413,14 @@ def test_a_start_killed_in_its_first_save_can_be_started_again(overrides: Overri
         vlmtune.train([f"resume={run}"])
     assert vlmtune.train(overrides())["steps"] == 4
     assert sorted(path.name for path in half.parent.iterdir()) == ["step_000002", "step_000004"]
+
+
+def test_the_rows_of_an_older_version_are_the_same_rows() -> None:
+    """Their fingerprint is as it was before a turn said whether its answer is trained on."""
+    first = Record((Turn("what?", ("red", "blue")),), (Path("a/1.png"),), "1")
+    assert environment.fingerprint([first, asking()]) == "73807d9a23bcb87cf7237b5a"
+    assert environment.fingerprint([first, asking(trained=False)]) != "73807d9a23bcb87cf7237b5a"
+
+
+def asking(**fields: Any) -> Record:
+    return Record((Turn("who?", ("me",), **fields),), (), "2")

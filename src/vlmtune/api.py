@@ -10,7 +10,7 @@ from typing import Any
 
 from vlmtune.config import Config, DataConfig
 from vlmtune.data.records import Split
-from vlmtune.errors import ConfigError, DataError, VlmtuneError, memory_advice, storage_advice
+from vlmtune.errors import ConfigError, DataError, TrainingError, VlmtuneError, memory_advice, storage_advice
 from vlmtune.outputs import ANSWER, ERROR, SCORE, Answers, Rows, Scored, output_file, refuse_columns, tell_formulas
 from vlmtune.predictor import Predictor, audited, reasons_of
 
@@ -111,7 +111,10 @@ def _first_error(error: BaseException) -> BaseException:
     from vlmtune import ranks, signals
 
     follows = isinstance(error, Exception | signals.Interrupted) and not isinstance(error, VlmtuneError)
-    return (ranks.told() if follows and ranks.several() else None) or error
+    if not follows or not ranks.several():
+        return error
+    silent = TrainingError(ranks.SILENT) if ranks.is_broken_connection(error) else None
+    return ranks.told() or silent or error
 
 
 def check_free(folder: Path, config: Config) -> None:

@@ -78,7 +78,9 @@ def fingerprint(records: Sequence[Record]) -> str:
     digest, seen = hashlib.blake2b(digest_size=12), dict[Hashable, int]()
     for record in records:
         images = [image.name for image in record.images if isinstance(image, Path)]  # the folder may move
-        digest.update(repr((record.turns, record.system, images, seen.setdefault(record.group, len(seen)))).encode())
+        turns = repr(record.turns).replace(", trained=True", "")  # older versions did not know it: their runs go on
+        group = seen.setdefault(record.group, len(seen))
+        digest.update(f"({turns}, {record.system!r}, {images!r}, {group})".encode())
     return digest.hexdigest()
 
 

@@ -53,6 +53,17 @@ def tell(error: Exception) -> None:
         log.debug("the first rank could not be told: %s", failure)
 
 
+SILENT = (
+    "another process of this run ended and left no reason: it was killed, most often as the machine was out of memory, "
+    "or it crashed. Its own output, the launcher's or the system's log may say more"
+)
+
+
+def is_broken_connection(error: BaseException) -> bool:
+    """Whether it is what gloo and NCCL say where another process is gone."""
+    return isinstance(error, RuntimeError) and any(name in str(error) for name in ("gloo", "NCCL"))
+
+
 def told() -> VlmtuneError | None:
     """The error that another rank left, None where there is none."""
     try:
