@@ -292,3 +292,9 @@ def test_quantization_fields_are_those_of_transformers() -> None:
 def test_a_task_without_metrics_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"task\.metrics: is empty"):
         compose.read("train", ["task.metrics=[]"])
+
+
+@pytest.mark.parametrize(("words", "name"), [([], "plain"), (["sweeps=lora_rank"], "lora_rank")])
+def test_a_sweeps_folder_bears_its_name(words: list[str], name: str) -> None:
+    composed = compose.compose("train", words)
+    assert Path(composed.hydra.sweep.dir).parts[-2] == name

@@ -180,6 +180,13 @@ def test_links_lead_to_files_and_headings(page: Path) -> None:
         assert not anchor or anchor in anchors, target
 
 
+def test_the_architecture_names_every_module() -> None:
+    source = ROOT / "src" / "vlmtune"
+    modules = {".".join(path.relative_to(source).with_suffix("").parts) for path in source.rglob("*.py")}
+    named = set(spans(ROOT / "docs" / "architecture.md"))
+    assert sorted(name for name in modules - named if not name.endswith("__init__")) == []
+
+
 def test_the_readme_lists_every_group_and_option() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(\w+)` \| ((?:`\w+` ?)+)\|", text, re.MULTILINE)

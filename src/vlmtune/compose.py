@@ -23,6 +23,7 @@ from vlmtune.strict import strict, unreadable
 NOT_ONE_RUN = "means several runs; put -m in front of it, or quote the value if it is one text"
 PACKAGE = Path(__file__).resolve().parent
 OmegaConf.register_new_resolver("package", lambda path: str(PACKAGE / path), replace=True)
+OmegaConf.register_new_resolver("or_plain", lambda name: name if name not in (None, "None") else "plain", replace=True)
 os.environ.setdefault("VLMTUNE_HOME", str(home()))
 
 
