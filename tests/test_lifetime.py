@@ -66,7 +66,7 @@ def models(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[weakref.ref[Any]]]:
     gc.enable()
 
 
-@pytest.mark.parametrize("more", ["adapter=lora", "adapter=none"])
+@pytest.mark.parametrize("more", ["adapter=lora", "adapter=none", "data.validation_fraction=0.3"])
 def test_the_model_of_a_run_is_gone_when_the_run_is(overrides: Overrides, models: list[Any], more: str) -> None:
     """The features of frozen towers stay for the next trial, and hold no model."""
     vlmtune.train(overrides(more, name="one"))

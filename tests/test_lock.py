@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,9 +25,9 @@ warnings.simplefilter("ignore")
 with lock.held(Path(sys.argv[1])):
     child = os.fork()  # as a loader's process: it outlives its parent
     if child == 0:
+        print(os.getpid(), flush=True)
         time.sleep(60)
         os._exit(0)
-    print(child, flush=True)
     time.sleep(60)
 """
 
@@ -56,7 +57,8 @@ def test_a_killed_process_holds_nothing_though_its_children_live(tmp_path: Path)
         os.kill(child, signal.SIGKILL)
 
 
-def _sleep() -> None:
+def _sleep(ready: Any) -> None:
+    ready.set()
     time.sleep(60)
 
 
@@ -64,8 +66,11 @@ def _sleep() -> None:
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_a_process_started_inside_does_not_go_on_holding(tmp_path: Path, method: str) -> None:
     with lock.held(tmp_path):
-        worker = multiprocessing.get_context(method).Process(target=_sleep)
+        context = multiprocessing.get_context(method)
+        ready = context.Event()
+        worker = context.Process(target=_sleep, args=(ready,))
         worker.start()
+        ready.wait()
         with pytest.raises(ConfigError, match="in use"):
             lock.check(tmp_path)
     lock.check(tmp_path)

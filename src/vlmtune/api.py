@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
@@ -66,6 +67,7 @@ def _run_alone(folder: Path, config: Config) -> dict[str, Any]:
             (folder / left_over).unlink(missing_ok=True)
     with surroundings.kept(), display.logging_to(folder), signals.ending_at_once(), _failure_written(folder):
         result = run.train(config, folder)
+        gc.collect()  # libraries leave cycles (torch.fx of the frame that imported it) that hold the model
         if config.preflight == "only" and not config.resume:  # or the run that was looked at loses its own result
             runfolder.write_json(folder / "result.json", result)
         return result

@@ -295,13 +295,14 @@ class Encoder:
     @functools.cached_property
     def image_tokens(self) -> Any:
         """Tokens that images of given sizes, shown together, take in a prompt."""
+        family, tokenizer = self.family, self.tokenizer  # not `self`: a cycle would keep this, and a model, alive
 
         @functools.lru_cache(maxsize=100_000)
         def count(sizes: tuple[tuple[int, int], ...]) -> int:
             if not sizes:
                 return 0
-            _, expansions = self.family.images([[Image.new("RGB", size) for size in sizes]])
-            ids = self.tokenizer(expansions, add_special_tokens=False)["input_ids"]
+            _, expansions = family.images([[Image.new("RGB", size) for size in sizes]])
+            ids = tokenizer(expansions, add_special_tokens=False)["input_ids"]
             return sum(map(len, ids))
 
         return count
