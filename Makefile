@@ -26,8 +26,8 @@ train: install ## train pico on easy-VQA: a few minutes on a CPU
 test: install ## all tests but the slow ones, in two processes
 	$(BIN)/python -m pytest -n 2
 
-test-slow: install ## the slow proofs
-	$(BIN)/python -m pytest -m slow
+test-slow: install ## the slow proofs, in two processes
+	$(BIN)/python -m pytest -n 2 -m slow
 
 bench: install .venv-trl/installed ## compare speeds with the plain Trainer and TRL
 	$(BIN)/python benchmarks/bench.py
