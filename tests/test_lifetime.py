@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 import tiny
 import vlmtune
-from vlmtune import environment
+from vlmtune import display, environment
 from vlmtune.models import load
 
 Overrides = Callable[..., list[str]]
@@ -160,3 +160,13 @@ def test_without_the_kernels_mark_the_largest_value_seen_counts(monkeypatch: pyt
     values = iter([5, 9, 7])
     monkeypatch.setattr(environment, "_status", lambda name: next(values) if name == "VmRSS" else 0)
     assert [peak.resident() for _ in range(3)] == [5, 9, 9]
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_log_leaves_the_logger_as_it_was(tmp_path: Path, kept: bool) -> None:
+    """predict.py and evaluate.py log without a folder; what logs after them in the same process is heard."""
+    log = logging.getLogger("vlmtune")
+    before = (log.level, log.propagate, list(log.handlers))
+    with display.logging_to(tmp_path if kept else None):
+        assert not log.propagate
+    assert (log.level, log.propagate, list(log.handlers)) == before

@@ -67,7 +67,7 @@ class TrainLog(logging.FileHandler):
 @contextmanager
 def logging_to(folder: Path | None) -> Iterator[None]:
     """Log to the console, and in full to `folder/train.log`, the error that ends the block too; without a folder (other
-    ranks) only warnings.
+    ranks) only warnings. The logger is afterwards as it was.
     """
     screen: logging.Handler
     if console.is_terminal:
@@ -82,6 +82,7 @@ def logging_to(folder: Path | None) -> Iterator[None]:
         file = TrainLog(folder / "train.log")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         handlers.append(file)
+    level, propagate = log.level, log.propagate
     log.setLevel(logging.INFO if folder is not None else logging.WARNING)
     log.propagate = False
     for handler in handlers:
@@ -95,6 +96,8 @@ def logging_to(folder: Path | None) -> Iterator[None]:
             file.handle(log.makeRecord(log.name, logging.ERROR, "", 0, text, (), sys.exc_info() if bug else None))
         raise
     finally:
+        log.setLevel(level)
+        log.propagate = propagate
         for handler in handlers:
             log.removeHandler(handler)
             handler.close()

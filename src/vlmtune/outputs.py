@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlmtune.data.cells import as_list, text_of, to_json
 from vlmtune.errors import ConfigError, DataError, VlmtuneError
 
 if TYPE_CHECKING:
@@ -198,8 +199,6 @@ class Rows:
             ) from error
 
     def _write(self, stop: int) -> None:
-        from vlmtune.runfolder import as_cells
-
         self.file = self.file or open_new(self.partial)
         if self.with_reasons != bool(self.answers.reasons):  # the first row that failed brings a column more
             self.file.seek(0)
@@ -228,6 +227,22 @@ class Rows:
         if self.file is not None:
             self.file.close()
             log.warning("%s: holds the first %d of %d rows", self.partial, self.written, len(self.answers.frame))
+
+
+def as_cells(frame: Any) -> Any:
+    """The frame with what a CSV cell can hold: lists and objects as JSON."""
+    import pandas as pd
+
+    def flat(cell: Any) -> Any:
+        cell = as_list(cell)
+        if isinstance(cell, list | dict):
+            return to_json(cell, lambda value: value if isinstance(value, str) else f"<{type(value).__name__}>")
+        return text_of(cell, "cell") if isinstance(cell, bool) else cell
+
+    objects = [name for name in frame.columns if frame[name].dtype == object]
+    # Series.map would infer a type, and make floats of integers beside a missing value
+    cells = {name: pd.Series([*map(flat, frame[name])], frame.index, dtype=object) for name in objects}
+    return frame.assign(**cells)
 
 
 def tell_formulas(path: Path, answers: Iterable[str]) -> None:

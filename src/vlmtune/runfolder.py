@@ -15,9 +15,9 @@ import yaml
 
 from vlmtune import display, environment, signals, tracking
 from vlmtune.config import Config
-from vlmtune.data.cells import as_list, text_of, to_json
 from vlmtune.data.records import Split
 from vlmtune.errors import CheckpointError
+from vlmtune.outputs import ANSWER, SCORE, as_cells
 
 if TYPE_CHECKING:  # they import torch, and a run that fails at once should not wait for it
     from vlmtune.evaluation import Evaluation
@@ -133,8 +133,6 @@ def write_predictions(path: Path, split: Split, found: Evaluation, metric: str) 
 
     A column of the input that has one of these names is kept as NAME_before.
     """
-    from vlmtune.outputs import ANSWER, SCORE
-
     frame = frame_of(split)
     for name in (ANSWER, SCORE):
         if name in frame.columns:
@@ -160,23 +158,6 @@ def frame_of(split: Split) -> Any:
 def write_table(path: Path, frame: Any) -> None:
     """Write a frame as CSV, lists and objects in its cells as JSON."""
     write_whole(path, as_cells(frame).to_csv(index=False))
-
-
-def as_cells(frame: Any) -> Any:
-    """The frame with what a CSV cell can hold: lists and objects as JSON."""
-
-    import pandas as pd
-
-    def flat(cell: Any) -> Any:
-        cell = as_list(cell)
-        if isinstance(cell, list | dict):
-            return to_json(cell, lambda value: value if isinstance(value, str) else f"<{type(value).__name__}>")
-        return text_of(cell, "cell") if isinstance(cell, bool) else cell
-
-    objects = [name for name in frame.columns if frame[name].dtype == object]
-    # Series.map would infer a type, and make floats of integers beside a missing value
-    cells = {name: pd.Series([*map(flat, frame[name])], frame.index, dtype=object) for name in objects}
-    return frame.assign(**cells)
 
 
 def write_failure(folder: Path, error: BaseException) -> None:
