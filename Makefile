@@ -39,10 +39,11 @@ bench: install .venv-trl/installed ## compare speeds with the plain Trainer and 
 	.venv-trl/bin/pip install --quiet --constraint constraints.txt trl==1.16.0 --editable '.[datasets]'
 	@touch $@
 
-lint: install ## ruff and types
+lint: install ## ruff, types, and the order of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 check: lint test ## what CI runs
 

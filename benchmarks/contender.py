@@ -94,14 +94,16 @@ def with_everything(options: argparse.Namespace) -> tuple[list[tuple[float, int]
 def with_bare(options: argparse.Namespace) -> tuple[list[tuple[float, int]], float]:
     import torch
 
-    from vlmtune import compose, preflight, session
+    from vlmtune.batching.loader import Batches
+    from vlmtune.config import compose
     from vlmtune.data import table
-    from vlmtune.data.batches import Batches
-    from vlmtune.data.encode import Encoder
-    from vlmtune.loss import summed_loss
+    from vlmtune.launch import session
     from vlmtune.models import adapters, load, rewrites
     from vlmtune.models.parts import find_parts
-    from vlmtune.optim import build_optimizer, build_scheduler
+    from vlmtune.objectives.next_token import summed_loss
+    from vlmtune.prompt.encode import Encoder
+    from vlmtune.proof import preflight
+    from vlmtune.training.optim import build_optimizer, build_scheduler
 
     config, _ = compose.read("train", [*overrides(options, tempfile.mkdtemp()), "tracker=none"])
     engine = session.engine(config)
@@ -138,7 +140,7 @@ def with_vlmtune(
     import vlmtune
 
     times: list[tuple[float, int]] = []
-    from vlmtune.recorder import Recorder
+    from vlmtune.training.recorder import Recorder
 
     after_step = Recorder.after_step
 
@@ -157,7 +159,7 @@ def opened(options: argparse.Namespace, quantized: bool = False, use_cpu: bool =
     import torch
     from transformers import BitsAndBytesConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 
-    from vlmtune.models.processors import image_only
+    from vlmtune.prompt.image_only import image_only
 
     dtype = torch.bfloat16 if options.precision == "bf16" and options.mode == "lora" else torch.float32
     extra: dict[str, Any] = {} if use_cpu else {"device_map": {"": 0}}

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import vlmtune
 from vlmtune.data import table
-from vlmtune.evaluation import evaluate
-from vlmtune.generate import generate
+from vlmtune.evaluation.evaluate import evaluate
+from vlmtune.evaluation.generate import generate
 from vlmtune.models.features import Features
-from vlmtune.models.image_cache import STORES
 from vlmtune.models.parts import find_parts
+from vlmtune.prompt.image_cache import STORES
 
 
 def main() -> None:

@@ -102,7 +102,7 @@ def write_model(size: str, folder: Path) -> None:
     from transformers import Qwen2VLImageProcessorPil as ImageProcessor
 
     from vlmtune.models import pico
-    from vlmtune.models.processors import image_only
+    from vlmtune.prompt.image_only import image_only
 
     tokenizer = pico._tokenizer()
     small = pico._config(tokenizer).to_dict()
@@ -208,11 +208,11 @@ def of_a_row(folder: Path) -> tuple[int, float]:
     from transformers import AutoModelForImageTextToText
     from transformers.models.auto.configuration_auto import AutoConfig
 
-    from vlmtune.config import DataConfig, ModelConfig, TaskConfig
+    from vlmtune.config.schema import DataConfig, ModelConfig, TaskConfig
     from vlmtune.data import table
-    from vlmtune.data.encode import Encoder
     from vlmtune.models.parts import find_parts, summary
-    from vlmtune.models.processors import load_processor
+    from vlmtune.prompt.encode import Encoder
+    from vlmtune.prompt.processors import load_processor
 
     path = str(folder / "model")
     data = DataConfig(train=str(folder / "one.csv"), check_images="header", max_train_rows=1)

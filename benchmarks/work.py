@@ -12,7 +12,7 @@ from transformers import GenerationConfig, Qwen2VLConfig, Qwen2VLForConditionalG
 from transformers import Qwen2VLImageProcessorPil as ImageProcessor
 
 from vlmtune.models import pico
-from vlmtune.models.processors import image_only
+from vlmtune.prompt.image_only import image_only
 
 SIDE, PATCH, MERGE = 224, 14, 2
 TABLES = {"one": "one question an image", "whole": "all questions of an image (9.6 on average)"}

@@ -37,9 +37,9 @@ def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
 @pytest.fixture(scope="session")
 def encoder_of(checkpoint_of: Callable[[str], Path]) -> Callable[[str], Any]:
     """The encoder of a tiny checkpoint's processor."""
-    from vlmtune.config import ModelConfig
-    from vlmtune.data.encode import Encoder
-    from vlmtune.models.processors import load_processor
+    from vlmtune.config.schema import ModelConfig
+    from vlmtune.prompt.encode import Encoder
+    from vlmtune.prompt.processors import load_processor
 
     made: dict[str, Any] = {}
 

@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 import tiny
-from vlmtune.checkpoint import save_model
-from vlmtune.data.batch import padded
+from vlmtune.batching.inputs import model_inputs
+from vlmtune.batching.layout import padded
 from vlmtune.errors import CheckpointError, ConfigError
-from vlmtune.loss import model_inputs
 from vlmtune.models.adapters import adapt, load_adapter
 from vlmtune.models.parts import find_parts
+from vlmtune.training.checkpoint import save_model
 
 # PEFT 0.19 still asks transformers 5 for the property's old name
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from vlmtune.config import DataConfig, TaskConfig
+from vlmtune.config.schema import DataConfig, TaskConfig
 from vlmtune.data.table import BadRowsError, load
 from vlmtune.errors import DataError
 

@@ -12,14 +12,15 @@ from accelerate import Accelerator
 from torch import Tensor
 
 import tiny
-from vlmtune import loss as losses
-from vlmtune.config import GenerationConfig
-from vlmtune.data.batch import PADDING, Batch, branch_mask, branch_positions, padded, prefix_length, shared
-from vlmtune.data.encode import IGNORE, Encoder
+from vlmtune.batching import inputs
+from vlmtune.batching.inputs import model_inputs
+from vlmtune.batching.layout import PADDING, Batch, branch_mask, branch_positions, padded, prefix_length, shared
+from vlmtune.config.schema import GenerationConfig
 from vlmtune.data.records import Record
-from vlmtune.generate import generate
-from vlmtune.loss import model_inputs, summed_loss
-from vlmtune.preflight import layouts_agree
+from vlmtune.evaluation.generate import generate
+from vlmtune.objectives.next_token import summed_loss
+from vlmtune.prompt.encode import IGNORE, Encoder
+from vlmtune.proof.preflight import layouts_agree
 
 FAMILIES = [*tiny.FAMILIES]
 SIZES = ((56, 56), (112, 56), (28, 84))
@@ -169,7 +170,7 @@ def counts_through(prefix_positions: Tensor, branches: Tensor) -> Tensor:
 def test_the_check_finds_a_planted_error(
     model: Any, encoder: Encoder, monkeypatch: pytest.MonkeyPatch, name: str, planted: Any
 ) -> None:
-    monkeypatch.setattr(losses, name, planted)
+    monkeypatch.setattr(inputs, name, planted)
     fits, evidence = verdict(model, encoder)
     assert not fits
     assert "differs" in evidence
@@ -179,7 +180,7 @@ def test_the_check_reports_a_model_that_refuses(model: Any, encoder: Encoder, mo
     def refuse(*_: Any) -> Tensor:
         raise ValueError("attention mask of 4 dimensions\nis not supported")
 
-    monkeypatch.setattr(losses, "branch_mask", refuse)
+    monkeypatch.setattr(inputs, "branch_mask", refuse)
     assert verdict(model, encoder) == (
         False,
         "this model refuses the shared layout (attention mask of 4 dimensions)",

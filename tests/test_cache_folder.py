@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from vlmtune.config import DataConfig
-from vlmtune.models import cache_folder, image_cache
-from vlmtune.models.cache_folder import CacheFolder, Entry, read_entry, write_entry
-from vlmtune.models.image_cache import Pixels
+from vlmtune.config.schema import DataConfig
+from vlmtune.prompt import cache_folder, image_cache
+from vlmtune.prompt.cache_folder import CacheFolder, Entry, read_entry, write_entry
+from vlmtune.prompt.image_cache import Pixels
 
 KEY = "ab" + "0" * 62
 

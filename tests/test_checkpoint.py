@@ -16,16 +16,23 @@ from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText
 
 import tiny
-from vlmtune import checkpoint
-from vlmtune.checkpoint import all_checkpoints, load_checkpoint, load_weights, save_checkpoint, save_model, whole
-from vlmtune.config import Config
-from vlmtune.data.batch import padded
-from vlmtune.data.encode import Encoder
+from vlmtune.batching.inputs import model_inputs
+from vlmtune.batching.layout import padded
+from vlmtune.config.schema import Config
 from vlmtune.errors import CheckpointError
-from vlmtune.loop import Progress
-from vlmtune.loss import model_inputs
 from vlmtune.models.load import load_trained
 from vlmtune.models.quantization import keep_trainable_on_cpu
+from vlmtune.prompt.encode import Encoder
+from vlmtune.record.progress import Progress
+from vlmtune.training import checkpoint
+from vlmtune.training.checkpoint import (
+    all_checkpoints,
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+    save_model,
+    whole,
+)
 
 PROGRESS = Progress(step=3, examples=24, tokens=999, skipped=1, best=0.5, best_step=2, since_best=1)
 DROPOUT = {**tiny.LORA, "lora_dropout": 0.1}

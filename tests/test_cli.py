@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from vlmtune.config import home
+from vlmtune.config.schema import home
 
 SOURCE = home() / "src"
 GENEROUS_SECONDS = 30

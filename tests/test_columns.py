@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 import tiny
-from vlmtune.config import ColumnsConfig, DataConfig, TaskConfig
+from vlmtune.config.schema import ColumnsConfig, DataConfig, TaskConfig
 from vlmtune.data.records import Record, Split, Turn
 from vlmtune.data.table import BadRowsError, audit_frame, load
 from vlmtune.errors import DataError
@@ -122,7 +122,7 @@ def test_what_is_left_unread_on_purpose(folder: Path, caplog: pytest.LogCaptureF
 
 
 def test_what_is_read_can_not_be_ignored() -> None:
-    from vlmtune.strict import combinations
+    from vlmtune.config.strict import combinations
 
     config = tiny.config("somewhere")
     config.data = DataConfig(ignore=["question", "bbox"])
@@ -234,7 +234,7 @@ def test_answers_with_weight_0_are_left_out(folder: Path) -> None:
 
 
 def test_an_answer_with_weight_0_has_no_labels(encoder_of: Any) -> None:
-    from vlmtune.data.encode import Encoder
+    from vlmtune.prompt.encode import Encoder
 
     encoder = Encoder(encoder_of("qwen2_vl").processor, supervise="all")
     turns = (Turn("What?", ("Red",), trained=False), Turn("Sure?", ("yes",)))

@@ -15,7 +15,9 @@ import pytest
 from omegaconf import OmegaConf
 
 import vlmtune
-from vlmtune import compose, config, signatures
+from vlmtune.config import compose
+from vlmtune.config import fields as signatures
+from vlmtune.config import schema as config
 from vlmtune.errors import ConfigError
 
 ROOT = config.home()
@@ -252,7 +254,7 @@ def test_the_readme_line_of_the_guide_composes() -> None:
 def test_a_wrong_field_is_answered_without_importing_what_defines_it() -> None:
     code = (
         "import sys\n"
-        "from vlmtune import compose\n"
+        "from vlmtune.config import compose\n"
         "from vlmtune.errors import ConfigError\n"
         "try: compose.read('train', ['adapter.zzz=1', 'quantization=nf4', 'quantization.zzz=1'])\n"
         "except ConfigError as error: print(error)\n"

@@ -14,14 +14,14 @@ import pytest
 
 import tiny
 from vlmtune import api
-from vlmtune.config import ColumnsConfig, DataConfig, TaskConfig
+from vlmtune.config.schema import ColumnsConfig, DataConfig, TaskConfig
 from vlmtune.data.conversations import parse, placed
-from vlmtune.data.encode import IGNORE, Encoder
 from vlmtune.data.records import Record, Turn
 from vlmtune.data.table import BadRowsError, load
 from vlmtune.errors import DataError
-from vlmtune.preflight import check_labels
-from vlmtune.row_checks import Limits, Look
+from vlmtune.prompt.encode import IGNORE, Encoder
+from vlmtune.proof.preflight import check_labels
+from vlmtune.proof.rows import Limits, Look
 
 LLAVA = ColumnsConfig(image="image", conversation="conversations")
 OPENAI = ColumnsConfig(image="images", conversation="messages")

@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 import yaml
 
-from vlmtune import compose, config
+from vlmtune.config import compose
+from vlmtune.config import schema as config
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]

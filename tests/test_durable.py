@@ -17,10 +17,11 @@ from typing import Any
 import pytest
 import torch
 
-from vlmtune import checkpoint, durable
-from vlmtune.checkpoint import all_checkpoints, check, load_checkpoint, newest, save_checkpoint, set_aside
+from vlmtune import durable
 from vlmtune.errors import CheckpointError
-from vlmtune.loop import Progress
+from vlmtune.record.progress import Progress
+from vlmtune.training import checkpoint
+from vlmtune.training.checkpoint import all_checkpoints, check, load_checkpoint, newest, save_checkpoint, set_aside
 
 CALLS = ("mkdir", "rename", "replace", "fsync", "unlink", "rmdir", "open")
 """Of `os`: a kill falls in front of one of them."""

@@ -13,12 +13,12 @@ from transformers import PreTrainedTokenizerFast
 
 import tiny
 import tiny_families
-from vlmtune.data.batch import padded
-from vlmtune.data.encode import IGNORE, Encoder
-from vlmtune.data.feature_tokens import Shortened
-from vlmtune.data.prompt import ONE
-from vlmtune.data.template import with_stand_ins
+from vlmtune.batching.layout import padded
 from vlmtune.errors import DataError, ModelError
+from vlmtune.prompt.encode import IGNORE, Encoder
+from vlmtune.prompt.feature_tokens import Shortened
+from vlmtune.prompt.rendering import ONE
+from vlmtune.prompt.template import with_stand_ins
 
 FAMILIES = [*tiny.FAMILIES, *tiny_families.FAMILIES]
 ANSWERS = [

@@ -13,15 +13,16 @@ from accelerate import Accelerator
 
 import tiny
 import tiny_families
-from vlmtune.config import PARTS, GenerationConfig
-from vlmtune.data.batch import Batch, padded
-from vlmtune.data.encode import Encoder
+from vlmtune.batching.inputs import model_inputs
+from vlmtune.batching.layout import Batch, padded
+from vlmtune.config.schema import PARTS, GenerationConfig
 from vlmtune.data.records import Record
 from vlmtune.errors import ModelError
-from vlmtune.generate import generate
-from vlmtune.loss import model_inputs, summed_loss
+from vlmtune.evaluation.generate import generate
 from vlmtune.models.parts import find_parts
-from vlmtune.preflight import check_inputs, layouts_agree
+from vlmtune.objectives.next_token import summed_loss
+from vlmtune.prompt.encode import Encoder
+from vlmtune.proof.preflight import check_inputs, layouts_agree
 
 FAMILIES = [*tiny.FAMILIES, *tiny_families.FAMILIES]
 LANGUAGE = ("model.language_model.layers.", "model.text_model.layers.", "model.layers.")

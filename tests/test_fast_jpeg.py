@@ -13,10 +13,10 @@ import torch
 
 import tiny
 import vlmtune
-from vlmtune.config import ModelConfig
-from vlmtune.data import encode
-from vlmtune.data.encode import Encoder
-from vlmtune.models.processors import load_processor
+from vlmtune.config.schema import ModelConfig
+from vlmtune.prompt import encode
+from vlmtune.prompt.encode import Encoder
+from vlmtune.prompt.processors import load_processor
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # PEFT 0.21 asks for it
 

@@ -29,8 +29,9 @@ from safetensors.torch import load_file
 
 import tiny
 import wandb_offline
-from vlmtune import api, evaluation, generate, loss, report, tracking
-from vlmtune.config import (
+from vlmtune import api
+from vlmtune.batching.loader import Batches
+from vlmtune.config.schema import (
     OPEN_GROUPS,
     ColumnsConfig,
     Config,
@@ -42,16 +43,19 @@ from vlmtune.config import (
     TrackerConfig,
     nested_schema,
 )
-from vlmtune.data.batches import Batches
 from vlmtune.data.table import load as load_table
 from vlmtune.errors import ConfigError, DataError, ModelError, TrainingError
+from vlmtune.evaluation import evaluate as evaluation
+from vlmtune.evaluation import generate
 from vlmtune.models import adapters
-from vlmtune.models.families import Family
-from vlmtune.models.image_cache import STORES
 from vlmtune.models.load import load
 from vlmtune.models.parts import Parts, find_parts
-from vlmtune.optim import build_optimizer
-from vlmtune.tracking import read_metrics
+from vlmtune.objectives import next_token as loss
+from vlmtune.prompt.families import Family
+from vlmtune.prompt.image_cache import STORES
+from vlmtune.record import report, tracking
+from vlmtune.record.tracking import read_metrics
+from vlmtune.training.optim import build_optimizer
 
 FP32: dict[str, Any] = {"dtype": torch.float32, "compute_dtype": torch.float32, "device": torch.device("cpu")}
 CONSTANT = {"trainer.scheduler.name": "constant", "trainer.scheduler.warmup_fraction": 0.0}
@@ -423,7 +427,7 @@ def test_gradient_checkpointing_computes_layers_again(
 def test_an_image_is_shared_where_the_check_allows_it(
     train: Train, forwards: Any, monkeypatch: pytest.MonkeyPatch, share: str, fits: bool, wanted: bool
 ) -> None:
-    monkeypatch.setattr("vlmtune.preflight.layouts_agree", lambda *_: (fits, "said so"))
+    monkeypatch.setattr("vlmtune.proof.preflight.layouts_agree", lambda *_: (fits, "said so"))
     train({"trainer.share_prefix": share})
     assert {forward.shared for forward in forwards["training"]} == {wanted}
 
@@ -432,7 +436,7 @@ def test_an_image_is_shared_where_the_check_allows_it(
 def test_sharing_is_off_or_refused(train: Train, forwards: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     train({"trainer.share_prefix": "off"})
     assert {forward.shared for forward in forwards["training"]} == {False}
-    monkeypatch.setattr("vlmtune.preflight.layouts_agree", lambda *_: (False, "loss differs"))
+    monkeypatch.setattr("vlmtune.proof.preflight.layouts_agree", lambda *_: (False, "loss differs"))
     with pytest.raises(ConfigError, match=r"trainer\.share_prefix=on: loss differs"):
         train({"trainer.share_prefix": "on"})
 
@@ -644,7 +648,7 @@ def test_the_first_metric_is_the_objective(train: Train, monkeypatch: pytest.Mon
         ("adamw_8bit", "bitsandbytes.optim.adamw.AdamW8bit"),
         ("paged_adamw", "bitsandbytes.optim.adamw.PagedAdamW"),
         ("paged_adamw_8bit", "bitsandbytes.optim.adamw.PagedAdamW8bit"),
-        ("muon", "vlmtune.optim.MuonAndAdamW"),
+        ("muon", "vlmtune.training.optim.MuonAndAdamW"),
     ],
 )
 def test_the_optimizer_is_of_the_asked_class(name: str, wanted: str) -> None:

@@ -16,18 +16,18 @@ from accelerate import Accelerator
 
 import tiny
 import tiny_families
-from vlmtune import first_pass
-from vlmtune.config import GenerationConfig
-from vlmtune.data.batch import shared
-from vlmtune.data.batches import Batches, groups_of, probes
-from vlmtune.data.encode import Encoder
+from vlmtune.batching.layout import shared
+from vlmtune.batching.loader import Batches, groups_of, probes
+from vlmtune.config.schema import GenerationConfig
 from vlmtune.data.records import Record, Turn
 from vlmtune.errors import TrainingError, memory_advice
-from vlmtune.first_pass import check_gradients, check_longest, check_loss
-from vlmtune.generate import generate
+from vlmtune.evaluation.generate import generate
 from vlmtune.models import adapters
 from vlmtune.models.parts import find_parts
-from vlmtune.preflight import answers_agree, choose_layout, layouts_agree
+from vlmtune.prompt.encode import Encoder
+from vlmtune.proof import first_pass
+from vlmtune.proof.first_pass import check_gradients, check_longest, check_loss
+from vlmtune.proof.preflight import answers_agree, choose_layout, layouts_agree
 
 FAMILIES = [*tiny.FAMILIES, *tiny_families.FAMILIES]
 ENGINE = Accelerator(cpu=True)
@@ -265,7 +265,7 @@ def test_one_kind_that_differs_is_enough_for_padded_batches(
 ) -> None:
     caplog.set_level(logging.INFO)
     verdicts = iter([(True, "equal"), (False, "loss differs by 0.3")])
-    monkeypatch.setattr("vlmtune.preflight.layouts_agree", lambda *_: next(verdicts))
+    monkeypatch.setattr("vlmtune.proof.preflight.layouts_agree", lambda *_: next(verdicts))
     chosen: list[bool] = []
     batches = SimpleNamespace(
         trainer=SimpleNamespace(share_prefix="auto", batch_size=4),

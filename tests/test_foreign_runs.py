@@ -13,10 +13,11 @@ import yaml
 
 import tiny
 import vlmtune
-from vlmtune import compose, runfolder
+from vlmtune.config import compose
+from vlmtune.config.saved import shipped
+from vlmtune.config.strict import strict
 from vlmtune.errors import CheckpointError, ConfigError, DataError, VlmtuneError
-from vlmtune.saved import shipped
-from vlmtune.strict import strict
+from vlmtune.record import runfolder
 
 CODE = "from pathlib import Path\nPath(__file__).with_name('ran').touch()\ndef run(*given):\n    return {}\n"
 
@@ -54,7 +55,7 @@ FOREIGN = [
     ("task", "metrics", ["vlmtune.api.load"]),  # ours, and no metric: an answer would be opened as a folder
     ("data", "_target_", "foreign.run"),
     ("data", "_target_", "os.system"),
-    ("data", "_target_", "vlmtune.cli.leave"),
+    ("data", "_target_", "vlmtune.cli.main.leave"),
     ("model", "fresh", "foreign.run"),
     ("model", "fresh", "shutil.rmtree"),
     ("adapter", "megatron_core", "foreign"),
@@ -207,9 +208,9 @@ def test_an_adapter_folder_runs_no_code(tmp_path: Path, trap: Path, files: dict[
 
 def test_a_chat_template_runs_in_a_sandbox(checkpoint_of: Any) -> None:
     """It comes with the checkpoint."""
-    from vlmtune.config import ModelConfig
-    from vlmtune.data.encode import Encoder
-    from vlmtune.models.processors import load_processor
+    from vlmtune.config.schema import ModelConfig
+    from vlmtune.prompt.encode import Encoder
+    from vlmtune.prompt.processors import load_processor
 
     processor = load_processor(ModelConfig(path=str(checkpoint_of("qwen2_vl"))))
     processor.chat_template = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
@@ -218,7 +219,7 @@ def test_a_chat_template_runs_in_a_sandbox(checkpoint_of: Any) -> None:
 
 
 def test_the_report_shows_foreign_text_as_text(tmp_path: Path) -> None:
-    from vlmtune.report import write
+    from vlmtune.record.report import write
 
     evil = '<script>alert(1)</script>"><img src=x onerror=alert(2)>'
     runfolder.write_json(tmp_path / "result.json", {"metrics": {f"eval/{evil}": 0.5}, "error": None, "status": evil})
@@ -236,7 +237,7 @@ def test_the_report_shows_foreign_text_as_text(tmp_path: Path) -> None:
     "named", ["https://example.org/x.csv", "/etc/passwd.csv", "../private/*.csv", "{train: [hf://datasets/a/b/x.csv]}"]
 )
 def test_a_data_sets_page_reaches_no_further_than_its_folder(tmp_path: Path, named: str) -> None:
-    from vlmtune.data import hub
+    from vlmtune.data.sources import hub
 
     page = f"---\nlicense: mit\nconfigs:\n- config_name: default\n  data_files: {named}\n---\n# Data\n"
     (tmp_path / "README.md").write_text(page)
@@ -245,7 +246,7 @@ def test_a_data_sets_page_reaches_no_further_than_its_folder(tmp_path: Path, nam
 
 
 def test_a_data_sets_page_may_name_files_in_its_folder(tmp_path: Path) -> None:
-    from vlmtune.data import hub
+    from vlmtune.data.sources import hub
 
     inside = "[{split: train, path: 'data/train-*.csv'}]"
     (tmp_path / "README.md").write_text(f"---\nconfigs:\n- data_files: {inside}\n  data_dir: data\n---\n")
@@ -254,7 +255,7 @@ def test_a_data_sets_page_may_name_files_in_its_folder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["train.log", "metrics.jsonl"])
 def test_a_resumed_run_writes_through_no_link(tmp_path: Path, name: str) -> None:
-    from vlmtune import saved
+    from vlmtune.config import saved
 
     (tmp_path / "run").mkdir()
     (tmp_path / "precious").write_text("mine")

@@ -11,16 +11,17 @@ import pandas as pd
 import pytest
 
 import tiny
-from vlmtune import api, runfolder
-from vlmtune.config import ColumnsConfig, DataConfig, TaskConfig
-from vlmtune.data import hub
+from vlmtune import api
+from vlmtune.config.schema import ColumnsConfig, DataConfig, TaskConfig
 from vlmtune.data.images import open_image
+from vlmtune.data.sources import hub
 from vlmtune.data.table import BadRowsError, load
 from vlmtune.errors import DataError
-from vlmtune.tracking import read_metrics
+from vlmtune.record import runfolder
+from vlmtune.record.tracking import read_metrics
 
 datasets = pytest.importorskip("datasets")
-HUB = {"_target_": "vlmtune.data.hub.load", "columns": ColumnsConfig(image="image")}
+HUB = {"_target_": "vlmtune.data.sources.hub.load", "columns": ColumnsConfig(image="image")}
 
 
 def rows(count: int = 6, **changed: Any) -> Any:
@@ -214,7 +215,7 @@ def test_a_streamed_run_and_its_resumption(
 
 
 def test_a_stream_needs_a_length() -> None:
-    from vlmtune.strict import combinations
+    from vlmtune.config.strict import combinations
 
     config = tiny.config("somewhere", max_steps=None, eval_every="epoch")
     config.data = DataConfig(train="a/b", validation="a/b", streaming=True, validation_fraction=0.1, **HUB)

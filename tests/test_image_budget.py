@@ -10,14 +10,14 @@ import pytest
 import torch
 
 import tiny
-from vlmtune.config import ImageConfig, ModelConfig
-from vlmtune.data.batch import padded
-from vlmtune.data.encode import Encoder
+from vlmtune.batching.layout import padded
+from vlmtune.config.schema import ImageConfig, ModelConfig
 from vlmtune.errors import ConfigError
-from vlmtune.loss import summed_loss
-from vlmtune.models.image_budget import set_image_budget, tokens_of
 from vlmtune.models.load import load
-from vlmtune.models.processors import load_processor
+from vlmtune.objectives.next_token import summed_loss
+from vlmtune.prompt.encode import Encoder
+from vlmtune.prompt.image_budget import set_image_budget, tokens_of
+from vlmtune.prompt.processors import load_processor
 
 SIZES = [(28, 28), (56, 56), (64, 48), (112, 56), (56, 112), (100, 90), (300, 200), (200, 600), (640, 640)]
 BUDGETS = {  # family: bounds that are narrower than its own, and those that nothing fits

@@ -16,15 +16,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import tiny
-from vlmtune import checkpoint
-from vlmtune.config import ModelConfig
-from vlmtune.data.batch import padded
-from vlmtune.data.encode import Encoder
+from vlmtune.batching.inputs import model_inputs
+from vlmtune.batching.layout import padded
+from vlmtune.config.schema import ModelConfig
 from vlmtune.errors import ConfigError, ModelError
-from vlmtune.loss import model_inputs
 from vlmtune.models import internvl2
 from vlmtune.models.load import load
-from vlmtune.models.processors import load_processor
+from vlmtune.prompt import internvl2 as originals
+from vlmtune.prompt.encode import Encoder
+from vlmtune.prompt.processors import load_processor
+from vlmtune.training import checkpoint
 
 HEADS, GROUPS, WIDTH, VISION, LAYERS, DEPTH = 8, 2, 128, 64, 2, 3
 ORIGINAL: dict[str, Any] = {
@@ -382,7 +383,7 @@ TEXTS = ["What color is it?", "  two  spaces ", "\nline\n\nbreaks", "😀 赤い
 def test_ids_and_offsets_are_sentencepieces(tmp_path: Path, dummy_prefix: bool) -> None:
     own = sentencepiece_model(tmp_path, dummy_prefix=dummy_prefix)
     (tmp_path / "config.json").write_text(json.dumps(ORIGINAL))
-    tokenizer = internvl2.load_tokenizer(str(tmp_path), ORIGINAL)
+    tokenizer = originals.load_tokenizer(str(tmp_path), ORIGINAL)
     for text in TEXTS:
         found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         assert found["input_ids"] == own.encode(text), text
@@ -398,7 +399,7 @@ def test_ids_and_offsets_are_sentencepieces(tmp_path: Path, dummy_prefix: bool) 
 def test_an_added_token_may_take_an_unused_pieces_place(tmp_path: Path) -> None:
     """As in the real file, whose 92542nd piece is `[UNUSED_TOKEN_145]` and whose 92542nd token is `<|im_end|>`."""
     own = sentencepiece_model(tmp_path, dummy_prefix=False)
-    backend = internvl2.sentencepiece_backend(
+    backend = originals.sentencepiece_backend(
         tmp_path / "tokenizer.model", {419: {"content": "<|im_end|>", "special": True}}
     )
     assert backend.token_to_id("<|im_end|>") == 419
@@ -413,7 +414,7 @@ def test_the_prompt_is_the_originals(folder: Path) -> None:
         tiny.record("What color?", "Red"), answered=True, expansions=["<img><IMG_CONTEXT></img>"]
     )
     assert text == (
-        f"<s><|im_start|>system\n{internvl2.SYSTEM}<|im_end|><|im_start|>user\n<img><IMG_CONTEXT></img>\nWhat color?"
+        f"<s><|im_start|>system\n{originals.SYSTEM}<|im_end|><|im_start|>user\n<img><IMG_CONTEXT></img>\nWhat color?"
         "<|im_end|><|im_start|>assistant\nRed<|im_end|>"
     )
     assert text[begin:end] == "Red<|im_end|>"

@@ -21,8 +21,9 @@ from transformers.utils import logging as transformers_logging
 
 import tiny
 import vlmtune
-from vlmtune import display, environment
+from vlmtune import display
 from vlmtune.models import load
+from vlmtune.record import environment
 
 Overrides = Callable[..., list[str]]
 

@@ -19,11 +19,11 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedConfig
 
 import tiny
-from vlmtune.config import Config, ModelConfig
+from vlmtune.config.schema import Config, ModelConfig
 from vlmtune.errors import CheckpointError, ConfigError, ModelError
-from vlmtune.hub import http
 from vlmtune.models.load import load, load_trained, make_fresh
-from vlmtune.models.processors import hub_options
+from vlmtune.network import http
+from vlmtune.prompt.hub import hub_options
 
 FP32 = {"dtype": torch.float32, "compute_dtype": torch.float32, "device": torch.device("cpu")}
 REPO = "somebody/some-model"
@@ -159,7 +159,7 @@ def test_what_the_hub_answers(monkeypatch: pytest.MonkeyPatch, error: Exception,
 @pytest.mark.slow
 def test_a_hub_id_without_network(tmp_path: Path) -> None:
     code = (
-        "import torch; from vlmtune.config import ModelConfig; from vlmtune.models.load import load\n"
+        "import torch; from vlmtune.config.schema import ModelConfig; from vlmtune.models.load import load\n"
         f"load(ModelConfig(path={REPO!r}), {tiny.NONE!r}, dtype=torch.float32, compute_dtype=torch.float32,"
         " device=torch.device('cpu'))"
     )

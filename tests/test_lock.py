@@ -13,14 +13,15 @@ from typing import Any
 
 import pytest
 
-from vlmtune import api, lock
-from vlmtune.config import Config
+from vlmtune import api
+from vlmtune.config.schema import Config
 from vlmtune.errors import ConfigError
+from vlmtune.launch import lock
 
 HOLDER = """
 import os, signal, sys, time, warnings; sys.path.insert(0, "src")
 from pathlib import Path
-from vlmtune import lock
+from vlmtune.launch import lock
 warnings.simplefilter("ignore")
 with lock.held(Path(sys.argv[1])):
     child = os.fork()  # as a loader's process: it outlives its parent

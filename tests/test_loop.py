@@ -12,12 +12,13 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 
 import tiny
-from vlmtune import loop, session
-from vlmtune.config import SchedulerConfig
-from vlmtune.data.batch import padded
+from vlmtune.batching.layout import padded
+from vlmtune.config.schema import SchedulerConfig
 from vlmtune.errors import ConfigError
+from vlmtune.launch import session
 from vlmtune.models.parts import find_parts
-from vlmtune.optim import build_optimizer, build_scheduler
+from vlmtune.training import loop
+from vlmtune.training.optim import build_optimizer, build_scheduler
 
 CONSTANT = tiny.CONSTANT
 

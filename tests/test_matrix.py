@@ -11,14 +11,17 @@ import torch
 
 import tiny
 import tiny_families
-from vlmtune import checkpoint, compose, preflight, session
-from vlmtune.config import GenerationConfig
-from vlmtune.data.batch import padded
+from vlmtune.batching.inputs import model_inputs
+from vlmtune.batching.layout import padded
+from vlmtune.config import compose
+from vlmtune.config.schema import GenerationConfig
 from vlmtune.errors import ConfigError
-from vlmtune.generate import generate
-from vlmtune.loss import model_inputs
+from vlmtune.evaluation.generate import generate
+from vlmtune.launch import session
 from vlmtune.models import adapters
 from vlmtune.models.load import load_trained
+from vlmtune.proof import preflight
+from vlmtune.training import checkpoint
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning",  # PEFT asks transformers 5 for the old name

@@ -18,14 +18,14 @@ from huggingface_hub import constants
 from safetensors.torch import load_file
 
 import tiny
-from vlmtune.checkpoint import save_model
-from vlmtune.config import ModelConfig
+from vlmtune.config.schema import ModelConfig
+from vlmtune.config.strict import is_commit
 from vlmtune.errors import ModelError
 from vlmtune.models.adapters import adapt
 from vlmtune.models.explain import check_names
 from vlmtune.models.load import load
 from vlmtune.models.parts import find_parts
-from vlmtune.strict import is_commit
+from vlmtune.training.checkpoint import save_model
 
 
 def refusal(path: Path | str) -> str:

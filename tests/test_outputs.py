@@ -16,10 +16,12 @@ from PIL import Image
 
 import tiny
 import vlmtune
-from vlmtune import api, compose, outputs, runfolder
-from vlmtune.config import Config
+from vlmtune import api
+from vlmtune.config import compose
+from vlmtune.config.schema import Config
 from vlmtune.errors import ConfigError, DataError, VlmtuneError
-from vlmtune.outputs import Answers, Rows, output_file, partial_of, tell_formulas
+from vlmtune.record import outputs, runfolder
+from vlmtune.record.outputs import Answers, Rows, output_file, partial_of, tell_formulas
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # PEFT 0.21 asks for it
 
@@ -205,7 +207,7 @@ def test_formulas_are_told_and_left_as_they_are(tmp_path: Path, caplog: pytest.L
 def test_a_runs_own_predictions_keep_the_inputs_columns(tmp_path: Path) -> None:
     """Training goes on whatever the table's columns are called."""
     from vlmtune.data.records import Record, Split, Turn
-    from vlmtune.evaluation import Evaluation
+    from vlmtune.evaluation.evaluate import Evaluation
 
     frame = pd.DataFrame({"question": ["a"], "score": [7], "answer_predictions": ["old"]})
     split = Split([Record((Turn("a", ("b",)),))], frame)
@@ -273,7 +275,7 @@ def test_bad_outputs_and_columns_are_refused_before_the_model_is_opened(
 
 def failing_at(question: str, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let generation fail for every batch that holds this question."""
-    from vlmtune import generate
+    from vlmtune.evaluation import generate
 
     plain = generate.generate
 
@@ -332,7 +334,7 @@ def test_an_ended_prediction_leaves_whole_rows(
 def test_an_ended_evaluation_leaves_whole_rows(
     trained: Path, asked: tuple[Config, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vlmtune import evaluation
+    from vlmtune.evaluation import evaluate as evaluation
 
     config, table = asked
     api.evaluate_run(str(trained), config, str(tmp_path / "whole.csv"))
@@ -384,8 +386,8 @@ def test_an_image_that_breaks_after_the_check(
 def test_a_signal_is_one_sentence(
     trained: Path, asked: tuple[Config, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    from vlmtune import generate
-    from vlmtune.signals import Interrupted
+    from vlmtune.evaluation import generate
+    from vlmtune.launch.signals import Interrupted
 
     config, _ = asked
     monkeypatch.setattr(generate, "generate", lambda *given, **options: os.kill(os.getpid(), number))

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM
 
 import tiny
-from vlmtune.config import PARTS
+from vlmtune.config.schema import PARTS
 from vlmtune.errors import ModelError
 from vlmtune.models.adapters import adapt
 from vlmtune.models.parts import find_parts, summary

@@ -15,11 +15,12 @@ from peft.tuners.lora.layer import Linear
 from peft.utils import PeftType
 
 import tiny
-from vlmtune.checkpoint import save_model
+from vlmtune.config import peft_fields
+from vlmtune.config.fields import adapter_fields
 from vlmtune.errors import ConfigError
-from vlmtune.models import adapters, peft_fields
+from vlmtune.models import adapters, peft_config
 from vlmtune.models.parts import find_parts
-from vlmtune.signatures import adapter_fields
+from vlmtune.training.checkpoint import save_model
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
@@ -338,7 +339,7 @@ def test_a_field_without_effect_is_refused(
 
 def test_off_is_no() -> None:
     """PEFT takes any text for true."""
-    assert peft_fields.peft_config({"method": "lora", "use_dora": "off"}).use_dora is False
+    assert peft_config.peft_config({"method": "lora", "use_dora": "off"}).use_dora is False
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -348,7 +349,7 @@ def test_every_default_of_peft_is_of_its_fields_type(method: str) -> None:
     wrong: list[str] = []
     for key in adapter_fields()[method]:
         if key in defaults:
-            peft_fields._typed(cls, key, defaults[key], wrong)
+            peft_config._typed(cls, key, defaults[key], wrong)
     assert wrong == []
 
 

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from vlmtune.config import DataConfig, GenerationConfig, ModelConfig
-from vlmtune.data import drawn
+from vlmtune.config.schema import DataConfig, GenerationConfig, ModelConfig
 from vlmtune.data.records import Record, Turn
-from vlmtune.data.scenes import Course, labelled_scene
+from vlmtune.data.sources.drawn import drawn
+from vlmtune.data.sources.drawn.scenes import Course, labelled_scene
+from vlmtune.models import pico
 
-WEIGHTS = Path(drawn.__file__).parents[1] / "models" / "pico_weights"
+WEIGHTS = Path(pico.__file__).parent / "pico_weights"
 
 
 @pytest.mark.parametrize("course", ["see", "compare", "scenes"])
@@ -50,9 +51,9 @@ def test_the_weights_that_ship_are_small_safe_and_see() -> None:
     import torch
     from accelerate import Accelerator
 
-    from vlmtune.data.encode import Encoder
-    from vlmtune.generate import generate
+    from vlmtune.evaluation.generate import generate
     from vlmtune.models.load import load
+    from vlmtune.prompt.encode import Encoder
 
     assert sum(file.stat().st_size for file in WEIGHTS.iterdir()) < 16_000_000
     assert not [file for file in WEIGHTS.iterdir() if file.suffix in (".bin", ".pt", ".pkl")]

@@ -11,11 +11,11 @@ from tokenizers import AddedToken
 
 import tiny
 import tiny_families
-from vlmtune.data.encode import IGNORE, Encoder
 from vlmtune.data.records import Record, Turn
 from vlmtune.errors import DataError
-from vlmtune.models.families import Family
-from vlmtune.preflight import check_inputs, check_labels
+from vlmtune.prompt.encode import IGNORE, Encoder
+from vlmtune.prompt.families import Family
+from vlmtune.proof.preflight import check_inputs, check_labels
 
 FAMILIES = [*tiny.FAMILIES, *tiny_families.FAMILIES]
 TEXTS = [

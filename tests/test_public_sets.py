@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from vlmtune.config import ColumnsConfig, DataConfig, TaskConfig
+from vlmtune.config.schema import ColumnsConfig, DataConfig, TaskConfig
 from vlmtune.data.records import Split
 from vlmtune.data.table import load
 from vlmtune.errors import DataError

@@ -13,12 +13,12 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 import tiny
-from vlmtune.data.batch import padded
+from vlmtune.batching.layout import padded
 from vlmtune.errors import ConfigError
-from vlmtune.generate import generate
-from vlmtune.loss import summed_loss
+from vlmtune.evaluation.generate import generate
 from vlmtune.models.parts import is_quantized, summary
 from vlmtune.models.quantization import quantization_config
+from vlmtune.objectives.next_token import summed_loss
 
 KINDS = [*tiny.QUANTIZED]
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -129,7 +129,7 @@ def test_bitsandbytes_sets_its_compiled_functions_up_when_they_are_called() -> N
 import sys, torch
 calls = []
 torch.compile = compile = lambda function, **options: (calls.append(options), function)[1]
-from vlmtune import session
+from vlmtune.launch import session
 session.import_bitsandbytes()
 assert torch.compile is compile
 import peft

@@ -14,8 +14,9 @@ import pytest
 from torch.distributed import TCPStore
 
 import tiny
-from vlmtune import api, ranks, signals
+from vlmtune import api
 from vlmtune.errors import DataError, TrainingError, VlmtuneError
+from vlmtune.launch import ranks, signals
 
 
 @pytest.fixture
@@ -88,7 +89,7 @@ def test_without_a_store_an_error_stays_what_it_is(monkeypatch: pytest.MonkeyPat
 def test_two_processes_end_with_the_error_of_the_second(tmp_path: Path) -> None:
     table = tiny.write_csv(tmp_path, [(f"number {i}?", "red") for i in range(12)], per_image=3)
     (tmp_path / "second.py").write_text(
-        "import os, vlmtune.data.batches as b\n"
+        "import os, vlmtune.batching.loader as b\n"
         "real = b.Batches.__getitem__\n"
         "def failing(self, step):\n"
         "    if os.environ['RANK'] == '1' and step == 2: raise vlmtune.DataError('the disk of the second machine')\n"

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from PIL import Image, ImageDraw
 
-from vlmtune.report import chart, ticks, write
-from vlmtune.tracking import MetricsFile
+from vlmtune.record.report import chart, ticks, write
+from vlmtune.record.tracking import MetricsFile
 
 RESULT: dict[str, Any] = {
     "status": "completed",

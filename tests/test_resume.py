@@ -19,13 +19,15 @@ from PIL import Image
 
 import tiny
 import vlmtune
-from vlmtune import checkpoint, environment, lock
-from vlmtune.checkpoint import load_checkpoint, save_checkpoint
-from vlmtune.config import Config, ModelConfig
+from vlmtune.config.schema import Config, ModelConfig
+from vlmtune.data import fingerprint
 from vlmtune.data.records import Record, Turn
 from vlmtune.errors import CheckpointError, ConfigError
-from vlmtune.optim import build_scheduler, go_to
-from vlmtune.resume import KINDS, Kind, changes, kind_of, values
+from vlmtune.launch import lock
+from vlmtune.training import checkpoint
+from vlmtune.training.checkpoint import load_checkpoint, save_checkpoint
+from vlmtune.training.optim import build_scheduler, go_to
+from vlmtune.training.resume import KINDS, Kind, changes, kind_of, values
 
 FOLDER = Path("runs/mine/checkpoints/step_000004")
 
@@ -199,36 +201,36 @@ def pictures(tmp_path: Path) -> list[Record]:
 
 
 def test_the_fingerprint_is_that_of_the_images_content(pictures: list[Record], tmp_path: Path) -> None:
-    before = environment.image_fingerprint(pictures)
+    before = fingerprint.image_fingerprint(pictures)
     for record in pictures:
         os.utime(record.images[0], (1, 1))  # type: ignore[arg-type]
-    assert environment.image_fingerprint(pictures) == before
+    assert fingerprint.image_fingerprint(pictures) == before
     moved = tmp_path / "moved"
     shutil.move(tmp_path / "images", moved)
     elsewhere = [dataclasses.replace(r, images=(moved / Path(str(r.images[0])).name,)) for r in pictures]
-    assert environment.image_fingerprint(elsewhere) == before
+    assert fingerprint.image_fingerprint(elsewhere) == before
     Image.new("RGB", (160, 160), (9, 9, 9)).save(moved / "1.bmp")  # as large as before
-    assert environment.image_fingerprint(elsewhere) != before
+    assert fingerprint.image_fingerprint(elsewhere) != before
 
 
 @pytest.mark.parametrize("at", [0, 77_000 // 2, 76_000])
 def test_head_middle_and_tail_of_a_file_count(tmp_path: Path, at: int) -> None:
     file = tmp_path / "a"
     file.write_bytes(bytes(77_000))
-    before = environment.sampled(file)
+    before = fingerprint.sampled(file)
     content = bytearray(77_000)
     content[at] = 1
     file.write_bytes(content)
-    assert environment.sampled(file) != before
+    assert fingerprint.sampled(file) != before
     file.write_bytes(bytes(77_001))
-    assert environment.sampled(file) != before
+    assert fingerprint.sampled(file) != before
 
 
 def test_images_in_memory_count_by_their_pixels_or_bytes() -> None:
     def rows(*images: Any) -> list[Record]:
         return [Record((Turn("What?", ("red",)),), (image,)) for image in images]
 
-    of = environment.image_fingerprint
+    of = fingerprint.image_fingerprint
     assert of(rows(tiny.image(seed=1))) == of(rows(tiny.image(seed=1))) != of(rows(tiny.image(seed=2)))
     assert of(rows(b"1")) != of(rows(b"2"))
     assert of(rows(b"1", b"2")) != of(rows(b"2", b"1"))
@@ -237,14 +239,14 @@ def test_images_in_memory_count_by_their_pixels_or_bytes() -> None:
 def test_a_base_model_with_other_weights_is_another_one(weights: Path, tmp_path: Path) -> None:
     copy = tmp_path / "elsewhere"
     shutil.copytree(weights, copy)
-    before = environment.model_files(str(weights), None)
-    assert environment.model_files(str(copy), None) == before
+    before = fingerprint.model_files(str(weights), None)
+    assert fingerprint.model_files(str(copy), None) == before
     file = copy / "model.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    assert environment.model_files(str(copy), None) != before
-    assert environment.model_files("a/b", "c1") != environment.model_files("a/b", "c2")
+    assert fingerprint.model_files(str(copy), None) != before
+    assert fingerprint.model_files("a/b", "c1") != fingerprint.model_files("a/b", "c2")
 
 
 # ---------------------------------------------------------------- whole runs
@@ -418,8 +420,8 @@ def test_a_start_killed_in_its_first_save_can_be_started_again(overrides: Overri
 def test_the_rows_of_an_older_version_are_the_same_rows() -> None:
     """Their fingerprint is as it was before a turn said whether its answer is trained on."""
     first = Record((Turn("what?", ("red", "blue")),), (Path("a/1.png"),), "1")
-    assert environment.fingerprint([first, asking()]) == "73807d9a23bcb87cf7237b5a"
-    assert environment.fingerprint([first, asking(trained=False)]) != "73807d9a23bcb87cf7237b5a"
+    assert fingerprint.fingerprint([first, asking()]) == "73807d9a23bcb87cf7237b5a"
+    assert fingerprint.fingerprint([first, asking(trained=False)]) != "73807d9a23bcb87cf7237b5a"
 
 
 def asking(**fields: Any) -> Record:

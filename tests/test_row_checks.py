@@ -17,13 +17,13 @@ from tokenizers import AddedToken
 
 import tiny
 import vlmtune
-from vlmtune import row_checks
-from vlmtune.config import DataConfig, GenerationConfig
-from vlmtune.data.encode import Encoder
+from vlmtune.config.schema import DataConfig, GenerationConfig
 from vlmtune.data.records import Record, Split, Turn
 from vlmtune.data.table import BadRowsError
 from vlmtune.errors import ModelError
-from vlmtune.row_checks import Limits, Look, check_rows, limits_of
+from vlmtune.prompt.encode import Encoder
+from vlmtune.proof import rows as row_checks
+from vlmtune.proof.rows import Limits, Look, check_rows, limits_of
 
 ROOMY = Limits(100_000, 100_000)
 
@@ -212,9 +212,9 @@ def test_rows_of_unlike_form_are_all_proven(encoder_of: Callable[[str], Encoder]
 
 def test_a_stream_asks_the_model_for_each_row(encoder_of: Callable[[str], Encoder], tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
-    from vlmtune.config import TaskConfig
+    from vlmtune.config.schema import TaskConfig
     from vlmtune.data.audit import Reader
-    from vlmtune.data.hub import StreamedRows
+    from vlmtune.data.sources.hub import StreamedRows
 
     cells = [{"image_path": None, "question": q, "answer": "a"} for q in ("one?", "long " * 200, "three?")]
     data = DataConfig(on_bad_row="drop")

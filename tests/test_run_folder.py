@@ -11,10 +11,12 @@ import pytest
 
 import tiny
 import vlmtune
-from vlmtune import api, compose, durable, lock
-from vlmtune.checkpoint import save_model
+from vlmtune import api, durable
+from vlmtune.config import compose
 from vlmtune.errors import CheckpointError, ConfigError
+from vlmtune.launch import lock
 from vlmtune.models.load import load_trained
+from vlmtune.training.checkpoint import save_model
 
 CONFIGS: dict[str, bytes] = {
     "nothing": b"",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vlmtune.data.sampler import ByTokens, Order, micro_batches
+from vlmtune.batching.order import ByTokens, Order, micro_batches
 
 GROUPS = ["a", "b", None, "a", "c", None, "a", "b", "c", "c", "d"]
 

@@ -11,12 +11,14 @@ import pytest
 from PIL import Image
 
 import tiny
-from vlmtune import compose, runfolder, surroundings
-from vlmtune.config import ColumnsConfig, DataConfig, TaskConfig
-from vlmtune.data.files import read_table
+from vlmtune.config import compose
+from vlmtune.config.schema import ColumnsConfig, DataConfig, TaskConfig
+from vlmtune.data.sources.files import read_table
 from vlmtune.data.table import BadRowsError, load, read_files
 from vlmtune.errors import ConfigError, DataError
-from vlmtune.predictor import Predictor
+from vlmtune.launch import surroundings
+from vlmtune.predict.predictor import Predictor
+from vlmtune.record import runfolder
 
 
 def without_model() -> Any:
@@ -183,7 +185,7 @@ def test_files_and_folders_are_checked_as_they_are_typed(override: str, expected
 
 def test_a_hub_reads_one_set(folder: Path) -> None:
     with pytest.raises(DataError, match="data=hub reads one data set"):
-        load(DataConfig(_target_="vlmtune.data.hub.load", train=["a", "b"]), TaskConfig(), 0)
+        load(DataConfig(_target_="vlmtune.data.sources.hub.load", train=["a", "b"]), TaskConfig(), 0)
 
 
 # ---------------------------------------------------------------- image_root
@@ -264,7 +266,7 @@ def test_a_row_repeated_in_another_file_names_both(folder: Path) -> None:
 
 def test_repeats_of_records_are_not_looked_for_so_the_key_is_refused() -> None:
     with pytest.raises(DataError, match=r"data\.on_duplicate"):
-        load(DataConfig(_target_="vlmtune.data.drawn.load", on_duplicate="drop"), TaskConfig(), 0)
+        load(DataConfig(_target_="vlmtune.data.sources.drawn.drawn.load", on_duplicate="drop"), TaskConfig(), 0)
 
 
 # ---------------------------------------------------------------- lists in objects

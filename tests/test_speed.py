@@ -18,28 +18,30 @@ from transformers.activations import QuickGELUActivation
 import tiny
 import tiny_families
 from test_families import SHARED
-from vlmtune import compose
-from vlmtune import loss as losses
-from vlmtune.config import Config, DataConfig, GenerationConfig, ModelConfig, TrainerConfig
+from vlmtune.batching.inputs import model_inputs
+from vlmtune.batching.layout import padded, shared
+from vlmtune.batching.loader import Batches
+from vlmtune.config import compose
+from vlmtune.config.schema import Config, DataConfig, GenerationConfig, ModelConfig, TrainerConfig
 from vlmtune.data import table
-from vlmtune.data.batch import padded, shared
-from vlmtune.data.batches import Batches
-from vlmtune.data.encode import IGNORE, Encoder
 from vlmtune.data.images import content_key
 from vlmtune.data.records import Record
 from vlmtune.errors import ConfigError, DataError
-from vlmtune.evaluation import Draft
-from vlmtune.generate import generate
-from vlmtune.loss import summed_loss, supervised_logits
-from vlmtune.models import adapters, image_cache, lora
+from vlmtune.evaluation.drafts import Draft
+from vlmtune.evaluation.generate import generate
+from vlmtune.models import adapters, lora
 from vlmtune.models import features as kept
 from vlmtune.models.adapters import adapt
 from vlmtune.models.features import Features
-from vlmtune.models.image_cache import Pixels, pixels_mark
 from vlmtune.models.load import load
 from vlmtune.models.parts import find_parts
 from vlmtune.models.rewrites import ATTENTION, PatchMatmul, QuickGELU, keep_freed_memory, length_multiple
-from vlmtune.preflight import answers_agree, choose_features
+from vlmtune.objectives import next_token as losses
+from vlmtune.objectives.next_token import summed_loss, supervised_logits
+from vlmtune.prompt import image_cache
+from vlmtune.prompt.encode import IGNORE, Encoder
+from vlmtune.prompt.image_cache import Pixels, pixels_mark
+from vlmtune.proof.preflight import answers_agree, choose_features
 
 FAMILIES = [*tiny.FAMILIES, *tiny_families.FAMILIES]
 REFUSED = {"idefics": "takes no features in place of pixels"}
@@ -345,7 +347,7 @@ def test_pixels_are_kept_on_demand_where_the_tower_trains(
 def whole_loss(model: Any, batch: Any) -> tuple[float, Tensor]:
     """As `loss_and_gradient`, from the logits of every place, as transformers computes them."""
     model.zero_grad(set_to_none=True)
-    logits = model(**losses.model_inputs(model, batch)).logits[:, :-1].float()
+    logits = model(**model_inputs(model, batch)).logits[:, :-1].float()
     loss = F.cross_entropy(logits.flatten(0, 1), batch.labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum")
     loss.backward()
     return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
@@ -481,7 +483,9 @@ def test_the_check_finds_answers_that_see_other_branches(
     nn.init.normal_(model.get_output_embeddings().weight, std=1.0)
     records = tiny.records(8, per_image=4)
     assert answers_agree(model, encoder, records, Accelerator(cpu=True))
-    monkeypatch.setattr("vlmtune.loss.branch_mask", lambda branches: torch.ones(len(branches), 1, 1, 1).bool())
+    monkeypatch.setattr(
+        "vlmtune.batching.inputs.branch_mask", lambda branches: torch.ones(len(branches), 1, 1, 1).bool()
+    )
     assert not answers_agree(model, encoder, records, Accelerator(cpu=True))
 
 

@@ -18,11 +18,15 @@ import pytest
 import tiny
 import vlmtune
 import wandb_offline
-from vlmtune import display, evaluation, recorder, report, runfolder, session, tracking
-from vlmtune.config import TrackerConfig
-from vlmtune.data.batches import Told
+from vlmtune import display
+from vlmtune.batching.loader import Told
+from vlmtune.config.schema import TrackerConfig
 from vlmtune.errors import StorageError, memory_advice, storage_advice
-from vlmtune.signals import Interrupted
+from vlmtune.evaluation import evaluate as evaluation
+from vlmtune.launch import session
+from vlmtune.launch.signals import Interrupted
+from vlmtune.record import report, runfolder, tracking
+from vlmtune.training import recorder
 
 Overrides = Callable[..., list[str]]
 
@@ -310,7 +314,7 @@ def test_the_error_that_ends_a_run_is_in_its_log(tmp_path: Path) -> None:
 def test_lines_that_nobody_reads_are_dropped() -> None:
     lines = "[display.log.warning('x' * 9999) for _ in range(99)]"
     code = f"from vlmtune import display\nwith display.logging_to(None): {lines}"
-    source = str(Path(recorder.__file__).parents[1])
+    source = str(Path(recorder.__file__).parents[2])
     command = f'{sys.executable} -c "$CODE" 2>&1 | head -c 1; echo ${{PIPESTATUS[0]}}'
     environment = {**os.environ, "PYTHONPATH": source, "CODE": code}
     done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, check=True)

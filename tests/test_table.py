@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 import tiny
-from vlmtune.config import ColumnsConfig, DataConfig, TaskConfig
+from vlmtune.config.schema import ColumnsConfig, DataConfig, TaskConfig
 from vlmtune.data import audit
 from vlmtune.data.records import BadRow, Record, Split, Turn
 from vlmtune.data.table import BadRowsError, audit_frame, load, read_files, write_quarantine
@@ -446,7 +446,7 @@ def test_frames_of_a_users_function_are_audited(folder: Path) -> None:
 
 def test_easy_vqa_passes_the_audit_and_keeps_the_packages_own_splits() -> None:
     pytest.importorskip("easy_vqa")
-    found = load(DataConfig(_target_="vlmtune.data.easy_vqa.load", check_images="header"), TaskConfig(), 0)
+    found = load(DataConfig(_target_="vlmtune.data.sources.easy_vqa.load", check_images="header"), TaskConfig(), 0)
     assert {name: len(split) for name, split in found.items()} == {"train": 38_575, "validation": 9_673}
     images = {name: {record.group for record in split.records} for name, split in found.items()}
     assert (len(images["train"]), len(images["validation"])) == (4_000, 1_000)
@@ -456,7 +456,7 @@ def test_easy_vqa_passes_the_audit_and_keeps_the_packages_own_splits() -> None:
 def test_easy_vqa_missing_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "easy_vqa", None)
     with pytest.raises(DataError, match="pip install easy-vqa"):
-        load(DataConfig(_target_="vlmtune.data.easy_vqa.load"), TaskConfig(), 0)
+        load(DataConfig(_target_="vlmtune.data.sources.easy_vqa.load"), TaskConfig(), 0)
 
 
 def test_a_lazy_sequence_of_records_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,10 +9,10 @@ import pytest
 
 import tiny
 from test_prompts import messages_of, record_of, shapes, with_template
-from vlmtune.data.encode import Encoder
 from vlmtune.errors import DataError
-from vlmtune.preflight import check_labels
-from vlmtune.row_checks import Limits, check_rows
+from vlmtune.prompt.encode import Encoder
+from vlmtune.proof.preflight import check_labels
+from vlmtune.proof.rows import Limits, check_rows
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 PARTS = (

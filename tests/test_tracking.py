@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 
 import wandb_offline
-from vlmtune import tracking
-from vlmtune.config import TrackerConfig
+from vlmtune.config.schema import TrackerConfig
 from vlmtune.errors import ConfigError
-from vlmtune.tracking import MetricsFile, Nothing, Sample, Surviving, build, read_metrics, without_secrets
+from vlmtune.record import tracking
+from vlmtune.record.tracking import MetricsFile, Nothing, Sample, Surviving, build, read_metrics, without_secrets
 
 CONFIG = {
     "adapter": {"method": "LORA", "r": 16},
@@ -130,15 +130,15 @@ def test_other_trackers_never_import_wandb(name: str, tmp_path: Path) -> None:
     code = f"""
 import sys
 from pathlib import Path
-from vlmtune.config import TrackerConfig
-from vlmtune.tracking import build
+from vlmtune.config.schema import TrackerConfig
+from vlmtune.record.tracking import build
 tracker = build(TrackerConfig(name={name!r}), {{}}, Path({str(tmp_path)!r}))
 tracker.log({{'train/loss': 1.0}}, 1)
 tracker.samples([], 1)
 tracker.finish({{}})
 assert 'wandb' not in sys.modules
 """
-    source = str(Path(tracking.__file__).parents[1])
+    source = str(Path(tracking.__file__).parents[2])
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": source})
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from vlmtune import cli, compose, paths
+from vlmtune.cli import main as cli
+from vlmtune.config import compose, paths
 from vlmtune.errors import ConfigError, StorageError
 
 NAMES = (

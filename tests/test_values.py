@@ -17,12 +17,12 @@ import pandas as pd
 import pytest
 
 import tiny
-from vlmtune.config import ColumnsConfig, DataConfig, TaskConfig
+from vlmtune.config.schema import ColumnsConfig, DataConfig, TaskConfig
 from vlmtune.data.cells import from_json, to_json
 from vlmtune.data.records import Split
 from vlmtune.data.table import BadRowsError, audit_frame, load
 from vlmtune.errors import DataError
-from vlmtune.runfolder import write_table
+from vlmtune.record.runfolder import write_table
 
 
 @pytest.fixture
@@ -265,7 +265,7 @@ def labelled(folder: Path, labels: list[Any], feature: Any) -> Any:
 
 
 HUB: dict[str, Any] = {
-    "_target_": "vlmtune.data.hub.load",
+    "_target_": "vlmtune.data.sources.hub.load",
     "columns": ColumnsConfig(image="image", answer="label"),
     "on_bad_row": "drop",
     "max_bad_fraction": 0.9,

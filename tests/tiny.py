@@ -20,8 +20,8 @@ from PIL import Image
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import nn
 
-from vlmtune import loop, preflight, session
-from vlmtune.config import (
+from vlmtune.batching.loader import Batches
+from vlmtune.config.schema import (
     Config,
     DataConfig,
     GenerationConfig,
@@ -32,17 +32,20 @@ from vlmtune.config import (
     TrackerConfig,
     TrainerConfig,
 )
-from vlmtune.data.batches import Batches
-from vlmtune.data.encode import Encoder
 from vlmtune.data.records import Record, Turn
-from vlmtune.loop import Progress, StepReport
-from vlmtune.loss import summed_loss
+from vlmtune.launch import session
 from vlmtune.models import adapters, load
 from vlmtune.models.parts import Parts, find_parts
-from vlmtune.models.peft_fields import peft_config
-from vlmtune.models.processors import image_only
+from vlmtune.models.peft_config import peft_config
 from vlmtune.models.targets import narrow
-from vlmtune.optim import build_optimizer, build_scheduler
+from vlmtune.objectives.next_token import summed_loss
+from vlmtune.prompt.encode import Encoder
+from vlmtune.prompt.image_only import image_only
+from vlmtune.proof import preflight
+from vlmtune.record.progress import Progress
+from vlmtune.training import loop
+from vlmtune.training.loop import StepReport
+from vlmtune.training.optim import build_optimizer, build_scheduler
 
 # ---------------------------------------------------------------- tokenizers
 

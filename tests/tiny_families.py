@@ -13,7 +13,7 @@ import transformers as hf
 from torch import nn
 
 import tiny
-from vlmtune.models.processors import image_only, torchvision_works
+from vlmtune.prompt.image_only import image_only, torchvision_works
 
 CLIP = {
     "model_type": "clip_vision_model",

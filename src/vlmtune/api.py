@@ -9,11 +9,21 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from vlmtune.config import Config, DataConfig
+from vlmtune.config.schema import Config, DataConfig
 from vlmtune.data.records import Split
 from vlmtune.errors import ConfigError, DataError, TrainingError, VlmtuneError, memory_advice, storage_advice
-from vlmtune.outputs import ANSWER, ERROR, SCORE, Answers, Rows, Scored, output_file, refuse_columns, tell_formulas
-from vlmtune.predictor import Predictor, audited, reasons_of
+from vlmtune.predict.predictor import Predictor, audited, reasons_of
+from vlmtune.record.outputs import (
+    ANSWER,
+    ERROR,
+    SCORE,
+    Answers,
+    Rows,
+    Scored,
+    output_file,
+    refuse_columns,
+    tell_formulas,
+)
 
 
 def train(overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -24,7 +34,7 @@ def train(overrides: Sequence[str] = ()) -> dict[str, Any]:
 
     Raises VlmtuneError (ConfigError, DataError, ...).
     """
-    from vlmtune import compose
+    from vlmtune.config import compose
 
     config, composed = compose.read("train", overrides)
     folder = Path(config.resume or composed.hydra.run.dir).absolute()
@@ -38,7 +48,10 @@ def run_in(folder: Path, config: Config) -> dict[str, Any]:
     Raises ConfigError where the folder holds another run, and whatever ends the run early: on several processes the
     error of the one that failed first.
     """
-    from vlmtune import display, environment, lock, ranks, run, saved, signals, surroundings
+    from vlmtune import display, run
+    from vlmtune.config import saved
+    from vlmtune.launch import lock, ranks, signals, surroundings
+    from vlmtune.record import environment
 
     environment.PEAK.start()
     if ranks.rank() != 0:
@@ -55,7 +68,9 @@ def run_in(folder: Path, config: Config) -> dict[str, Any]:
 
 def _run_alone(folder: Path, config: Config) -> dict[str, Any]:
     """As `run_in`, in a folder that no other process uses."""
-    from vlmtune import display, durable, run, runfolder, signals, surroundings
+    from vlmtune import display, durable, run
+    from vlmtune.launch import signals, surroundings
+    from vlmtune.record import runfolder
 
     for parent in (folder, folder / "checkpoints"):
         durable.repair_all(parent)
@@ -76,7 +91,7 @@ def _run_alone(folder: Path, config: Config) -> dict[str, Any]:
 @contextmanager
 def _telling() -> Iterator[None]:
     """An error on a rank other than the first is told to the first one."""
-    from vlmtune import ranks
+    from vlmtune.launch import ranks
 
     try:
         with memory_advice(), storage_advice():
@@ -89,8 +104,9 @@ def _telling() -> Iterator[None]:
 @contextmanager
 def _failure_written(folder: Path) -> Iterator[None]:
     """What ends a run early becomes its result.json, unless one stands there already."""
-    from vlmtune import runfolder, signals
     from vlmtune.data.table import BadRowsError, write_quarantine
+    from vlmtune.launch import signals
+    from vlmtune.record import runfolder
 
     try:
         with memory_advice(), storage_advice():
@@ -110,7 +126,7 @@ def _failure_written(folder: Path) -> Iterator[None]:
 
 def _first_error(error: BaseException) -> BaseException:
     """Where another rank failed first, its error in place of the connection that broke, or of the launcher's signal."""
-    from vlmtune import ranks, signals
+    from vlmtune.launch import ranks, signals
 
     follows = isinstance(error, Exception | signals.Interrupted) and not isinstance(error, VlmtuneError)
     if not follows or not ranks.several():
@@ -124,8 +140,9 @@ def check_free(folder: Path, config: Config) -> None:
 
     A run that failed or was killed before it saved anything is no obstacle.
     """
-    from vlmtune import durable, lock
-    from vlmtune.runfolder import read_result
+    from vlmtune import durable
+    from vlmtune.launch import lock
+    from vlmtune.record.runfolder import read_result
 
     lock.check(Path(config.resume).expanduser() if config.resume else folder)
     if config.resume or not (folder / "config.yaml").exists():
@@ -144,9 +161,9 @@ def load(folder: str | Path, *, overrides: Sequence[str] = ()) -> Predictor:
     run's own images, `data.image_root`, counts only where it is among them: other tables have other images.
     Raises CheckpointError: no run there; ModelError: its base model can't be opened.
     """
-    from vlmtune.compose import names, normalise, saved_config
-    from vlmtune.paths import home
-    from vlmtune.strict import strict
+    from vlmtune.config.compose import names, normalise, saved_config
+    from vlmtune.config.paths import home
+    from vlmtune.config.strict import strict
 
     path = Path(home(str(folder)))
     path = path.parent if path.name == "model" and (path.parent / "config.yaml").exists() else path
@@ -165,7 +182,8 @@ def predict_file(folder: str, config: Config, output: str) -> int:
     Raises ConfigError where `output` can't be written, DataError where the table can't be read or no row can be used:
     all before the model is opened. What ends it later leaves the rows answered so far in `output`.partial.
     """
-    from vlmtune import display, signals
+    from vlmtune import display
+    from vlmtune.launch import signals
 
     if config.data.test is None:
         raise ConfigError("data.test: missing; give the CSV file to answer, for instance data.test=test.csv")
@@ -218,10 +236,11 @@ READ_FILES = "vlmtune.data.table.read_files"
 
 def of_test_rows(data: DataConfig) -> DataConfig:
     """The config for reading `data.test` alone: a file, or a data set of a hub where the run trained on such."""
-    from vlmtune.data.files import files_of, is_table
+    from vlmtune.config.paths import files_of
+    from vlmtune.data.sources.files import is_table
 
     own = dataclasses.replace(data, train=None, validation=None, validation_fraction=0.0)
-    hub = data._target_ == "vlmtune.data.hub.load" and not all(map(is_table, files_of(data.test)))
+    hub = data._target_ == "vlmtune.data.sources.hub.load" and not all(map(is_table, files_of(data.test)))
     return own if hub else dataclasses.replace(own, _target_=READ_FILES)
 
 
@@ -230,9 +249,10 @@ def evaluate_run(folder: str, config: Config, output: str | None) -> str:
 
     `output`: a CSV file for the rows with answer_predictions and score. Raises DataError for rows that can't be used.
     """
-    from vlmtune import display, signals
+    from vlmtune import display
     from vlmtune.data import table
-    from vlmtune.evaluation import evaluate
+    from vlmtune.evaluation.evaluate import evaluate
+    from vlmtune.launch import signals
 
     target = None if output is None else output_file(output, inputs_of(config.data), Path(folder))
     split = "validation" if config.data.test is None else "test"
@@ -265,7 +285,7 @@ def evaluate_run(folder: str, config: Config, output: str | None) -> str:
 def _scored_rows(target: Path | None, split: Split, metric: str) -> Iterator[Callable[[int, list[str]], None] | None]:
     """Writes rows with their scores as they are answered, into `target` if there is one."""
     from vlmtune.metrics import resolve
-    from vlmtune.runfolder import frame_of
+    from vlmtune.record.runfolder import frame_of
 
     if target is None:
         yield None

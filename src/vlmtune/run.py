@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from vlmtune.config import Config
+from vlmtune.config.schema import Config
 from vlmtune.data import table
 from vlmtune.errors import ConfigError, memory_advice
 
@@ -26,15 +26,17 @@ def train(config: Config, folder: Path | None) -> dict[str, Any]:
         raise ConfigError("trainer.best_metric: needs rows to evaluate; set data.validation(_fraction)")
     log.info("fine-tuning %s for %s", config.model.name, config.task.name)
 
-    from vlmtune import first_pass, preflight, row_checks, session
-    from vlmtune.data.batches import Batches
-    from vlmtune.data.encode import Encoder
-    from vlmtune.loop import fit
-    from vlmtune.loss import summed_loss
+    from vlmtune.batching.loader import Batches
+    from vlmtune.launch import session
     from vlmtune.models import adapters, load, rewrites
     from vlmtune.models.parts import find_parts
-    from vlmtune.optim import build_optimizer, build_scheduler
-    from vlmtune.recorder import Recorder
+    from vlmtune.objectives.next_token import summed_loss
+    from vlmtune.prompt.encode import Encoder
+    from vlmtune.proof import first_pass, preflight
+    from vlmtune.proof import rows as row_checks
+    from vlmtune.training.loop import fit
+    from vlmtune.training.optim import build_optimizer, build_scheduler
+    from vlmtune.training.recorder import Recorder
 
     # processes and number types
     engine = session.engine(config)

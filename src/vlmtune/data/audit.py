@@ -13,18 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmtune.config import DataConfig, TaskConfig
+from vlmtune.config.schema import DataConfig, TaskConfig
 from vlmtune.data.answers import Lists, answers_of
 from vlmtune.data.cells import column_values, text_of
-from vlmtune.data.columns import (
-    column_problems,
-    columns_with_text,
-    filled,
-    names_of,
-    refusable,
-    sample_of,
-    tell_unread,
-)
+from vlmtune.data.columns import column_problems, columns_with_text, filled, names_of, refusable, sample_of, tell_unread
 from vlmtune.data.conversations import PLACE, media_mark, parse, placed
 from vlmtune.data.images import Source, content_key, image_size, open_image
 from vlmtune.data.located import Locator

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from vlmtune.config import ColumnsConfig, DataConfig, TaskConfig
+from vlmtune.config.schema import ColumnsConfig, DataConfig, TaskConfig
 from vlmtune.data.cells import column_values, says_nothing
 from vlmtune.data.meanings import COLUMNS, Unread
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from vlmtune.config import DataConfig
+from vlmtune.config.schema import DataConfig
 from vlmtune.data.answers import PYTHON_LIST
 from vlmtune.data.cells import Number, as_list, is_blank, json_list
 from vlmtune.data.images import Source

@@ -6,7 +6,7 @@ import dataclasses
 import random
 from collections.abc import Hashable, Sequence
 
-from vlmtune.config import DataConfig
+from vlmtune.config.schema import DataConfig
 from vlmtune.data.records import Record, Split
 from vlmtune.errors import ConfigError, DataError
 

@@ -22,13 +22,14 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmtune.config import DataConfig, TaskConfig
+from vlmtune.config.paths import files_of
+from vlmtune.config.schema import DataConfig, TaskConfig
 from vlmtune.data.audit import audit_frame
 from vlmtune.data.columns import column_problems
-from vlmtune.data.files import files_of, read_table
 from vlmtune.data.records import BadRow, Record, Split
 from vlmtune.data.rows import SHOWN, joined
 from vlmtune.data.selection import chosen, hold_out, limited
+from vlmtune.data.sources.files import read_table
 from vlmtune.errors import ConfigError, DataError, nearest
 
 if TYPE_CHECKING:

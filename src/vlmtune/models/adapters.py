@@ -8,15 +8,16 @@ from typing import Any
 
 import torch
 
-from vlmtune.config import Config
+from vlmtune.config.fields import adapter_fields
+from vlmtune.config.peft_fields import quantized_problems
+from vlmtune.config.schema import Config
 from vlmtune.errors import CheckpointError, ConfigError
 from vlmtune.models.lora import in_one_step
 from vlmtune.models.parts import Parts, check_parts
-from vlmtune.models.peft_fields import peft_config as build_config
-from vlmtune.models.peft_fields import quantized_problems, refusals
+from vlmtune.models.peft_config import peft_config as build_config
+from vlmtune.models.peft_config import refusals
 from vlmtune.models.quantization import quantized_bits
 from vlmtune.models.targets import ALL_LINEAR, names_as_lists, narrow
-from vlmtune.signatures import adapter_fields
 
 
 def adapt(model: Any, config: Config, parts: Parts, *, total_steps: int) -> Any:

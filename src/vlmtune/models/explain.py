@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from vlmtune import hub
-from vlmtune.config import ModelConfig
+from vlmtune import network as hub
+from vlmtune.config.schema import ModelConfig
 from vlmtune.errors import ModelError
 
 SETTINGS = (

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmtune.config import DataConfig
-from vlmtune.models.cache_folder import Entry
-from vlmtune.models.image_cache import Pixels, joined, pixels_mark
+from vlmtune.config.schema import DataConfig
 from vlmtune.models.parts import Parts, base_of
+from vlmtune.prompt.cache_folder import Entry
+from vlmtune.prompt.image_cache import Pixels, joined, pixels_mark
 
 FROZEN = ("vision", "projector")
 """Parts whose weights an image's features depend on."""

@@ -11,12 +11,10 @@ from typing import Any
 import torch
 
 from vlmtune import durable
-from vlmtune.config import Config, ModelConfig
+from vlmtune.config.schema import Config, ModelConfig
 from vlmtune.errors import CheckpointError, ConfigError, ModelError
 from vlmtune.models.explain import check_names, check_place, explained, looks_local
-from vlmtune.models.image_budget import fit_model
 from vlmtune.models.parts import find_parts
-from vlmtune.models.processors import hub_options, is_original_internvl2, load_processor, remote
 from vlmtune.models.quantization import (
     check_method,
     check_quantized,
@@ -28,6 +26,9 @@ from vlmtune.models.quantization import (
     whole_modules,
 )
 from vlmtune.models.rewrites import rewrite
+from vlmtune.prompt.hub import hub_options, is_original_internvl2, remote
+from vlmtune.prompt.image_budget import fit_model
+from vlmtune.prompt.processors import load_processor
 
 log = logging.getLogger("vlmtune")
 

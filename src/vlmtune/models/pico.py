@@ -58,7 +58,7 @@ def build(folder: Path, seed: int) -> None:
 
 
 def _corpus() -> Iterator[str]:
-    from vlmtune.data.scenes import scene
+    from vlmtune.data.sources.drawn.scenes import scene
 
     for seed in range(2000):
         for question, answer in scene(seed)[1]:
@@ -89,7 +89,7 @@ def _tokenizer() -> PreTrainedTokenizerFast:
 def _processor(tokenizer: PreTrainedTokenizerFast) -> ProcessorMixin:
     from transformers import Qwen2VLImageProcessorPil, Qwen2VLProcessor
 
-    from vlmtune.models.processors import image_only
+    from vlmtune.prompt.image_only import image_only
 
     images = Qwen2VLImageProcessorPil(
         patch_size=PATCH, merge_size=MERGE, size={"shortest_edge": SIDE**2, "longest_edge": SIDE**2}

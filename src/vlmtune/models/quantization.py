@@ -16,28 +16,6 @@ if TYPE_CHECKING:
 
 SKIP_FIELDS = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules", "linear_weights_not_to_quantize")
 """What transformers' classes call the list of modules that stay whole."""
-OTHERS = {
-    "bitsandbytes_4bit": ("load_in_8bit", "llm_int8_t", "llm_int8_h"),
-    "bitsandbytes_8bit": ("load_in_4bit", "bnb_"),
-}
-"""Beginnings of the fields that transformers' one class of bitsandbytes only reads for the other method."""
-
-
-def problems(quantization: dict[str, Any]) -> list[str]:
-    """What is known of `quantization` without a model: fields that would change nothing."""
-    method = quantization["method"]
-    found = [
-        f"quantization.{key}: {method} does not read it; leave it out"
-        for key in quantization
-        if key.startswith(OTHERS.get(method, ())) or key == "llm_int8_enable_fp32_cpu_offload"
-    ]
-    kind = quantization.get("bnb_4bit_quant_type", "nf4")
-    if kind not in ("nf4", "fp4"):
-        found.append(f"quantization.bnb_4bit_quant_type={kind}: choose from: fp4, nf4")
-    own = {"bitsandbytes_4bit": "load_in_4bit", "bitsandbytes_8bit": "load_in_8bit"}.get(method)
-    if own and quantization.get(own) is not True:
-        found.append(f"quantization.{own}={quantization.get(own)}: must be true with quantization.method={method}")
-    return found
 
 
 def quantization_config(quantization: dict[str, Any], skip: list[str], compute_dtype: torch.dtype) -> Any:

@@ -1,0 +1,194 @@
+"""Encoded rows -> tensors, in two layouts that give the same loss.
+
+Padded: one row of the batch per record. Shared: one row per image; its tokens once (the prefix), then each record's
+own tokens as a branch that attends to the prefix and to itself, at positions that go on from the prefix.
+
+Shapes: B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from vlmtune.data.records import Record
+from vlmtune.prompt.encode import IGNORE, Encoded, Encoder
+
+PADDING = -1
+
+
+@dataclass
+class Batch:
+    """What a forward pass takes."""
+
+    input_ids: Tensor
+    """[B, T]"""
+    attention_mask: Tensor
+    """[B, T], 1 for tokens, 0 for padding."""
+    labels: Tensor
+    """[B, T], IGNORE where not supervised."""
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    """Everything else that the processor made for the model."""
+    branches: Tensor | None = None
+    """[B, T] in the shared layout: 0 prefix, 1.. the record's branch, PADDING."""
+    rows: int = 0
+    """Records in the batch."""
+
+    def to(self, device: torch.device) -> Batch:
+        move = lambda t: t.to(device, non_blocking=True)  # noqa: E731
+        branches = None if self.branches is None else move(self.branches)
+        inputs = {k: move(v) for k, v in self.inputs.items()}
+        return Batch(move(self.input_ids), move(self.attention_mask), move(self.labels), inputs, branches, self.rows)
+
+    def pin_memory(self) -> Batch:
+        branches = None if self.branches is None else self.branches.pin_memory()
+        inputs = {k: v.pin_memory() for k, v in self.inputs.items()}
+        return Batch(
+            self.input_ids.pin_memory(),
+            self.attention_mask.pin_memory(),
+            self.labels.pin_memory(),
+            inputs,
+            branches,
+            self.rows,
+        )
+
+    @property
+    def supervised(self) -> int:
+        """Tokens that carry loss: labels that a token before them predicts."""
+        return int((self.labels[:, 1:] != IGNORE).sum())
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are computed, padding not counted."""
+        return int((self.attention_mask != 0).sum())
+
+    @property
+    def places(self) -> int:
+        """Tokens that are computed, padding counted."""
+        return self.input_ids.numel()
+
+    def without_labels(self) -> Batch:
+        """The same batch with nothing supervised: a rank without rows of its own runs it for the others' sake."""
+        none = torch.full_like(self.labels, IGNORE)
+        return Batch(self.input_ids, self.attention_mask, none, self.inputs, self.branches, 0)
+
+
+def padded(encoder: Encoder, records: Sequence[Record], *, answered: bool = True, side: str = "right") -> Batch:
+    """One row per record. Training pads on the right, generation on the left."""
+    encoded = encoder.encode(records, answered=answered)
+    stack = partial(_stack, side=side, multiple=encoder.pad_to_multiple_of)
+    ids = stack(encoded.input_ids, encoder.tokenizer.pad_token_id or 0)
+    inputs = encoder.family.arrange(encoded.image_inputs, ids, encoded.images_of)
+    if encoded.token_types is not None:
+        inputs = {**inputs, encoded.token_types_name: stack(encoded.token_types, 0)}
+    return Batch(
+        ids,
+        stack([[1] * len(row) for row in encoded.input_ids], 0),
+        stack(encoded.labels, IGNORE),
+        inputs,
+        rows=len(records),
+    )
+
+
+def shared(encoder: Encoder, records: Sequence[Record], *, answered: bool = True) -> Batch:
+    """One row per run of records whose prompts are the same up to the last image.
+
+    Raises ValueError for families that can't be laid out so.
+    """
+    if not encoder.family.shares_prefix:
+        raise ValueError(
+            f"{type(encoder.processor).__name__}: an image's tokens are not the same for all its questions"
+        )
+    encoded = encoder.encode(records, answered=answered, images_once=True)
+    keys = [("alone", n) if (group := encoder.prompt.group(r)) is None else group for n, r in enumerate(records)]
+    runs = [list(run) for _, run in groupby(range(len(records)), key=keys.__getitem__)]
+    rows = [_branched(encoded, run) for run in runs]
+    inputs = dict(encoded.image_inputs)
+    stack = partial(_stack, side="right", multiple=encoder.pad_to_multiple_of)
+    branches = stack([row["branches"] for row in rows], PADDING)
+    if encoded.token_types is not None:
+        inputs[encoded.token_types_name] = stack([row["token_types"] for row in rows], 0)
+    return Batch(
+        stack([row["input_ids"] for row in rows], encoder.tokenizer.pad_token_id or 0),
+        (branches != PADDING).long(),
+        stack([row["labels"] for row in rows], IGNORE),
+        inputs,
+        branches,
+        len(records),
+    )
+
+
+def _branched(encoded: Encoded, run: list[int]) -> dict[str, list[int]]:
+    """One row of the shared layout from the records `run`. A record alone is all prefix where it is answered: its later
+    images may stand behind labels, and have the positions that the model gives them.
+    """
+    ids, labels = [encoded.input_ids[i] for i in run], [encoded.labels[i] for i in run]
+    alone = len(run) == 1 and any(label != IGNORE for label in labels[0])
+    length = len(ids[0]) if alone else prefix_length(ids, labels)
+    row = {
+        "input_ids": ids[0][:length],
+        "labels": labels[0][:length],
+        "branches": [0] * length,
+        "token_types": encoded.token_types[run[0]][:length] if encoded.token_types else [],
+    }
+    for number, index in enumerate(run, start=1):
+        row["input_ids"] += encoded.input_ids[index][length:]
+        row["labels"] += encoded.labels[index][length:]
+        row["branches"] += [number] * (len(encoded.input_ids[index]) - length)
+        if encoded.token_types:
+            row["token_types"] += encoded.token_types[index][length:]
+    return row
+
+
+def prefix_length(ids: list[list[int]], labels: list[list[int]]) -> int:
+    """Tokens that all rows begin with, and that predict no label of any of them.
+
+    The token before a branch's first one is another branch's last, so that first token must not carry a label: the
+    prefix ends at least one token before the first supervised one.
+    """
+    unsupervised = min(next((n for n, label in enumerate(row) if label != IGNORE), len(row)) for row in labels)
+    longest = min(unsupervised, *(len(row) for row in ids)) - 1
+    for n in range(longest):
+        if len({row[n] for row in ids}) > 1:
+            return n
+    return max(longest, 0)
+
+
+def branch_mask(branches: Tensor) -> Tensor:
+    """[B, 1, T, T], True where a query (dim 2) may attend to a key (dim 3): prefix or own branch, not later.
+
+    Padding attends to itself, so that no row of the softmax is empty.
+    """
+    length = branches.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=branches.device).tril()
+    query, key = branches[:, :, None], branches[:, None, :]
+    own = (key == query) | ((key == 0) & (query != PADDING))
+    return (own & causal)[:, None]
+
+
+def branch_positions(prefix_positions: Tensor, branches: Tensor) -> Tensor:
+    """Positions [..., B, T] of all tokens from those [..., B, T] of the prefixes: each branch goes on from the prefix.
+
+    `prefix_positions`: entries outside the prefix are ignored. Leading axes (mRoPE's three) share the branches' count.
+    """
+    in_prefix = branches == 0
+    last = prefix_positions.masked_fill(~in_prefix, -1).amax(-1, keepdim=True)  # [..., B, 1]
+    while last.dim() > 2:
+        last = last.amax(0)  # text goes on from the largest position on any axis
+    step = torch.ones_like(branches)
+    counted = step.cumsum(1)
+    starts = torch.ones_like(branches, dtype=torch.bool)
+    starts[:, 1:] = branches[:, 1:] != branches[:, :-1]
+    since_start = counted - (counted * starts).cummax(1).values  # 0 at the first token of each branch
+    return torch.where(in_prefix, prefix_positions, last + 1 + since_start)
+
+
+def _stack(rows: list[list[int]], value: int, *, side: str, multiple: int) -> Tensor:
+    length = -(-max(map(len, rows)) // multiple) * multiple
+    pad = [[value] * (length - len(row)) for row in rows]
+    return torch.tensor([p + row if side == "left" else row + p for p, row in zip(pad, rows, strict=True)])

@@ -1,0 +1,203 @@
+"""From a command line to a `Config`: Hydra composes, we check."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from vlmtune.config import paths, saved
+from vlmtune.config.paths import files_of
+from vlmtune.config.schema import SCHEMA, Config, home
+from vlmtune.config.strict import strict, unreadable
+from vlmtune.errors import CheckpointError, ConfigError, UsageError, nearest
+
+NOT_ONE_RUN = "means several runs; put -m in front of it, or quote the value if it is one text"
+PACKAGE = Path(__file__).resolve().parents[1]
+OmegaConf.register_new_resolver("package", lambda path: str(PACKAGE / path), replace=True)
+OmegaConf.register_new_resolver("or_plain", lambda name: name if name not in (None, "None") else "plain", replace=True)
+os.environ.setdefault("VLMTUNE_HOME", str(home()))
+
+
+@functools.cache
+def groups() -> dict[str, list[str]]:
+    """Config groups and their options."""
+    folders = [*sorted((home() / "conf").iterdir()), home() / "sweeps"]
+    found = {f.name: sorted(file.stem for file in f.glob("*.yaml")) for f in folders if f.is_dir()}
+    return {name: options for name, options in found.items() if name != "hydra"}
+
+
+def normalise(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Overrides as Hydra takes them, and the problems of those that it would refuse or worse, let through.
+
+    Keys are set whether or not a YAML file names them (`++`), since `strict` knows which exist; `a=1` and `+a=1` are
+    the same here. Raises UsageError for what is not an override at all.
+    """
+    out, problems = [], []
+    for override in parse(overrides):
+        text, key = str(override.input_line), override.key_or_group
+        plain = text.lstrip("+~")
+        if key.startswith("hydra"):
+            out.append(text)
+        elif override.is_delete():
+            problems.append(f"{text}: keys can't be removed; set another value")
+        elif key in groups():
+            values = list(override.sweep_iterator()) if override.is_sweep_override() else [override.value()]
+            options = [*groups()[key], *(["null"] if key in ("sweeps", "experiment") else [])]
+            wrong = [f"{key}={v}: {nearest(str(v), options)}" for v in values if str(v or "null") not in options]
+            problems += wrong
+            out += [] if wrong else [plain]
+        elif key.split(".")[0] not in SCHEMA and key not in ("run", "output"):
+            problems.append(f"{key}: no such key; {nearest(key.split('.')[0], SCHEMA)}")
+        else:
+            out.append("++" + plain)
+    return out, problems
+
+
+def parse(overrides: Sequence[str]) -> list[Any]:
+    """Hydra's `Override` objects. Raises UsageError that lists all words which are none."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser = OverridesParser.create()
+    parsed, problems = [], []
+    for text in overrides:
+        text = paths.literal(text, parser)
+        try:
+            override = parser.parse_override(text)
+            if not override.key_or_group:
+                raise HydraException("no key")
+            parsed.append(override)
+        except HydraException:
+            key, equals, value = text.partition("=")
+            quoting = f"; with quotes around what it holds: {paths.shown(key, value)}" if key and equals else ""
+            problems.append(f"{text}: is not an override; write key=value{quoting}")
+    if problems:
+        raise UsageError(problems)
+    return parsed
+
+
+def compose(command: str, overrides: Sequence[str]) -> DictConfig:
+    """Hydra's composition of `conf/<command>.yaml` with normalised overrides. Raises ConfigError."""
+    import hydra
+    from hydra.errors import HydraException
+
+    logging.getLogger("hydra").setLevel(logging.ERROR)
+    try:
+        with hydra.initialize_config_dir(str(home() / "conf"), version_base="1.3"):
+            composed: DictConfig = hydra.compose(command, list(overrides), return_hydra_config=True)
+            return composed
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(str(error).strip().splitlines()[0]) from error
+
+
+def read(command: str, overrides: Sequence[str], *, multirun: bool = False) -> tuple[Config, DictConfig]:
+    """The checked config of a run, and Hydra's composition it came from. Raises ConfigError with all problems.
+
+    `multirun`: overrides may have several values, of which the first counts here.
+    """
+    usable, problems = normalise(overrides)
+    if not multirun:
+        problems += [_several(override.lstrip("+")) for override in usable if asks_for_several(override)]
+    try:
+        composed = compose(command, [one_choice(override) for override in usable])
+        with_resume = saved_config(composed.resume, usable) if composed.get("resume") else composed
+        config = strict(with_resume)
+    except ConfigError as error:
+        raise ConfigError([*problems, *error.problems]) from error
+    if problems:
+        raise ConfigError(problems)
+    return config, composed
+
+
+def _several(override: str) -> str:
+    key, _, value = override.partition("=")
+    if key in ("data.train", "data.validation", "data.test"):
+        again = shlex.quote(f"{key}=[{value}]")
+        return f"{override}: to read several files write {again}; to make a run of each put -m in front"
+    return f"{override}: {NOT_ONE_RUN}: {paths.shown(key, value)}"
+
+
+def asks_for_several(override: str) -> bool:
+    """True for `a=1,2` and for `sweeps=NAME`, which one run can't follow."""
+    [parsed] = parse([override])
+    return parsed.is_sweep_override() or (parsed.key_or_group == "sweeps" and parsed.value() is not None)
+
+
+def one_choice(override: str) -> str:
+    """The first of the values that a sweep goes through, so that one config can be looked at before all are run."""
+    [parsed] = parse([override])
+    if not parsed.is_sweep_override():
+        return override
+    return f"{override.split('=', 1)[0]}={next(parsed.sweep_string_iterator())}"
+
+
+def saved_config(run: str | Path, overrides: Sequence[str]) -> DictConfig:
+    """The config of an earlier run with these overrides on top.
+
+    Raises CheckpointError where there is none, ConfigError where it names code that no override asks for again.
+    """
+    path = Path(run).expanduser() / "config.yaml"
+    if not path.is_file():
+        raise CheckpointError(f"{run}: is not a run folder (it has no config.yaml){_runs_nearby(Path(run))}")
+    config = saved.read(path)
+    if problems := unreadable(config):
+        raise CheckpointError([f"{path}: {problem}" for problem in problems])
+    parsed = [override for override in parse(overrides) if not override.key_or_group.startswith("hydra")]
+    for override in parsed:
+        if override.key_or_group in groups():
+            raise ConfigError(f"{override.key_or_group}: a finished run keeps its groups; set single keys of them")
+        try:
+            OmegaConf.update(config, override.key_or_group, override.value(), force_add=True)
+        except OmegaConfBaseException as error:
+            raise CheckpointError(f"{path}: holds no group for {override.key_or_group}; restore the file") from error
+    saved.refuse_code(config, path, {override.key_or_group for override in parsed})
+    return config
+
+
+def _runs_nearby(path: Path) -> str:
+    runs = sorted(config.parent.name for config in path.parent.glob("*/config.yaml"))
+    return f"; runs in {path.parent}: {', '.join(runs[-5:])}" if runs else ""
+
+
+def overlay(composed: DictConfig, overrides: Sequence[str]) -> Config:
+    """For scripts that use a finished run: its config with the keys of `overrides` on top. Raises VlmtuneError."""
+    usable, problems = normalise(overrides)
+    if composed.get("run") is None:
+        problems.append("run: missing; give a run folder, for instance run=outputs/runs/<stamp>")
+    problems += [
+        f"{override}: has no effect on a finished run; leave it out"
+        for override in (each.lstrip("+") for each in usable)
+        if re.match(r"(resume|preflight)=|(optimizer|tracker|adapter)\.(?!megatron_core)", override)
+    ]
+    if problems:
+        raise ConfigError(problems)
+    own = [o for o in usable if o.lstrip("+").split("=")[0] not in ("run", "output")]
+    config = saved_config(composed.run, own)
+    OmegaConf.update(config, "data.streaming", False)  # that was for training rows
+    if names(own, "data.test") and not names(own, "data.image_root") and not _own_test(composed.run, config):
+        OmegaConf.update(config, "data.image_root", None)  # it was for the run's own tables
+    return strict(config)
+
+
+def names(overrides: Sequence[str], key: str) -> bool:
+    """Whether one of the overrides sets `key`, or a key in it."""
+    return any(f"{override.key_or_group}.".startswith(f"{key}.") for override in parse(overrides))
+
+
+def _own_test(run: str | Path, config: DictConfig) -> bool:
+    """Whether `data.test` names what it named in the run itself."""
+    own = saved.read(Path(run).expanduser() / "config.yaml")
+    before, now = (
+        [Path(name).expanduser().absolute() for name in files_of(OmegaConf.select(one, "data.test"))]
+        for one in (own, config)
+    )
+    return now == before

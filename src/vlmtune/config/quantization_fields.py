@@ -1,0 +1,28 @@
+"""Which fields of `quantization` a method reads, as far as its class doesn't say so itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+OTHERS = {
+    "bitsandbytes_4bit": ("load_in_8bit", "llm_int8_t", "llm_int8_h"),
+    "bitsandbytes_8bit": ("load_in_4bit", "bnb_"),
+}
+"""Beginnings of the fields that transformers' one class of bitsandbytes only reads for the other method."""
+
+
+def problems(quantization: dict[str, Any]) -> list[str]:
+    """What is known of `quantization` without a model: fields that would change nothing."""
+    method = quantization["method"]
+    found = [
+        f"quantization.{key}: {method} does not read it; leave it out"
+        for key in quantization
+        if key.startswith(OTHERS.get(method, ())) or key == "llm_int8_enable_fp32_cpu_offload"
+    ]
+    kind = quantization.get("bnb_4bit_quant_type", "nf4")
+    if kind not in ("nf4", "fp4"):
+        found.append(f"quantization.bnb_4bit_quant_type={kind}: choose from: fp4, nf4")
+    own = {"bitsandbytes_4bit": "load_in_4bit", "bitsandbytes_8bit": "load_in_8bit"}.get(method)
+    if own and quantization.get(own) is not True:
+        found.append(f"quantization.{own}={quantization.get(own)}: must be true with quantization.method={method}")
+    return found

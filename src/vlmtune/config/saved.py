@@ -1,0 +1,86 @@
+"""The config.yaml of an earlier run, read as what it may be: a file from somebody else.
+
+Its values are plain: an interpolation in it is text, so that it can't read the environment. Code that it names is run
+only where this command line asks for it again.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import shlex
+from collections.abc import Collection
+from pathlib import Path
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from vlmtune.config.schema import home
+from vlmtune.config.strict import literal
+from vlmtune.errors import CheckpointError, ConfigError
+
+MOVED = {
+    "vlmtune.data.hub.load": "vlmtune.data.sources.hub.load",
+    "vlmtune.data.easy_vqa.load": "vlmtune.data.sources.easy_vqa.load",
+    "vlmtune.data.drawn.load": "vlmtune.data.sources.drawn.drawn.load",
+    "vlmtune.data.drawn.load_see": "vlmtune.data.sources.drawn.drawn.load_see",
+    "vlmtune.data.drawn.load_compare": "vlmtune.data.sources.drawn.drawn.load_compare",
+}
+"""Functions that runs of version 0.1 name in `data._target_`, and where they are now."""
+
+
+def read(path: Path) -> DictConfig:
+    """The values in `path`. Raises CheckpointError where it is no config that a run wrote."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):  # a few lines of them fill the memory
+            raise CheckpointError(f"{path}: refers to itself (*name), which no run's config does; restore the file")
+        values = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+    except OSError as error:
+        raise CheckpointError(f"{path}: can't be read: {error.strerror}") from error
+    except (ValueError, yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{path}: is damaged ({reason}); restore the file") from error
+    if not isinstance(values, dict) or not values:
+        raise CheckpointError(f"{path}: is not a run's config; restore the file")
+    data = values.get("data")
+    if isinstance(data, dict) and data.get("_target_") in MOVED:
+        data["_target_"] = MOVED[data["_target_"]]
+    return OmegaConf.create(literal(values))
+
+
+def refuse_links(run: Path) -> None:
+    """Raise CheckpointError where a file that a resumed run adds to is a link, which could lead to any file."""
+    links = [run / name for name in ("train.log", "metrics.jsonl") if (run / name).is_symlink()]
+    if links:
+        raise CheckpointError([f"{link}: is a symbolic link; put the file itself in its place" for link in links])
+
+
+def refuse_code(saved: DictConfig, path: Path, asked: Collection[str]) -> None:
+    """Raise ConfigError where `saved` would run code that is neither ours nor among the keys `asked` for again."""
+    problems = []
+    metrics = [str(name) for name in OmegaConf.select(saved, "task.metrics") or []]
+    own = [name for name in metrics if "." in name]
+    if own and "task.metrics" not in asked:
+        problems.append(_refusal(path, "task.metrics", ", ".join(own), f"[{','.join(metrics)}]"))
+    for key in ("data._target_", "model.fresh", "adapter.megatron_core"):
+        value = OmegaConf.select(saved, key)
+        if value is not None and str(value) not in shipped(key.rpartition(".")[2]) and key not in asked:
+            problems.append(_refusal(path, key, str(value), str(value)))
+    if OmegaConf.select(saved, "model.trust_remote_code") and "model.trust_remote_code" not in asked:
+        problems.append(f"{path}: that run ran its model's own code; to run it again, set model.trust_remote_code=true")
+    if problems:
+        raise ConfigError(problems)
+
+
+def _refusal(path: Path, key: str, names: str, value: str) -> str:
+    again = shlex.quote(f"{key}={value}")
+    return f"{path}: {key} names code outside vlmtune, {names}; if you know that code, ask for it again: {again}"
+
+
+@functools.cache
+def shipped(key: str) -> frozenset[str]:
+    """The functions that the YAML files in conf/ name under `key`."""
+    texts = (file.read_text(encoding="utf-8") for file in (home() / "conf").rglob("*.yaml"))
+    return frozenset(name for text in texts for name in re.findall(rf"(?m)^\s*{key}:\s*(\S+\.\S+)\s*$", text))

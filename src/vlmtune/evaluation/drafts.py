@@ -1,0 +1,55 @@
+"""Answers that are known from the forward pass of the loss alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from vlmtune.batching.layout import Batch
+from vlmtune.config.schema import GenerationConfig
+from vlmtune.data.records import Record
+from vlmtune.evaluation.generate import generation_arguments, is_plain_greedy
+from vlmtune.prompt.encode import IGNORE, Encoder
+
+
+class Draft:
+    """Finds the rows whose greedy answer is the reference itself, from the forward pass that gives the loss.
+
+    Where the most likely token is the reference's at each place of the answer, its end token included, greedy
+    generation would write just that. This is speculative decoding with the reference as the draft, so the answers are
+    those of generation; rows that differ anywhere are generated.
+    """
+
+    def __init__(self, model: Any, encoder: Encoder, generation: GenerationConfig):
+        arguments = generation_arguments(generation, encoder, model)
+        self.encoder = encoder
+        self.usable = is_plain_greedy(arguments, model)
+        self.ends = set(arguments["eos_token_id"])
+        self.never = arguments["suppress_tokens"]
+        self.longest = generation.max_new_tokens
+
+    def answers(self, records: Sequence[Record], batch: Batch, likely: list[int]) -> list[str | None]:
+        """The answer of each record of `batch`, None where it must be generated. `likely`: of each supervised token,
+        row by row, the one that greedy search would write there.
+        """
+        if not self.usable:
+            return [None] * len(records)
+        rows = torch.arange(len(batch.labels))[:, None].expand_as(batch.labels)
+        owners = rows if batch.branches is None else rows * (int(batch.branches.max()) + 1) + batch.branches.cpu()
+        labels = batch.labels[:, 1:].cpu()
+        supervised = labels != IGNORE
+        found: dict[int, list[tuple[int, int]]] = {}
+        for owner, target, token in zip(
+            owners[:, 1:][supervised].tolist(), labels[supervised].tolist(), likely, strict=True
+        ):
+            found.setdefault(owner, []).append((target, token))
+        return [self._answer(record, found[owner]) for record, owner in zip(records, sorted(found), strict=True)]
+
+    def _answer(self, record: Record, pairs: list[tuple[int, int]]) -> str | None:
+        targets = [target for target, _ in pairs]
+        whole = len(record.turns) == 1 and len(targets) <= self.longest and targets[-1] in self.ends
+        if not whole or self.ends & set(targets[:-1]) or any(target != token for target, token in pairs):
+            return None
+        return self.encoder.decode([targets])[0]

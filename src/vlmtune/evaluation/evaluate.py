@@ -1,0 +1,177 @@
+"""Loss and metrics over a split."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from vlmtune import display
+from vlmtune.batching.layout import Batch, padded, shared
+from vlmtune.config.schema import Config
+from vlmtune.data.records import Record
+from vlmtune.evaluation.drafts import Draft
+from vlmtune.evaluation.generate import generate
+from vlmtune.launch.signals import Ended
+from vlmtune.metrics import resolve, score
+from vlmtune.objectives.next_token import supervised_logits
+from vlmtune.prompt.encode import Encoder
+
+PIECE_BATCHES = 16
+"""Batches whose answers are handed over together, where they are: rows that still have to be generated fill a batch."""
+
+
+@dataclass
+class Evaluation:
+    """What a model scored on some rows."""
+
+    metrics: dict[str, float]
+    """`loss` per supervised token and the task's metrics, means over the rows."""
+    predictions: list[str]
+    scores: list[dict[str, float]]
+    """The task's metrics of each row."""
+
+
+def evaluate(
+    model: Any,
+    encoder: Encoder,
+    records: Sequence[Record],
+    config: Config,
+    engine: Any,
+    *,
+    title: str,
+    share: bool = False,
+    share_answers: bool = False,
+    stop: Callable[[], int | None] = lambda: None,
+    done: Callable[[int, list[str]], None] | None = None,
+) -> Evaluation:
+    """Answer all records and compare; each rank takes a stretch of them. `share` lays out the batches for the loss with
+    each image once, `share_answers` those for generation.
+
+    `stop`: asked after each batch, the number of a signal that asks to end. Raises `signals.Ended` then, on every rank.
+    `done`: told the answers of some batches at a time, in order, and the number of the first of these rows; on several
+    processes those of all rows at the end.
+    """
+    from accelerate.utils import gather_object
+
+    stretch = math.ceil(len(records) / engine.num_processes)
+    own = records[engine.process_index * stretch : (engine.process_index + 1) * stretch]
+    gathered: list[Any]
+    try:
+        with display.bar(title, 2 * len(own), show=engine.is_main_process) as shown:
+
+            def advance(rows: int) -> None:
+                shown(rows)
+                if number := stop():
+                    raise Ended(number)
+
+            def answer(rows: Sequence[Record]) -> tuple[float, int, list[str]]:
+                return _answer(model, encoder, rows, config, engine, share, share_answers, advance)
+
+            alone = done if engine.num_processes == 1 else None
+            gathered = [_in_pieces(answer, own, config.trainer.eval_batch_size, alone)]
+    except Ended as ended:
+        gathered = [ended.number]
+    if engine.num_processes > 1:
+        gathered = gather_object(gathered)  # in the order of the ranks
+    for number in gathered:
+        if isinstance(number, int):  # a signal may reach some ranks alone, and all must end
+            raise Ended(number)
+    loss, tokens = sum(g[0] for g in gathered), sum(g[1] for g in gathered)
+    predictions = [text for g in gathered for text in g[2]]
+    if done is not None and engine.num_processes > 1:
+        done(0, predictions)
+    means, scores = score(resolve(config.task.metrics), predictions, [list(record.answers) for record in records])
+    return Evaluation({"loss": loss / max(tokens, 1), **means}, predictions, scores)
+
+
+def _in_pieces(
+    answer: Callable[[Sequence[Record]], tuple[float, int, list[str]]],
+    own: Sequence[Record],
+    size: int,
+    done: Callable[[int, list[str]], None] | None,
+) -> tuple[float, int, list[str]]:
+    """What `answer` gives for all rows, a piece after the other where each is handed over to `done`."""
+    if done is None:
+        return answer(own)
+    loss, tokens = 0.0, 0
+    texts: list[str] = []
+    for start in range(0, len(own), PIECE_BATCHES * size):
+        found = answer(own[start : start + PIECE_BATCHES * size])
+        done(start, found[2])
+        loss, tokens, texts = loss + found[0], tokens + found[1], texts + found[2]
+    return loss, tokens, texts
+
+
+def _answer(
+    model: Any,
+    encoder: Encoder,
+    own: Sequence[Record],
+    config: Config,
+    engine: Any,
+    share: bool,
+    share_answers: bool,
+    advance: Callable[[int], None],
+) -> tuple[float, int, list[str]]:
+    """Summed loss, count of supervised tokens, and the answers of these rows."""
+    size = config.trainer.eval_batch_size
+    make = shared if share else padded
+    draft = Draft(model, encoder, config.generation)
+    loss, tokens, drafted = loss_and_drafts(model, encoder, own, size, engine, make, draft, advance)
+    open_rows = [row for row, answer in enumerate(drafted) if answer is None]
+    advance(len(own) - len(open_rows))
+    rest = iter(
+        generate(
+            model,
+            encoder,
+            [own[row] for row in open_rows],
+            config.generation,
+            batch_size=size,
+            autocast=engine.autocast,
+            share=share_answers,
+            advance=advance,
+        )
+    )
+    return loss, tokens, [next(rest) if answer is None else answer for answer in drafted]
+
+
+PIECE = 256
+"""Tokens whose logits are held in float32 at once."""
+
+
+@torch.no_grad()
+def loss_and_drafts(
+    model: Any,
+    encoder: Encoder,
+    records: Sequence[Record],
+    batch_size: int,
+    engine: Any,
+    make: Callable[[Encoder, Sequence[Record]], Batch],
+    draft: Draft,
+    advance: Callable[[int], None],
+) -> tuple[float, int, list[str | None]]:
+    """Summed loss, count of supervised tokens, and the answers that are known from this pass alone."""
+    was_training = model.training
+    model.eval()
+    loss, tokens = 0.0, 0
+    answers: list[str | None] = []
+    for start in range(0, len(records), batch_size):
+        rows = [records[i] for i in range(start, min(start + batch_size, len(records)))]
+        batch = make(encoder, rows).to(engine.device)
+        with engine.autocast():
+            logits, targets = supervised_logits(model, batch)
+        likely: list[int] = []
+        for part, wanted in zip(logits.split(PIECE), targets.split(PIECE), strict=True):
+            values = part.float()
+            loss += float(F.cross_entropy(values, wanted, reduction="sum"))
+            values[:, draft.never] = -math.inf
+            likely += values.argmax(-1).tolist()
+        tokens += len(likely)
+        answers += draft.answers(rows, batch, likely)
+        advance(batch.rows)
+    model.train(was_training)
+    return loss, tokens, answers

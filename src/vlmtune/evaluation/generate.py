@@ -1,0 +1,160 @@
+"""Answers by generation, batched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from vlmtune.batching.inputs import model_inputs
+from vlmtune.batching.layout import PADDING, Batch, padded, shared
+from vlmtune.config.schema import GenerationConfig
+from vlmtune.data.records import Record
+from vlmtune.models.parts import base_of
+from vlmtune.prompt.encode import Encoder
+
+
+def generation_arguments(generation: GenerationConfig, encoder: Encoder, model: Any) -> dict[str, Any]:
+    """Arguments of `model.generate` for our generation config; temperature 0 is greedy."""
+    own = base_of(model).generation_config.eos_token_id
+    ends = set(encoder.end_ids) | set(own if isinstance(own, list) else [own] if own is not None else [])
+    pad = encoder.tokenizer.pad_token_id
+    arguments: dict[str, Any] = {
+        "max_new_tokens": generation.max_new_tokens,
+        "eos_token_id": sorted(ends),
+        "pad_token_id": pad if pad is not None else min(ends),
+        "do_sample": generation.temperature > 0,
+        "suppress_tokens": encoder.image_ids,  # an image in an answer would want features that no one gave
+    }
+    if generation.temperature > 0:
+        arguments |= {"temperature": generation.temperature, "top_p": generation.top_p, "top_k": 0}
+    else:  # values that the checkpoint's own generation config may carry, and that greedy search would warn about
+        arguments |= {"temperature": None, "top_p": None, "top_k": None}
+    return arguments
+
+
+CHANGES_LOGITS = (
+    "repetition_penalty",
+    "encoder_repetition_penalty",
+    "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size",
+    "bad_words_ids",
+    "sequence_bias",
+    "begin_suppress_tokens",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "min_length",
+    "min_new_tokens",
+    "guidance_scale",
+    "exponential_decay_length_penalty",
+)
+"""What a checkpoint's own generation config may hold that makes greedy search take other tokens than the likeliest."""
+
+
+def is_plain_greedy(arguments: dict[str, Any], model: Any) -> bool:
+    """Whether `generate` would take the most likely token each time."""
+    own = base_of(model).generation_config
+    neutral: tuple[Any, ...] = (None, 0, 1, 1.0, [])
+    return (
+        not arguments["do_sample"]
+        and (getattr(own, "num_beams", 1) or 1) == 1
+        and all(getattr(own, name, None) in neutral for name in CHANGES_LOGITS)
+    )
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    encoder: Encoder,
+    records: Sequence[Record],
+    generation: GenerationConfig,
+    *,
+    batch_size: int,
+    autocast: Callable[[], Any],
+    share: bool = False,
+    advance: Callable[[int], None] = lambda rows: None,
+) -> list[str]:
+    """One answer per record, in order. `advance` is told how many rows each batch finished.
+
+    `share`: neighbouring records of one group share their image, where the choice of tokens is plain greedy.
+    """
+    device = next(model.parameters()).device
+    arguments = generation_arguments(generation, encoder, model)
+    share = share and is_plain_greedy(arguments, model)
+    was_training = model.training
+    model.eval()
+    answers: list[str] = []
+    for start in range(0, len(records), batch_size):
+        rows = [records[i] for i in range(start, min(start + batch_size, len(records)))]
+        with autocast():
+            if share:
+                out = greedy_branches(model, shared(encoder, rows, answered=False).to(device), **arguments)
+            else:
+                batch = padded(encoder, rows, answered=False, side="left").to(device)
+                inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, **batch.inputs}
+                made = model.generate(use_cache=True, **inputs, **arguments)
+                out = made[:, batch.input_ids.shape[1] :].tolist()
+        answers += encoder.decode(out)
+        advance(len(rows))
+    model.train(was_training)
+    return answers
+
+
+@torch.no_grad()
+def greedy_branches(
+    model: Any,
+    batch: Batch,
+    *,
+    max_new_tokens: int,
+    eos_token_id: list[int],
+    pad_token_id: int,
+    suppress_tokens: list[int],
+    **_: Any,
+) -> list[list[int]]:
+    """Most likely tokens after each branch of a shared batch without answers, end token included.
+
+    All branches grow by a token a step: the step's queries are [B, K], K the most branches of a row, and each sees the
+    prefix, its own branch and what it wrote itself.
+    """
+    assert batch.branches is not None
+    inputs = model_inputs(model, batch)
+    branches = batch.branches  # [B, T], grows by K a step
+    numbers = torch.arange(1, int(branches.max()) + 1, device=branches.device)
+    own = branches[:, None] == numbers[:, None]  # [B, K, T]
+    exists = own.any(-1)  # [B, K]
+    last = torch.where(exists, own.int().cumsum(-1).argmax(-1), 0)  # place of each branch's last token
+    positions = inputs["position_ids"]
+    at = last.expand(*positions.shape[:-1], -1)  # [..., B, K]
+    positions = positions.gather(-1, at)
+    ends = torch.tensor(eos_token_id, device=branches.device)
+    head = base_of(model).get_output_embeddings()
+    rows = torch.arange(len(branches), device=branches.device)[:, None]
+    select = head.register_forward_pre_hook(lambda _, args: (args[0][rows, last], *args[1:]))
+    try:
+        out = model(**{**inputs, "use_cache": True})
+    finally:
+        select.remove()
+    written: list[list[int]] = [[] for _ in range(int(exists.sum()))]
+    growing = exists
+    for step in range(max_new_tokens):
+        logits = out.logits.float()
+        logits[..., suppress_tokens] = -torch.inf
+        tokens = logits.argmax(-1)  # [B, K]
+        for line, token, grows in zip(written, tokens[exists].tolist(), growing[exists].tolist(), strict=True):
+            line += [token] * grows
+        growing = growing & ~torch.isin(tokens, ends)
+        if step == max_new_tokens - 1 or not growing.any():
+            break
+        query = torch.where(growing, numbers, PADDING)
+        branches = torch.cat([branches, query], dim=1)
+        seen = (branches[:, None] == query[..., None]) | (branches[:, None] == 0)  # [B, K, T]
+        seen[..., -len(numbers) :] |= torch.eye(len(numbers), dtype=torch.bool, device=branches.device)
+        out = model(
+            input_ids=torch.where(growing, tokens, pad_token_id),
+            attention_mask=seen[:, None],
+            position_ids=positions + step + 1,
+            past_key_values=out.past_key_values,
+            use_cache=True,
+        )
+    return written

@@ -1,0 +1,160 @@
+"""What a run needs of the machine it is on: processes, devices, number types, one folder, signals."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import warnings
+from collections.abc import Callable
+from functools import cache, partial, wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlmtune import display
+from vlmtune.config.schema import Config, TrainerConfig
+from vlmtune.errors import ConfigError, VlmtuneError
+from vlmtune.launch import surroundings
+
+log = logging.getLogger("vlmtune")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def engine(config: Config) -> Any:
+    """The Accelerator: devices and processes as launched, `trainer.precision`, and all seeds set.
+
+    Raises ConfigError where the device can't compute in the asked precision.
+    """
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState
+    from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, set_seed
+
+    quiet_libraries()
+    mixed = mixed_precision(config.trainer.precision)
+    decided = {"ACCELERATE_MIXED_PRECISION": mixed, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"}
+    AcceleratorState._reset_state()  # a multirun's jobs may differ in precision
+    GradientState._reset_state()  # or a loop that was left half way in this process decides whether a step counts
+    set_seed(config.trainer.seed)
+    # a tower, or a module trained beside an adapter, gets no gradient from rows without images
+    beside = config.adapter["parts"] != ["language"] or bool(config.adapter.get("modules_to_save"))
+    unused = not config.uses_adapter or beside
+    with surroundings.without_accelerate_settings(decided):
+        accelerator = Accelerator(
+            cpu=not torch.cuda.is_available(),  # or a launcher's CPU ranks would each believe to be alone
+            mixed_precision=mixed,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # the loop accumulates by itself
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
+        )
+    tell_what_idles(accelerator)
+    import_bitsandbytes()  # asks the device what it can do, so not before a rank has its own
+    return accelerator
+
+
+def quiet_libraries() -> None:
+    """No warnings that libraries mean for us, and no bars where there is no terminal."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()  # what matters of it is raised or logged by us
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, and it tells of kernels to install
+    for package in ("transformers", "peft", "bitsandbytes", "torch"):  # their deprecations are for us, not for users
+        warnings.filterwarnings("ignore", category=FutureWarning, module=package)
+    if not display.console.is_terminal:
+        transformers_logging.disable_progress_bar()
+
+
+def mixed_precision(precision: str) -> str:
+    """Accelerate's name for `trainer.precision` on this machine. Raises ConfigError where it can't compute so."""
+    bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    if precision == "auto":
+        precision = "bf16" if bf16 else "fp32"
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise ConfigError("trainer.precision=fp16: needs an accelerator; use fp32 (or bf16) on a CPU")
+    if precision == "bf16" and torch.cuda.is_available() and not bf16:
+        raise ConfigError("trainer.precision=bf16: this GPU has no bfloat16; use fp16 or fp32")
+    return "no" if precision == "fp32" else precision
+
+
+def tell_what_idles(engine: Any) -> None:
+    """Log the accelerators of this machine that the run leaves alone, and why."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if found is not None and found.type != "cuda":
+        log.info(
+            "computing on the CPU: this machine has %s, which vlmtune does not use (only CUDA and ROCm)", found.type
+        )
+    if engine.num_processes == 1 and torch.cuda.device_count() > 1:
+        log.info(
+            "computing on one of %d GPUs; all of them: accelerate launch --multi_gpu src/train.py ...",
+            torch.cuda.device_count(),
+        )
+
+
+def import_bitsandbytes() -> None:
+    """Import it, with the functions that it has torch compile set up at their first call: torch's compiler takes a
+    second to import, and PEFT imports bitsandbytes whether a run quantizes or not.
+    """
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return
+
+    def compiled_later(function: Any = None, **options: Any) -> Any:
+        if function is None:
+            return partial(compiled_later, **options)
+        compiled = cache(partial(set_up, function, **options))
+        return wraps(function)(lambda *args, **kwargs: compiled()(*args, **kwargs))
+
+    set_up, torch.compile = torch.compile, compiled_later  # type: ignore[assignment]
+    try:
+        import bitsandbytes  # noqa: F401
+    finally:
+        torch.compile = set_up
+
+
+def dtypes(config: Config, engine: Any) -> dict[str, torch.dtype]:
+    """`compute_dtype`, and the `dtype` of the weights: frozen ones in the compute type, trained ones in fp32."""
+    compute = DTYPES.get(engine.mixed_precision, torch.float32)
+    if config.model.dtype != "auto":
+        return {"dtype": DTYPES[config.model.dtype], "compute_dtype": compute}
+    return {"dtype": compute if config.uses_adapter else torch.float32, "compute_dtype": compute}
+
+
+def agree_on_folder(folder: Path | None, engine: Any) -> Path:
+    """The first rank's run folder, on every rank."""
+    from accelerate.utils import broadcast_object_list
+
+    agreed = [str(folder)]
+    if engine.num_processes > 1:
+        broadcast_object_list(agreed)
+    return Path(agreed[0])
+
+
+def decided_by_first(decide: Callable[[], Any], engine: Any) -> Any:
+    """What `decide` returns on the first rank, on every rank; where it raises a VlmtuneError, every rank does."""
+    from accelerate.utils import broadcast_object_list
+
+    if engine.num_processes == 1:
+        return decide()
+    found: list[Any] = [None, None]
+    if engine.is_main_process:
+        try:
+            found[0] = decide()
+        except VlmtuneError as error:
+            found[1] = error
+    broadcast_object_list(found)
+    if found[1] is not None:
+        raise found[1]
+    return found[0]
+
+
+def all_ranks(yes: bool, engine: Any) -> bool:
+    """True where every rank says yes; the same answer on each."""
+    if engine.num_processes == 1:
+        return yes
+    return bool(engine.reduce(torch.tensor(float(yes), device=engine.device), "sum").item() == engine.num_processes)
+
+
+def prepare_checkpointing(model: Any, trainer: TrainerConfig) -> None:
+    """Turn gradient checkpointing on if asked for, so that it works over frozen embeddings too."""
+    if trainer.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()

@@ -1,0 +1,163 @@
+"""A fine-tuned model that answers rows: bad ones get their reason, the others go on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlmtune.config.schema import Config
+from vlmtune.data.records import Split
+from vlmtune.errors import REFUSALS, DataError, memory_advice
+from vlmtune.record.outputs import ANSWER, ERROR, Answers, refuse_columns
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class Predictor:
+    """A fine-tuned model with everything that its answers depend on."""
+
+    def __init__(self, folder: Path, config: Config):
+        from vlmtune.launch import surroundings
+
+        self.config = config
+        with surroundings.kept(), memory_advice():
+            self._open(folder)
+            self.random_state = surroundings.random_state()
+
+    def _open(self, folder: Path) -> None:
+        from vlmtune.launch import session
+        from vlmtune.models import load
+        from vlmtune.prompt.encode import Encoder
+
+        config = self.config
+        self.engine = session.engine(config)
+        dtypes = session.dtypes(config, self.engine)
+        self.model, processor = load.load_trained(folder, config, device=self.engine.device, **dtypes)
+        self.encoder = Encoder(
+            processor,
+            system_prompt=config.model.system_prompt,
+            max_image_pixels=config.data.max_image_pixels,
+            supervise=config.data.supervise,
+            fast_jpeg=config.data.fast_jpeg,
+        )
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """While inside, random numbers go on where this predictor's last answers ended, and the caller's stay."""
+        from vlmtune.launch import session, surroundings
+
+        with surroundings.kept(), memory_advice():
+            session.quiet_libraries()
+            surroundings.set_random_state(self.random_state)
+            try:
+                yield
+            finally:
+                self.random_state = surroundings.random_state()
+
+    def predict(self, frame: pd.DataFrame) -> pd.DataFrame:
+        """A copy of `frame` with the column `answer_predictions`, in row order.
+
+        `frame` has the run's image and question columns; an image is a path, bytes or a PIL image. Relative paths start
+        at the folder of the file that vlmtune read the frame from, and for a frame made otherwise at the working
+        directory, unless `load(..., overrides=["data.image_root=FOLDER"])` says where.
+
+        A row that can't be used gets no answer (NA) and its reason in a column `error`; the others are answered.
+        """
+        place = str(frame.attrs.get("file", "the frame"))
+        refuse_columns(frame.columns, (ANSWER, ERROR), place)
+        split = audited(frame, self.config)
+        answers = Answers(frame, reasons_of(split))
+        self.fill(answers, split.records, [record.row for record in split.records])
+        return answers.table()
+
+    def fill(
+        self,
+        answers: Answers,
+        records: Sequence[Any],
+        rows: Sequence[int],
+        done: Callable[[int], None] = lambda stop: None,
+    ) -> None:
+        """Answer `records`, which stand at `rows` of the frame; a row that fails gets its reason, the others go on.
+
+        After each batch `done` is told the row before which all are answered.
+        """
+        from vlmtune import display
+
+        size = self.config.trainer.eval_batch_size
+        with self.at_work(), display.bar("predicting", len(records)) as advance:
+            try:
+                share = self.shares_answers(records)
+            except (DataError, RuntimeError, MemoryError) as error:
+                reason_of(error)
+                share = False
+            for start in range(0, len(records), size):
+                batch = [records[i] for i in range(start, min(start + size, len(records)))]
+                self._fill_batch(answers, batch, rows[start : start + size], share)
+                done(rows[start + len(batch) - 1] + 1)
+                advance(len(batch))
+
+    def _fill_batch(self, answers: Answers, records: Sequence[Any], rows: Sequence[int], share: bool) -> None:
+        """Answer some records together, and where that fails one by one."""
+        try:
+            found = self.answer(records, share=share)
+        except (DataError, RuntimeError, MemoryError) as error:
+            reason = reason_of(error)
+            if len(records) == 1:
+                answers.reasons[rows[0]] = reason
+            else:
+                for record, row in zip(records, rows, strict=True):
+                    self._fill_batch(answers, [record], [row], False)
+        else:
+            answers.texts |= dict(zip(rows, found, strict=True))
+
+    def answer(self, records: Sequence[Any], *, share: bool = False) -> list[str]:
+        """One answer per record, in order; `share`: neighbours that show one image are answered with it once."""
+        from vlmtune.evaluation.generate import generate
+
+        return generate(
+            self.model,
+            self.encoder,
+            records,
+            self.config.generation,
+            batch_size=self.config.trainer.eval_batch_size,
+            autocast=self.engine.autocast,
+            share=share,
+        )
+
+    def shares_answers(self, records: Sequence[Any]) -> bool:
+        """Whether neighbouring rows that show the same image are answered with the image once: where a few of them get
+        the answers that they get one by one.
+        """
+        from vlmtune.batching.loader import groups_of, probes
+        from vlmtune.proof.preflight import answers_agree
+
+        found = probes(self.encoder, records, groups_of(records, self.encoder), most=6)
+        return bool(found) and all(answers_agree(self.model, self.encoder, rows, self.engine) for rows in found)
+
+
+def reason_of(error: Exception) -> str:
+    """Why one row can't be answered; raises errors that concern all of them."""
+    if isinstance(error, DataError):
+        return "; ".join(error.problems)
+    memory = ("out of memory", *REFUSALS)
+    if isinstance(error, MemoryError) or any(text in str(error) for text in memory):
+        return "out of memory: this row needs more than there is; see trainer.eval_batch_size, model.image.max_tokens"
+    raise error
+
+
+def audited(frame: pd.DataFrame, config: Config) -> Split:
+    """The frame's rows to be answered, each image decoded once: a bad one must not end the others."""
+    from vlmtune.data.table import audit_frame, image_root_of
+
+    file = str(frame.attrs.get("file", ""))  # relative paths start at the folder of a table that was read from one
+    data = dataclasses.replace(config.data, image_root=image_root_of(config.data, "test"), check_images="decode")
+    return audit_frame(frame, data, config.task, file=file, answers_required=False)
+
+
+def reasons_of(split: Split) -> dict[int, str]:
+    """Of each bad row its position in the frame, and its reason with the line that it stands on."""
+    return {bad.index: f"line {bad.line}: " * (bad.line > 0) + bad.reason for bad in split.bad}

@@ -1,0 +1,335 @@
+"""Rows are held against the model before the first step: its processor, its embedding, its positions.
+
+What a row fails in is a reason like any other: `data.on_bad_row` says whether the run stops or goes on without it.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from vlmtune.batching.loader import is_streamed
+from vlmtune.config.schema import Config
+from vlmtune.data.audit import keys_of
+from vlmtune.data.conversations import PLACE
+from vlmtune.data.images import image_size
+from vlmtune.data.records import Record, Split
+from vlmtune.data.selection import chosen
+from vlmtune.data.table import BadRowsError, refusals
+from vlmtune.errors import DataError, ModelError
+from vlmtune.models.parts import base_of
+from vlmtune.prompt.encode import Encoder
+from vlmtune.prompt.template import Shape, conversation
+
+log = logging.getLogger("vlmtune")
+
+Sizes = tuple[tuple[int, int], ...]
+"""Width and height of each image of a row."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a model can take."""
+
+    positions: int | None
+    """Tokens in a row; None where the model sets no bound."""
+    embeddings: int
+    """Token ids that have an embedding."""
+
+
+def limits_of(model: Any) -> Limits:
+    """The limits of a model, from its text config and its input embedding."""
+    text = base_of(model).config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    rope = getattr(text, "rope_parameters", None) or {}
+    if positions and (factor := rope.get("factor")):  # a context that is stretched
+        positions = max(positions, int(factor * (rope.get("original_max_position_embeddings") or positions)))
+    embedding = base_of(model).get_input_embeddings()
+    extra = getattr(embedding, "additional_embedding", None)  # Idefics keeps its last ids apart
+    return Limits(positions, embedding.weight.shape[0] + (0 if extra is None else extra.weight.shape[0]))
+
+
+@dataclass
+class Checked:
+    """What was found."""
+
+    sentence: str
+    longest: list[Record] = field(default_factory=list)
+    """Training rows that may be the longest."""
+    shapes: list[Record] = field(default_factory=list)
+    """A training row of each shape of conversation, and such as begin their answer unusually."""
+
+
+def check_rows(encoder: Encoder, splits: dict[str, Split], config: Config, limits: Limits) -> Checked:
+    """Move rows that this model can't take to the bad rows of their split; rows of a stream are judged in their turn.
+
+    Raises ModelError where the tokenizer goes beyond the model's embedding for every row, and BadRowsError where
+    `data.on_bad_row` and `data.max_bad_fraction` don't let the run go on.
+    """
+    look = Look(encoder, limits)
+    look.at_template()
+    problems, longest, count = [], [], 0
+    for name, split in splits.items():
+        if is_streamed(split.records):
+            split.records.refuse = look.faults_of  # type: ignore[attr-defined]
+            continue
+        reasons, bounds = look.through(split.records)
+        if name == "train":
+            usable = [n for n in range(len(bounds)) if n not in reasons]
+            longest = [split.records[n] for n in sorted(usable, key=bounds.__getitem__, reverse=True)[:LONGEST]]
+        if reasons:
+            _set_apart(split, reasons)
+            problems += refusals(name, split, config.data)
+        count += len(split.records)
+    if problems:
+        raise BadRowsError(problems, [row for split in splits.values() for row in split.bad])
+    train = splits["train"].records if "train" in splits and not is_streamed(splits["train"].records) else []
+    _tell_of_date(encoder)
+    _tell_of_markers(encoder, splits)
+    _tell_of_long_references(encoder, splits, config.generation.max_new_tokens)
+    most = f" of {limits.positions} positions" if limits.positions else ""
+    return Checked(
+        f"rows       {count} fit the processor, the embedding and the context{most}", longest, examples(encoder, train)
+    )
+
+
+def examples(encoder: Encoder, records: Sequence[Record]) -> list[Record]:
+    """The first row of each shape of conversation and of each way to begin and end a text: what may meet the template
+    and the tokenizer differently than other rows.
+    """
+    found: dict[Hashable, Record] = {}
+    for record in records if isinstance(records, list) else records[:1000]:  # others read each row from disk again
+        key = (encoder.prompt.shape(record), *(_edges(text) for text in _texts(record)[-2:]))
+        if key not in found and len(found) < EXAMPLES:
+            found[key] = record
+    return list(found.values())
+
+
+EXAMPLES = 16
+"""Rows of unlike form that are proven one by one."""
+
+
+def _edges(text: str) -> tuple[str, str]:
+    """The kind of a text's first and last character: a letter, a digit, or itself."""
+    return _kind(text[:1]), _kind(text[-1:])
+
+
+def _kind(character: str) -> str:
+    return "a" if character.isalpha() else "0" if character.isdigit() else character
+
+
+LONGEST = 8
+"""Rows of which the longest is found by tokenizing them."""
+
+
+def _set_apart(split: Split, reasons: dict[int, str]) -> None:
+    split.bad += [split.records[number].refused(reason) for number, reason in reasons.items()]
+    split.records = chosen(split.records, [n for n in range(len(split.records)) if n not in reasons])
+
+
+class Look:
+    """Looks through rows for what the model can't take. Cheap bounds come first; few rows are tokenized."""
+
+    def __init__(self, encoder: Encoder, limits: Limits):
+        self.encoder, self.limits = encoder, limits
+        added = encoder.tokenizer.get_added_vocab()
+        feature = encoder.family.feature_token  # models replace its embedding by the image's features
+        beyond = [token for token, number in added.items() if number >= limits.embeddings and token != feature]
+        self.beyond = re.compile("|".join(sorted(map(re.escape, beyond), key=len, reverse=True))) if beyond else None
+        self.around = functools.cache(self._around)
+        self.refusal = functools.cache(self._refusal)
+        self.seen: dict[Hashable, tuple[int, int]] = {}
+
+    def at_template(self) -> None:
+        """Raise ModelError where what every row holds has no embedding."""
+        base = self.encoder.tokenizer.vocab_size
+        end = max(self.encoder.end_ids)
+        if base > self.limits.embeddings or end >= self.limits.embeddings:
+            raise ModelError(
+                f"the tokenizer has {max(base, end + 1)} tokens and the model's embedding {self.limits.embeddings} "
+                "rows: the checkpoint's tokenizer is not the one that the model was saved with, or its embedding was "
+                "not resized (model.resize_token_embeddings) before it was saved"
+            )
+
+    def through(self, records: Sequence[Record]) -> tuple[dict[int, str], list[int]]:
+        """The reasons against rows by their number, and a bound on the tokens of each."""
+        reasons: dict[int, str] = {}
+        shown: list[Sizes] = []
+        texts: list[int] = []
+        for number, record in enumerate(records):
+            try:
+                self.encoder.check(record)
+                sizes = tuple(self._size(key, image) for key, image in zip(keys_of(record), record.images, strict=True))
+                if self.beyond and (fault := self._beyond(record)):
+                    raise DataError(fault)
+                shown.append(sizes)
+                texts.append(self._text_bound(record))
+            except DataError as error:
+                reasons[number] = _bare(record, error)
+                shown.append(())
+                texts.append(0)
+        refused, cost = self._probe(Counter(sizes for sizes in shown if sizes))
+        reasons |= {n: refused[sizes] for n, sizes in enumerate(shown) if sizes in refused}
+        bounds = [text + cost(sizes) for text, sizes in zip(texts, shown, strict=True)]
+        reasons |= self._too_long(records, [n for n in range(len(bounds)) if n not in reasons], bounds)
+        return reasons, bounds
+
+    def faults_of(self, record: Record) -> list[str]:
+        """As `through`, of one row."""
+        return list(self.through([record])[0].values())
+
+    # ---------------------------------------------------------------- one row
+
+    def _size(self, key: Hashable, source: Any) -> tuple[int, int]:
+        """`key`: equal for images that are copies of each other, None where that isn't known."""
+        size = self.seen.get(key) or image_size(source, self.encoder.max_image_pixels)
+        if key is not None:
+            self.seen[key] = size
+        return size
+
+    def _beyond(self, record: Record) -> str | None:
+        """Say which token of a row's texts has no embedding."""
+        assert self.beyond
+        for text in _texts(record):
+            if found := self.beyond.search(self.encoder.prompt.literal(text)):
+                number = self.encoder.tokenizer.convert_tokens_to_ids(found[0])
+                rows = self.limits.embeddings
+                return (
+                    f"token without an embedding: {found[0]!r} has id {number}, and the model's embedding {rows} rows"
+                )
+        return None
+
+    def _text_bound(self, record: Record) -> int:
+        """No fewer than the tokens of a row's text: a token holds at least one byte."""
+        size = sum(len(text) if text.isascii() else len(text.encode(errors="replace")) for text in _texts(record))
+        return size + self.around(self.encoder.prompt.shape(record))
+
+    def _around(self, shape: Shape) -> int:
+        """Bytes that the template writes around such a row's texts, its default system prompt included."""
+        prompt = self.encoder.prompt
+        system = len((prompt.system_prompt or "").encode())
+        return len(prompt.rendered(conversation(shape)[0]).encode()) + system
+
+    # ---------------------------------------------------------------- images
+
+    def _refusal(self, sizes: Sizes) -> str | None:
+        """Why the processor refuses images of these sizes, or None where it takes them."""
+        try:
+            self.encoder.image_tokens(sizes)
+        except (ValueError, ZeroDivisionError) as error:
+            shown = ", ".join(f"{width}x{height}" for width, height in sizes)
+            return f"the model's processor refuses the image ({shown}): {str(error).splitlines()[0]}"
+        return None
+
+    def _probe(self, counts: Counter[Sizes]) -> tuple[dict[Sizes, str], Any]:
+        """Sizes that the processor refuses with the reason, and a bound on what the others cost in tokens.
+
+        Up to `PROBED` sizes are all tried, on blank images. Of more, the thinnest and the smallest are, until one is
+        taken; the cost of the others is bounded by twice the most that sizes spread over all of them take.
+        """
+        kinds = sorted(counts, key=_area)
+        few = len(kinds) <= PROBED
+        spread = kinds if few else [kinds[n * (len(kinds) - 1) // (PROBED - 1)] for n in range(PROBED)]
+        refused = {sizes: reason for sizes in spread if (reason := self.refusal(sizes))}
+        for order in () if few else (sorted(kinds, key=_thinness, reverse=True), sorted(kinds, key=_least)):
+            for sizes in order:
+                if not (reason := self.refusal(sizes)):
+                    break
+                refused[sizes] = reason
+        known = {sizes: self.encoder.image_tokens(sizes) for sizes in spread if sizes not in refused}
+        dearest = max((-(-tokens // len(sizes)) for sizes, tokens in known.items()), default=0)
+
+        def cost(sizes: Sizes) -> int:
+            return known[sizes] if sizes in known else 2 * dearest * len(sizes)
+
+        return refused, cost
+
+    # ---------------------------------------------------------------- length
+
+    def _too_long(self, records: Sequence[Record], rows: Sequence[int], bounds: Sequence[int]) -> dict[int, str]:
+        """Reasons against rows of more tokens than the model has positions."""
+        most = self.limits.positions
+        near = [n for n in rows if most and bounds[n] > most]
+        lengths = self.encoder.lengths([records[n] for n in near]) if near else []
+        return {
+            n: f"row longer than the model's context: {image + text} tokens ({image} of them images), {most} positions"
+            for n, (image, text) in zip(near, lengths, strict=True)
+            if image + text > (most or 0)
+        }
+
+
+PROBED = 16
+"""Image sizes up to which each is tried."""
+
+
+def _texts(record: Record) -> list[str]:
+    system = [] if record.system is None else [record.system]
+    return system + [text for turn in record.turns for text in (turn.question, *turn.answers[:1])]
+
+
+def _bare(record: Record, error: DataError) -> str:
+    """A fault without the row's place, which is told apart."""
+    return "; ".join(problem.removeprefix(f"{record.place}: ") for problem in error.problems)
+
+
+def _area(sizes: Sizes) -> int:
+    return sum(width * height for width, height in sizes)
+
+
+def _thinness(sizes: Sizes) -> float:
+    return max(max(size) / max(min(size), 1) for size in sizes)
+
+
+def _least(sizes: Sizes) -> int:
+    return min(map(min, sizes))
+
+
+# ---------------------------------------------------------------- what is said
+
+
+def _tell_of_date(encoder: Encoder) -> None:
+    """Log where prompts hold the day on which they are made: training and prediction then differ in it."""
+    if "strftime_now" in str(encoder.processor.chat_template):
+        log.info("prompts hold today's date where this model's chat template writes it; later ones hold another")
+
+
+def _tell_of_markers(encoder: Encoder, splits: dict[str, Split]) -> None:
+    """Log how many rows hold control markers, which stay letters: injected, or meant as an image's place."""
+    prompt, counts = encoder.prompt, Counter[str]()
+    starts = re.compile("|".join(map(re.escape, {PLACE, *prompt.markers})))
+    for split in splits.values():
+        for record in split.records if isinstance(split.records, list) else ():
+            texts = "\n".join(_texts(record))
+            if starts.search(texts):
+                counts.update({*prompt.kept_as_text(texts), *([PLACE] if PLACE in texts else [])})
+    if counts:
+        found = ", ".join(f"{marker} in {count} rows" for marker, count in counts.most_common())
+        images = PLACE in counts or encoder.family.image_token in counts
+        log.log(
+            logging.WARNING if images else logging.INFO,
+            "markers in texts stay letters: %s%s",
+            found,
+            f'; to place an image there, give its path as a list: ["a.png"] with {PLACE}' if images else "",
+        )
+
+
+def _tell_of_long_references(encoder: Encoder, splits: dict[str, Split], most: int) -> None:
+    """Warn of evaluated rows whose answers can't be written in `generation.max_new_tokens`."""
+    records = [r for name in ("validation", "test") if name in splits for r in splits[name].records]
+    long = [min(r.answers, key=len) for r in records if r.answers and min(len(a.encode()) for a in r.answers) > most]
+    found = encoder.tokenizer(long, add_special_tokens=False)["input_ids"] if long else []
+    cut = [len(ids) + 1 for ids in found if len(ids) + 1 > most]  # and an end token
+    if cut:
+        log.warning(
+            "generation.max_new_tokens=%d is shorter than the references of %d of %d evaluated rows (up to %d tokens): "
+            "their answers will be cut off",
+            most,
+            len(cut),
+            len(records),
+            max(cut),
+        )

@@ -1,0 +1,124 @@
+"""What a run ran on, and what it used."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "bitsandbytes",
+    "hydra-core",
+    "tokenizers",
+    "pillow",
+    "torchvision",
+)
+
+
+def describe(seed: int, fingerprint: str, processor: Any) -> dict[str, Any]:
+    """Everything that a result may depend on besides the config."""
+    import torch
+
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or [
+        platform.processor() or "cpu"
+    ]
+    return {
+        "git": git_state(Path(__file__).parent),
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "versions": versions,
+        "devices": devices,
+        "threads": torch.get_num_threads(),
+        "variables": variables(),
+        "image_processor": type(processor.image_processor).__name__,
+        "seed": seed,
+        "data_fingerprint": fingerprint,
+    }
+
+
+def git_state(folder: Path) -> dict[str, str] | None:
+    """Commit and uncommitted changes of the checkout that `folder` lies in; None outside of one."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=20)
+        return done.stdout if done.returncode == 0 else ""
+
+    try:
+        sha = git("rev-parse", "HEAD").strip()
+        return {"sha": sha, "diff": git("diff", "HEAD", "--", ":/*.py", ":/*.yaml")} if sha else None
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+
+
+class Peak:
+    """Peak memory since `start`, so that a run's is its own and not that of an earlier one in the same process.
+
+    The kernel's own mark (VmHWM) is reset where that is allowed (Linux); elsewhere the largest value seen at the calls
+    of `resident` counts. What the process holds already when a run starts is part of it.
+    """
+
+    def __init__(self) -> None:
+        self.kernel, self.seen = False, 0
+
+    def start(self) -> None:
+        self.seen = 0
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+            self.kernel = True
+        except OSError:
+            self.kernel = False
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.cuda.is_initialized():
+            torch.cuda.reset_peak_memory_stats()
+
+    def resident(self) -> int:
+        """Bytes of main memory."""
+        self.seen = max(self.seen, _status("VmHWM" if self.kernel else "VmRSS"))
+        return self.seen
+
+
+def _status(name: str) -> int:
+    """Bytes that Linux says under `name` of this process; elsewhere the process's whole peak."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+    except (OSError, StopIteration):
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+PEAK = Peak()
+
+
+def memory() -> dict[str, int]:
+    """Peak memory of the present run on this process in bytes: resident, and allocated on the current accelerator (0
+    without one). Processes that prepare batches are not counted.
+    """
+    torch = sys.modules.get("torch")
+    device = torch.cuda.max_memory_allocated() if torch is not None and torch.cuda.is_available() else 0
+    return {"peak_rss_bytes": PEAK.resident(), "peak_device_bytes": device}
+
+
+VARIABLES = ("ACCELERATE_", "CUBLAS_", "CUDA_", "HF_", "MKL_", "NCCL_", "NVIDIA_TF32", "OMP_", "PYTORCH_", "TORCH_")
+
+
+def variables() -> dict[str, str]:
+    """Environment variables by which torch and its libraries may compute otherwise; none that may hold a secret."""
+    secret = ("TOKEN", "KEY", "SECRET", "PASSWORD")
+    chosen = {name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)}
+    return {name: value for name, value in chosen.items() if not any(word in name for word in secret)}

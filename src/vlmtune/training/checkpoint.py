@@ -1,0 +1,299 @@
+"""A run's state on disk: complete or absent, never half.
+
+A checkpoint holds the trainable weights, the optimizer's state, the random state of each rank and the progress, all in
+safetensors and JSON: nothing in it can run code when it is read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vlmtune import durable
+from vlmtune.config.schema import ModelConfig
+from vlmtune.durable import whole
+from vlmtune.errors import CheckpointError
+from vlmtune.record.progress import Progress
+from vlmtune.training import resume
+
+log = logging.getLogger("vlmtune")
+
+NAME = re.compile(r"step_\d{6,}")
+DAMAGED = ".damaged"
+"""Behind the name of a checkpoint that was passed over."""
+
+
+def trained_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Everything in a model that training changes: trainable weights and saved buffers."""
+    saved = _persistent(model)
+    buffers = {name: b for name, b in model.named_buffers() if name in saved}
+    return {name: p for name, p in model.named_parameters() if p.requires_grad} | buffers
+
+
+def _persistent(model: torch.nn.Module) -> set[str]:
+    names = set()
+    for prefix, module in model.named_modules():
+        own = set(module._buffers) - module._non_persistent_buffers_set
+        names |= {f"{prefix}.{name}" if prefix else name for name in own}
+    return names
+
+
+def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+
+
+def split_state(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimizer's state dict as tensors and the JSON-able rest; keys are paths, as bitsandbytes nests its own."""
+    flat = dict(_leaves(state["state"]))
+    tensors = {path: value for path, value in flat.items() if isinstance(value, Tensor)}
+    rest = {path: value for path, value in flat.items() if path not in tensors}
+    return tensors, {"values": rest, "param_groups": state["param_groups"]}
+
+
+def _leaves(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def join_state(tensors: dict[str, Tensor], rest: dict[str, Any]) -> dict[str, Any]:
+    """Inverse of `split_state`."""
+    state: dict[int, dict[str, Any]] = {}
+    for path, value in [*tensors.items(), *rest["values"].items()]:
+        index, *inner, name = path.split(".")
+        place = state.setdefault(int(index), {})
+        for key in inner:
+            place = place.setdefault(key, {})
+        place[name] = value
+    return {"state": state, "param_groups": rest["param_groups"]}
+
+
+def random_state() -> dict[str, Tensor]:
+    """The random state of this process: torch on the CPU and on the current accelerator."""
+    state = {"cpu": torch.get_rng_state()}
+    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def save_checkpoint(
+    root: Path,
+    model: torch.nn.Module,
+    optimizer: Any,
+    scaler: Any,
+    progress: Progress,
+    identity: dict[str, Any],
+    random_states: list[dict[str, Tensor]],
+    *,
+    keep: int,
+) -> Path:
+    """Write `root/step_000123`, then delete all but the `keep` newest and the best one.
+
+    `identity`: what a run that goes on from here is compared with (`resume.identity`).
+    """
+    folder = root / f"step_{progress.step:06d}"
+    tensors, rest = split_state(optimizer.state_dict())
+    rng = {f"{rank}.{name}": t for rank, state in enumerate(random_states) for name, t in state.items()}
+    state = {"progress": dataclasses.asdict(progress), "identity": identity, "optimizer": rest}
+    if scaler is not None:
+        state["scaler"] = scaler.state_dict()
+    with whole(folder) as partial:
+        save_file(_plain(trained_tensors(model)), partial / "model.safetensors")
+        save_file(_plain(tensors), partial / "optimizer.safetensors")
+        save_file(_plain(rng), partial / "random.safetensors")
+        (partial / "state.json").write_text(json.dumps(state, indent=1))
+    for old in all_checkpoints(root)[:-keep]:
+        if progress.best_step is None or old.name != f"step_{progress.best_step:06d}":
+            durable.remove(old)
+    return folder
+
+
+def all_checkpoints(root: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    found = [path for path in root.glob("step_*") if NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=_step)
+
+
+def newest(run: Path) -> Path:
+    """The newest sound checkpoint of a run; damaged ones are passed over with a warning.
+
+    Raises CheckpointError where there is none, with what is wrong with each.
+    """
+    root = run / "checkpoints"
+    known, problems = all_checkpoints(root), []
+    for stray in sorted({*root.glob("step_*")} - {*known}):
+        if not stray.name.endswith(DAMAGED):
+            log.warning("%s: is not named as a checkpoint, and is left alone", stray)
+    for folder in reversed(known):
+        try:
+            check(folder)
+        except CheckpointError as error:
+            log.warning("skipped a damaged checkpoint: %s", error)
+            problems += error.problems
+        else:
+            return folder
+    raise CheckpointError([f"{run}: no checkpoint is sound", *problems] if problems else resume.nothing_saved(run))
+
+
+def set_aside(damaged_since: Path) -> None:
+    """Rename the checkpoints after this sound one, which were passed over, so that none passes for the newest again."""
+    for folder in all_checkpoints(damaged_since.parent):
+        if _step(folder) > _step(damaged_since):
+            aside = folder.with_name(folder.name + DAMAGED)
+            durable.remove(aside) if aside.exists() else None
+            folder.rename(aside)
+            log.warning("%s: is kept as %s", folder, aside.name)
+
+
+def check(folder: Path) -> None:
+    """Raise CheckpointError that says which file of a checkpoint is missing or damaged."""
+    durable.verify(folder)
+    _read_state(folder)
+    for kind in ("model", "optimizer", "random"):
+        file = folder / f"{kind}.safetensors"
+        with _explained(file), safe_open(file, "pt"):  # also says where a file without a checksum is cut
+            pass
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
+
+
+@contextmanager
+def _explained(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file.parent}: is not a checkpoint: {file.name}: {error}") from error
+
+
+def _read_state(folder: Path) -> tuple[dict[str, Any], Progress]:
+    """What state.json holds, and the progress in it."""
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        if not isinstance(state, dict):
+            raise ValueError("it holds no object")
+        for name in ("progress", "identity", "optimizer"):
+            if not isinstance(state[name], dict):
+                raise ValueError(f"its {name} is no object")
+        if missing := {"values", "param_groups"} - state["optimizer"].keys():
+            raise ValueError(f"its optimizer lacks {min(missing)}")
+        if strange := state["progress"].keys() - {field.name for field in dataclasses.fields(Progress)}:
+            raise ValueError(f"its progress has the unknown key {min(strange)!r}")
+        progress = Progress(**state["progress"])
+        numbers = (progress.step, progress.examples, progress.tokens, progress.seconds, progress.skipped)
+        if not all(isinstance(number, int | float) for number in numbers):
+            raise ValueError("its progress holds something else for a number")
+    except (OSError, ValueError, KeyError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise CheckpointError(f"{folder}: is not a checkpoint: state.json: {reason}") from error
+    if progress.step != _step(folder):
+        raise CheckpointError(f"{folder}: is not a checkpoint of this name: it holds step {progress.step}")
+    return state, progress
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    with _explained(file):
+        return dict(load_file(file))
+
+
+def load_weights(folder: Path, model: torch.nn.Module) -> None:
+    """Put a checkpoint's weights into `model`. Raises CheckpointError where they are not the model's own."""
+    saved, own = _read(folder / "model.safetensors"), trained_tensors(model)
+    odd = sorted(
+        n for n in saved.keys() | own.keys() if n not in saved or n not in own or saved[n].shape != own[n].shape
+    )
+    if odd:
+        raise CheckpointError(f"{folder}: holds other weights than this run trains, among them {', '.join(odd[:3])}")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(saved[name])
+
+
+def load_checkpoint(
+    folder: Path, model: torch.nn.Module, optimizer: Any, scaler: Any, identity: dict[str, Any], rank: int
+) -> Progress:
+    """Put everything back as it was, so that the next step is the one that would have followed.
+
+    What this run changes takes effect, and is noted in the progress. Raises CheckpointError where this run would not
+    continue that one.
+    """
+    state, progress = _read_state(folder)
+    progress.changes += resume.changes(folder, state["identity"], identity, progress.step)
+    load_weights(folder, model)
+    _load_optimizer(folder, optimizer, state["optimizer"])
+    if scaler is not None and "scaler" in state:
+        scaler.load_state_dict(state["scaler"])
+    rng = _read(folder / "random.safetensors")
+    own = rank if f"{rank}.cpu" in rng else 0
+    if own != rank:
+        log.warning("process %d was not there before: it draws dropout as the first one does", rank)
+    torch.set_rng_state(rng[f"{own}.cpu"])
+    if torch.cuda.is_available() and f"{own}.cuda" in rng:
+        torch.cuda.set_rng_state(rng[f"{own}.cuda"])
+    return progress
+
+
+def _load_optimizer(folder: Path, optimizer: Any, saved: dict[str, Any]) -> None:
+    """The moments from a checkpoint; the learning rates, decays and betas stay those of this run's config."""
+    own = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(join_state(_read(folder / "optimizer.safetensors"), saved))
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder}: holds another optimizer's state: {error}") from error
+    for group, values in zip(optimizer.param_groups, own, strict=True):
+        group |= values
+
+
+def save_model(model: Any, processor: Any, folder: Path, config: ModelConfig | None = None) -> None:
+    """Write the adapter (or the whole model), processor and generation config, as PEFT and transformers read them, or
+    in the layout that `config.save_layout` asks for.
+
+    The written weights are opened again and compared before the folder takes its name.
+    """
+    from vlmtune.models.parts import base_of
+
+    with whole(folder) as partial:
+        if config is not None and config.save_layout == "original":
+            from vlmtune.models.internvl2 import save_original
+
+            save_original(model, config, partial)
+            return
+        model.save_pretrained(partial)
+        processor.save_pretrained(partial)
+        base_of(model).generation_config.save_pretrained(partial)
+        _compare(model, partial)
+
+
+def _compare(model: Any, folder: Path) -> None:
+    """Raise CheckpointError unless the weight files in `folder` hold every trained weight, bit by bit.
+
+    Compared by content: names change between a live model and the hub's layout.
+    """
+    from vlmtune.models.adapters import adapter_state, saved_name
+
+    saved = {_digest(t) for file in folder.glob("*.safetensors") for t in load_file(file).values()}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    adapter = adapter_state(model)  # has its own names, and under AdaLoRA its own shapes
+    lost = [name for name, p in trained.items() if not adapter and _digest(p) not in saved]
+    lost += [name for name, tensor in adapter.items() if _digest(tensor) not in saved]
+    lost += [n for n, p in trained.items() if adapter and saved_name(n) not in adapter and _digest(p) not in saved]
+    if lost:
+        raise CheckpointError(f"{folder}: the saved files do not hold the trained value of {lost[0]}")
+
+
+def _digest(tensor: Tensor) -> bytes:
+    data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return hashlib.blake2b(data.data, digest_size=16).digest()

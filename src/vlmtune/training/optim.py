@@ -1,0 +1,112 @@
+"""Optimizer and schedule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlmtune.config.schema import OptimizerConfig, TrainerConfig
+from vlmtune.errors import ConfigError
+from vlmtune.models.parts import Parts, base_of
+
+
+def build_optimizer(
+    model: nn.Module, parts: Parts, trainer: TrainerConfig, optimizer: OptimizerConfig
+) -> torch.optim.Optimizer:
+    """An optimizer over every trainable weight, grouped by learning rate and by whether it decays.
+
+    Raises ConfigError where nothing trains, or where a learning rate is given for a part that has no trainable weight.
+    """
+    hidden = hidden_matrices(model) if optimizer.name == "muon" else set()
+    groups: dict[tuple[str, bool, bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            faster = optimizer.loraplus_lr_ratio != 1 and ("lora_B" in name or "lora_embedding_B" in name)
+            kind = (parts.of(name), parameter.dim() > 1, name in hidden, faster)
+            groups.setdefault(kind, []).append(parameter)
+    if not groups:
+        raise ConfigError("nothing is trainable: model.freeze covers the whole model")
+    unused = set(trainer.learning_rate_of) - {part for part, *_ in groups}
+    if unused:
+        raise ConfigError(
+            [f"trainer.learning_rate_of.{part}: no weight of this part trains" for part in sorted(unused)]
+        )
+    specs = [
+        {
+            "params": parameters,
+            "lr": trainer.learning_rate_of.get(part, trainer.learning_rate)
+            * (optimizer.loraplus_lr_ratio if faster else 1),
+            "weight_decay": optimizer.weight_decay if decays else 0.0,
+            "part": part,
+            "hidden": matrices,
+        }
+        for (part, decays, matrices, faster), parameters in groups.items()
+    ]
+    options: dict[str, Any] = {"betas": (optimizer.beta1, optimizer.beta2), "eps": optimizer.eps}
+    fused = all(p.device.type in ("cuda", "cpu") and p.is_floating_point() for g in groups.values() for p in g)
+    if optimizer.name == "adamw":
+        return torch.optim.AdamW(specs, fused=fused, **options)
+    if optimizer.name == "muon":
+        return MuonAndAdamW(specs, momentum=optimizer.momentum, fused=fused, **options)
+    import bitsandbytes
+
+    cls = {
+        "adamw_8bit": bitsandbytes.optim.AdamW8bit,
+        "paged_adamw": bitsandbytes.optim.PagedAdamW,
+        "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit,
+    }[optimizer.name]
+    return cls(specs, **options)
+
+
+def hidden_matrices(model: nn.Module) -> set[str]:
+    """Names of the matrices between input and output embedding: what Muon is made for."""
+    ends = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    head = base_of(model).get_output_embeddings() if hasattr(base_of(model), "get_output_embeddings") else None
+    ends |= {id(p) for p in head.parameters()} if head is not None else set()
+    return {name for name, p in model.named_parameters() if p.dim() == 2 and id(p) not in ends}
+
+
+class MuonAndAdamW(torch.optim.Optimizer):
+    """torch.optim.Muon on the groups marked `hidden` and AdamW on the others, as one optimizer with one state.
+
+    Muon's steps are scaled to the size of AdamW's, so that one learning rate serves both (Liu et al. 2025,
+    arXiv:2502.16982).
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], *, momentum: float, **adamw: Any):
+        super().__init__(groups, {})
+        hidden, others = self._split()
+        self.muon = torch.optim.Muon(hidden, momentum=momentum, adjust_lr_fn="match_rms_adamw") if hidden else None
+        self.adamw = torch.optim.AdamW(others, **adamw) if others else None
+
+    def _split(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        groups = self.param_groups
+        return [g for g in groups if g["hidden"]], [g for g in groups if not g["hidden"]]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One step of both. Loading a state replaces the groups, so the two are given them each time."""
+        assert closure is None
+        for optimizer, groups in zip((self.muon, self.adamw), self._split(), strict=True):
+            if optimizer is not None:
+                optimizer.param_groups, optimizer.state = groups, self.state
+                optimizer.step()
+
+
+def build_scheduler(optimizer: torch.optim.Optimizer, trainer: TrainerConfig, total_steps: int) -> Any:
+    """Learning rate per optimizer step: linear warmup, then the chosen shape down to 0 at `total_steps`."""
+    from transformers import get_scheduler
+
+    name = "constant_with_warmup" if trainer.scheduler.name == "constant" else trainer.scheduler.name
+    warmup = round(trainer.scheduler.warmup_fraction * total_steps)
+    scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=total_steps)
+    optimizer._opt_called = True  # type: ignore[attr-defined]  # or torch warns where a resumed run goes to its step
+    return scheduler
+
+
+def go_to(scheduler: Any, step: int) -> None:
+    """Set the learning rates of the step that follows `step` done ones: they depend on the step's number alone."""
+    scheduler.last_epoch = step - 1
+    scheduler.step()
