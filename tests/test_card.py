@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -95,7 +96,9 @@ def test_it_shows_no_absolute_path(
 
 
 def test_a_run_without_evaluation_and_one_that_was_interrupted(hub: Config, tmp_path: Path) -> None:
-    text = written(tmp_path, hub, {"status": "interrupted", "steps": 0, "examples": 0, "metrics": {}}, train=0)
+    text = written(
+        tmp_path, hub, {"status": "interrupted", "steps": 0, "examples": 0, "metrics": {}}, train=sys.maxsize
+    )
     assert "its status is `interrupted`" in text
     assert "No rows were evaluated." in text
     assert "- train: rows not counted" in text

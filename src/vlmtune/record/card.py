@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,7 @@ def _data(config: Config, rows: Mapping[str, int], environment: Mapping[str, Any
     for split in SPLITS:
         files = [shown(_file(name)) for name in files_of(getattr(config.data, split))]
         if split in rows or files:
-            count = f"{rows[split]:,} rows" if rows.get(split) else "rows not counted"
+            count = f"{rows[split]:,} rows" if 0 < rows.get(split, 0) < sys.maxsize else "rows not counted"
             found.append((split, ", ".join([count, *files])))
     if not any(files_of(getattr(config.data, split)) for split in SPLITS):
         found.append(("source", shown(config.data._target_)))
