@@ -110,8 +110,9 @@ def with_bare(options: argparse.Namespace) -> tuple[list[tuple[float, int]], flo
     records = table.load(config.data, config.task, 0)["train"].records
     dtypes = session.dtypes(config, engine)
     model, processor = load.load(config.model, config.quantization, device=engine.device, **dtypes)
-    parts, encoder = find_parts(model), Encoder(processor)
-    encoder.pad_to_multiple_of = rewrites.length_multiple(engine.device, dtypes["compute_dtype"])
+    parts = find_parts(model)
+    multiple = rewrites.length_multiple(engine.device, dtypes["compute_dtype"])
+    encoder = Encoder(processor, pad_to_multiple_of=multiple)
     batches = Batches(encoder, records, config.trainer, engine)
     model = adapters.adapt(model, config, parts)
     adapters.set_total_steps(model, config, options.steps)

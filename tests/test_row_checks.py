@@ -89,8 +89,8 @@ def test_among_many_sizes_only_the_extreme_are_tried(
 ) -> None:
     encoder = encoder_of("qwen2_vl")
     tried: list[Any] = []
-    real = encoder.image_tokens
-    monkeypatch.setitem(vars(encoder), "image_tokens", lambda sizes: tried.append(sizes) or real(sizes))
+    real = encoder.images.tokens
+    monkeypatch.setattr(encoder.images, "tokens", lambda sizes: tried.append(sizes) or real(sizes))
     records = [tiny.record(images=[Image.new("RGB", (30 + n, 50))]) for n in range(200)]
     records += [tiny.record(images=[Image.new("RGB", (1, 300 + n))]) for n in range(3)]
     assert sorted(looked(encoder, records)) == [200, 201, 202]

@@ -388,7 +388,7 @@ def assemble(config: Config, rows: Sequence[Record]) -> Run:
         config.model, config.quantization, device=engine.device, **session.dtypes(config, engine)
     )
     parts = find_parts(model)
-    encoder = Encoder(processor, system_prompt=config.model.system_prompt)
+    encoder = Encoder.of(processor, config)
     batches = Batches(encoder, rows, config.trainer, engine)
     model = adapters.adapt(model, config, parts)
     session.prepare_checkpointing(model, config.trainer)

@@ -49,14 +49,8 @@ def train(config: Config, folder: Path | None) -> dict[str, Any]:
         load.make_fresh(config.model, folder / "base", config.trainer.seed, engine)
     model, processor = load.load(config.model, config.quantization, device=engine.device, **dtypes)
     parts = find_parts(model)
-    encoder = Encoder(
-        processor,
-        system_prompt=config.model.system_prompt,
-        max_image_pixels=config.data.max_image_pixels,
-        supervise=config.data.supervise,
-        fast_jpeg=config.data.fast_jpeg,
-    )
-    encoder.pad_to_multiple_of = rewrites.length_multiple(engine.device, dtypes["compute_dtype"])
+    multiple = rewrites.length_multiple(engine.device, dtypes["compute_dtype"])
+    encoder = Encoder.of(processor, config, pad_to_multiple_of=multiple)
     rows = row_checks.check_rows(encoder, splits, config, row_checks.limits_of(model))
     batches = Batches(encoder, splits["train"].records, config.trainer, engine)
     model = adapters.adapt(model, config, parts)
@@ -83,7 +77,7 @@ def train(config: Config, folder: Path | None) -> dict[str, Any]:
     # the run, whose steps are counted now that the layout is known
     scheduler = build_scheduler(optimizer, config.trainer, batches.total_steps)
     prepared, optimizer = engine.prepare(model, optimizer)
-    recorder = Recorder(config, folder, engine, model, encoder, splits, batches)
+    recorder = Recorder(config, folder, engine, model, batches.encoder, splits, batches)
     with recorder.recording():
         progress = recorder.open(optimizer, scheduler, processor)
         recorder.measure_baseline()

@@ -37,13 +37,7 @@ class Predictor:
         self.engine = session.engine(config)
         dtypes = session.dtypes(config, self.engine)
         self.model, processor = load.load_trained(folder, config, device=self.engine.device, **dtypes)
-        self.encoder = Encoder(
-            processor,
-            system_prompt=config.model.system_prompt,
-            max_image_pixels=config.data.max_image_pixels,
-            supervise=config.data.supervise,
-            fast_jpeg=config.data.fast_jpeg,
-        )
+        self.encoder = Encoder.of(processor, config)
 
     @contextmanager
     def at_work(self) -> Iterator[None]:

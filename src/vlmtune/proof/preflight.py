@@ -21,8 +21,10 @@ from vlmtune.evaluation.generate import generate
 from vlmtune.launch import session
 from vlmtune.models.parts import Parts, summary
 from vlmtune.objectives.next_token import summed_loss
-from vlmtune.prompt.encode import IGNORE, Encoder
+from vlmtune.prompt.encode import Encoder
 from vlmtune.prompt.families import Family
+from vlmtune.prompt.labels import IGNORE
+from vlmtune.prompt.reference import by_the_processor
 
 log = logging.getLogger("vlmtune")
 
@@ -40,13 +42,13 @@ def check_labels(encoder: Encoder, records: Sequence[Record]) -> str:
         runs = [list(run) for supervised, run in groupby(labels, IGNORE.__ne__) if supervised]
         texts = [encoder.tokenizer.decode(run, skip_special_tokens=False) for run in runs]
         wanted = encoder.supervised_texts(record)
-        if list(map(encoder.composed, texts)) != list(map(encoder.composed, wanted)):
+        if list(map(encoder.added_tokens.comparable, texts)) != list(map(encoder.added_tokens.comparable, wanted)):
             raise DataError(
                 f"{record.place}: would train on {texts!r} in place of {wanted!r}; this tokenizer can't write it"
             )
-        if set(labels) & set(encoder.image_ids):
+        if set(labels) & set(encoder.answers.image_ids):
             raise DataError(f"{record.place}: would train on the tokens of an image: {texts!r}")
-        if [added for run in runs for added in encoder.added(run)] != encoder.added_in(record):
+        if [i for run in runs for i in encoder.added_tokens.among(run)] != encoder.named_tokens(record):
             raise DataError(f"{record.place}: added tokens of the answer are not those tokens in {texts!r}")
         if len(runs) == 1 and (ids[: len(start)] != start or labels[len(start) :] != ids[len(start) :]):
             raise DataError(f"{record.place}: generation would start from other tokens than training on {texts!r}")
@@ -75,7 +77,7 @@ SHAPES = 16
 
 
 def _check_input(encoder: Encoder, record: Record) -> list[str]:
-    ours, theirs = padded(encoder, [record]), encoder.by_the_processor(record, answered=True)
+    ours, theirs = padded(encoder, [record]), by_the_processor(encoder, record, answered=True)
     name = type(encoder.processor).__name__
     made = {"input_ids", "attention_mask", *ours.inputs}
     if missing := sorted(set(theirs) - made):
@@ -85,7 +87,7 @@ def _check_input(encoder: Encoder, record: Record) -> list[str]:
         )
     [prompt] = encoder.encode([record], answered=False).input_ids
     [whole] = encoder.encode([record], answered=True).input_ids
-    alone = encoder.by_the_processor(record, answered=False)["input_ids"][0].tolist()
+    alone = by_the_processor(encoder, record, answered=False)["input_ids"][0].tolist()
     answered = theirs["input_ids"][0].tolist()
     merged = answered[: len(prompt)] != prompt  # a token across the answer's beginning, which generation never writes
     if alone != prompt or (not merged and encoder.prompt.supervise == "last" and answered != whole):
@@ -180,11 +182,7 @@ def choose_features(model: Any, parts: Parts, batches: Batches, config: Config, 
         return padded(encoder, sample)
 
     def kept() -> Batch:
-        encoder.image_cache = cache
-        try:
-            return padded(encoder, sample)
-        finally:
-            encoder.image_cache = None
+        return padded(encoder.keeping(cache), sample)
 
     if refused is None:
         fits, evidence = _agree(model, engine, plain, kept, "features in place of pixels")
@@ -192,7 +190,7 @@ def choose_features(model: Any, parts: Parts, batches: Batches, config: Config, 
         fits, evidence = _same_inputs(plain, kept)
     if not session.all_ranks(fits, engine):
         return _uncached(wish, evidence)
-    encoder.image_cache = cache
+    batches.encoder = encoder.keeping(cache)
     where = "on disk" if wish == "disk" else "in memory"
     return f"features   {f'not kept ({refused}), but pixels are, ' if refused else 'kept '}{where} ({evidence})"
 

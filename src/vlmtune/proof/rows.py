@@ -17,7 +17,6 @@ from vlmtune.batching.loader import is_streamed
 from vlmtune.config.schema import Config
 from vlmtune.data.audit import keys_of
 from vlmtune.data.conversations import PLACE
-from vlmtune.data.images import image_size
 from vlmtune.data.records import Record, Split
 from vlmtune.data.selection import chosen
 from vlmtune.data.table import BadRowsError, refusals
@@ -148,7 +147,7 @@ class Look:
     def at_template(self) -> None:
         """Raise ModelError where what every row holds has no embedding."""
         base = self.encoder.tokenizer.vocab_size
-        end = max(self.encoder.end_ids)
+        end = max(self.encoder.answers.end_ids)
         if base > self.limits.embeddings or end >= self.limits.embeddings:
             raise ModelError(
                 f"the tokenizer has {max(base, end + 1)} tokens and the model's embedding {self.limits.embeddings} "
@@ -187,7 +186,7 @@ class Look:
 
     def _size(self, key: Hashable, source: Any) -> tuple[int, int]:
         """`key`: equal for images that are copies of each other, None where that isn't known."""
-        size = self.seen.get(key) or image_size(source, self.encoder.max_image_pixels)
+        size = self.seen.get(key) or self.encoder.images.size(source)
         if key is not None:
             self.seen[key] = size
         return size
@@ -220,7 +219,7 @@ class Look:
     def _refusal(self, sizes: Sizes) -> str | None:
         """Why the processor refuses images of these sizes, or None where it takes them."""
         try:
-            self.encoder.image_tokens(sizes)
+            self.encoder.images.tokens(sizes)
         except (ValueError, ZeroDivisionError) as error:
             shown = ", ".join(f"{width}x{height}" for width, height in sizes)
             return f"the model's processor refuses the image ({shown}): {str(error).splitlines()[0]}"
@@ -241,7 +240,7 @@ class Look:
                 if not (reason := self.refusal(sizes)):
                     break
                 refused[sizes] = reason
-        known = {sizes: self.encoder.image_tokens(sizes) for sizes in spread if sizes not in refused}
+        known = {sizes: self.encoder.images.tokens(sizes) for sizes in spread if sizes not in refused}
         dearest = max((-(-tokens // len(sizes)) for sizes, tokens in known.items()), default=0)
 
         def cost(sizes: Sizes) -> int:
