@@ -15,9 +15,10 @@ import pytest
 import tiny
 from vlmtune import api
 from vlmtune.config.schema import ColumnsConfig, DataConfig, TaskConfig
+from vlmtune.data.bad_rows import BadRowsError
 from vlmtune.data.conversations import parse, placed
 from vlmtune.data.records import Record, Turn
-from vlmtune.data.table import BadRowsError, load
+from vlmtune.data.table import load
 from vlmtune.errors import DataError
 from vlmtune.prompt.encode import Encoder
 from vlmtune.prompt.labels import IGNORE

@@ -20,6 +20,7 @@ from vlmtune.batching.layout import shared
 from vlmtune.batching.loader import Batches, groups_of, probes
 from vlmtune.config.schema import GenerationConfig
 from vlmtune.data.records import Record, Turn
+from vlmtune.data.splits import RecordList
 from vlmtune.errors import TrainingError, memory_advice
 from vlmtune.evaluation.generate import generate
 from vlmtune.models import adapters
@@ -118,7 +119,7 @@ def test_an_adapter_that_these_rows_reach_must_get_a_gradient(
 
 
 def batches_of(encoder: Encoder, records: list[Record], **trainer: Any) -> Batches:
-    return Batches(encoder, records, tiny.config(None, **trainer).trainer, ENGINE)
+    return Batches(encoder, RecordList(records), tiny.config(None, **trainer).trainer, ENGINE)
 
 
 def test_the_longest_row_goes_first(encoder_of: Callable[[str], Encoder], model_of: Callable[[str], Any]) -> None:
@@ -249,7 +250,7 @@ def test_each_kind_of_row_is_probed(encoder_of: Callable[[str], Encoder]) -> Non
     behind = [dataclasses.replace(MIXED[n % 2], group=f"b{n // 2}") for n in range(4)]
     system = [dataclasses.replace(MIXED[5 + n], group="c") for n in range(2)]
     rows = [*usual, *behind, *system]
-    found = probes(encoder, rows, groups_of(rows, encoder), 6)
+    found = probes(encoder, rows, groups_of(RecordList(rows), encoder), 6)
     assert {(encoder.prompt.shape(part[0]), part[0].system) for part in found} == {
         ((False, ("it",)), None),
         ((False, ("ti",)), None),

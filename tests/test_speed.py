@@ -26,6 +26,7 @@ from vlmtune.config.schema import Config, DataConfig, GenerationConfig, ModelCon
 from vlmtune.data import table
 from vlmtune.data.images import content_key
 from vlmtune.data.records import Record
+from vlmtune.data.splits import RecordList
 from vlmtune.errors import ConfigError, DataError
 from vlmtune.evaluation.drafts import Draft
 from vlmtune.evaluation.generate import generate
@@ -185,7 +186,7 @@ def test_an_encoder_that_mixes_or_refuses_several_images_sees_each_alone(
 def chosen(model: Any, encoder: Encoder, wish: str, *, evaluated: bool = True) -> tuple[str, Any]:
     """What is said of the choice, and the cache that was chosen."""
     engine = Accelerator(cpu=True)
-    batches = Batches(encoder, tiny.records(6, sizes=SIZES), TrainerConfig(batch_size=4), engine)
+    batches = Batches(encoder, RecordList(tiny.records(6, sizes=SIZES)), TrainerConfig(batch_size=4), engine)
     config = Config.__new__(Config)
     config.data = DataConfig(cache_features=wish)
     said = choose_features(model, find_parts(model), batches, config, engine, evaluated)

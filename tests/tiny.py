@@ -33,6 +33,7 @@ from vlmtune.config.schema import (
     TrainerConfig,
 )
 from vlmtune.data.records import Record, Turn
+from vlmtune.data.splits import RecordList
 from vlmtune.launch import session
 from vlmtune.models import adapters, load
 from vlmtune.models.parts import Parts, find_parts
@@ -389,7 +390,7 @@ def assemble(config: Config, rows: Sequence[Record]) -> Run:
     )
     parts = find_parts(model)
     encoder = Encoder.of(processor, config)
-    batches = Batches(encoder, rows, config.trainer, engine)
+    batches = Batches(encoder, RecordList(rows), config.trainer, engine)
     model = adapters.adapt(model, config, parts)
     session.prepare_checkpointing(model, config.trainer)
     optimizer = build_optimizer(model, parts, config.trainer, config.optimizer)

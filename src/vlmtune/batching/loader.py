@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 from vlmtune.batching.layout import Batch, padded, shared
 from vlmtune.batching.order import ByTokens, InOrder, Order, micro_batches
 from vlmtune.config.schema import TrainerConfig
-from vlmtune.data import fingerprint
 from vlmtune.data.records import Record
+from vlmtune.data.splits import Records
 from vlmtune.errors import ConfigError, VlmtuneError
 from vlmtune.launch.signals import SIGNALS
 from vlmtune.prompt.encode import Encoder
@@ -41,11 +41,11 @@ class Told(Dataset[Any]):
 class Batches(Dataset[list[Batch]]):
     """Item n holds this rank's micro-batches of optimizer step n."""
 
-    def __init__(self, encoder: Encoder, records: Sequence[Record], trainer: TrainerConfig, engine: Any):
+    def __init__(self, encoder: Encoder, records: Records, trainer: TrainerConfig, engine: Any):
         self.encoder, self.records, self.trainer = encoder, records, trainer
         self.rank, self.ranks, self.on_cpu = engine.process_index, engine.num_processes, engine.device.type == "cpu"
         self.rows_per_step = trainer.batch_size * trainer.gradient_accumulation_steps * self.ranks
-        self.streamed = is_streamed(records)
+        self.streamed = records.streamed
         self.groups = groups_of(records, encoder)
         self.share = False
         self.share_answers = False
@@ -74,11 +74,11 @@ class Batches(Dataset[list[Batch]]):
 
     @cached_property
     def fingerprint(self) -> str:
-        return fingerprint.fingerprint(self.records)
+        return self.records.fingerprint()
 
     @cached_property
     def image_fingerprint(self) -> str | None:
-        return fingerprint.image_fingerprint(self.records)
+        return self.records.image_fingerprint()
 
     def _order(self) -> Order | InOrder | ByTokens:
         if self.streamed:
@@ -158,18 +158,13 @@ class Batches(Dataset[list[Batch]]):
             yield item
 
 
-def is_streamed(records: Sequence[Record]) -> bool:
-    """Whether rows are read when their turn comes."""
-    return bool(getattr(records, "in_order", False))
-
-
-def groups_of(records: Sequence[Record], encoder: Encoder) -> list[Hashable]:
+def groups_of(records: Records, encoder: Encoder) -> Sequence[Hashable]:
     """What each row shares with others: images and all that is written in front of them, or the images alone where
-    rows are read from disk. Nothing of a stream is known before it is read.
+    rows are read when asked for. Nothing of a stream is known before it is read.
     """
-    if is_streamed(records):
-        return []
-    return getattr(records, "groups", None) or [encoder.prompt.group(record) for record in records]
+    if records.on_demand:
+        return records.groups()
+    return [encoder.prompt.group(record) for record in records]
 
 
 KINDS = 4

@@ -15,9 +15,10 @@ import torch
 from vlmtune import display
 from vlmtune.batching.loader import Batches
 from vlmtune.config.schema import Config
-from vlmtune.data import fingerprint, table
+from vlmtune.data import bad_rows, fingerprint
 from vlmtune.data.images import open_image
-from vlmtune.data.records import Record, Split
+from vlmtune.data.records import Record
+from vlmtune.data.splits import Split
 from vlmtune.errors import CheckpointError, TrainingError
 from vlmtune.evaluation.evaluate import Evaluation, evaluate
 from vlmtune.launch import session, signals
@@ -70,7 +71,7 @@ class Recorder:
         if self.main:
             bad = [row for split in self.splits.values() for row in split.bad]
             if bad:
-                table.write_quarantine(self.folder / "quarantine.csv", bad)
+                bad_rows.write_quarantine(self.folder / "quarantine.csv", bad)
                 log.warning("left out %d rows: %s", len(bad), self.folder / "quarantine.csv")
             described = environment.describe(self.config.trainer.seed, self.batches.fingerprint, processor)
             described |= {"image_fingerprint": self.batches.image_fingerprint, "changes": self.progress.changes}
