@@ -32,7 +32,8 @@ from vlmtune.config.schema import (
     TrackerConfig,
     TrainerConfig,
 )
-from vlmtune.data.records import Record, Split, Turn
+from vlmtune.data.records import Record, Turn
+from vlmtune.data.splits import RecordList, Split
 from vlmtune.models.parts import Parts
 from vlmtune.models.peft_config import peft_config
 from vlmtune.models.targets import narrow
@@ -369,4 +370,4 @@ class Run(Setup):
 
 def assemble(config: Config, rows: Sequence[Record]) -> Run:
     """Build everything that training `rows` under `config` needs."""
-    return Run(**vars(run.build(config, {"train": Split(rows)}, None)))
+    return Run(**vars(run.build(config, {"train": Split(RecordList(rows))}, None)))

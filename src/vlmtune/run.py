@@ -13,7 +13,7 @@ from typing import Any
 from vlmtune.batching.loader import Loader
 from vlmtune.batching.order import first_rows
 from vlmtune.config.schema import Config
-from vlmtune.data.records import Split
+from vlmtune.data.splits import Split
 from vlmtune.launch import session
 from vlmtune.models import adapters, load, rewrites
 from vlmtune.models.parts import find_parts
@@ -45,7 +45,8 @@ def build(config: Config, splits: dict[str, Split], folder: Path | None) -> Setu
         load.make_fresh(config.model, folder / "base", config.trainer.seed, engine)
     model, processor = load.load(config.model, config.quantization, device=engine.device, **dtypes)
     parts = find_parts(model)
-    encoder = Encoder.of(processor, config, multiple=rewrites.length_multiple(engine.device, dtypes["compute_dtype"]))
+    multiple = rewrites.length_multiple(engine.device, dtypes["compute_dtype"])
+    encoder = Encoder.of(processor, config, pad_to_multiple_of=multiple)
     rows = check_rows(encoder, splits, config, limits_of(model))
     model = adapters.adapt(model, config, parts)
     session.prepare_checkpointing(model, config.trainer)

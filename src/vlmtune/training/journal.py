@@ -10,7 +10,7 @@ from dataclasses import asdict
 from types import TracebackType
 
 from vlmtune import display
-from vlmtune.data import table
+from vlmtune.data import bad_rows
 from vlmtune.launch import signals
 from vlmtune.record import environment, runfolder, tracking
 from vlmtune.record.progress import Progress
@@ -50,7 +50,7 @@ class Journal:
         """Write quarantine.csv and environment.json."""
         run, folder = self.run, self.run.folder
         if bad := [row for split in run.splits.values() for row in split.bad]:
-            table.write_quarantine(folder / "quarantine.csv", bad)
+            bad_rows.write_quarantine(folder / "quarantine.csv", bad)
             log.warning("left out %d rows: %s", len(bad), folder / "quarantine.csv")
         described = environment.describe(run.config.trainer.seed, run.loader.fingerprint, run.processor)
         described |= {"image_fingerprint": run.loader.image_fingerprint, "changes": self.progress.changes}
