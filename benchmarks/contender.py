@@ -103,7 +103,8 @@ def with_bare(options: argparse.Namespace) -> tuple[list[tuple[float, int]], flo
     from vlmtune.objectives.next_token import summed_loss
     from vlmtune.prompt.encode import Encoder
     from vlmtune.proof import preflight
-    from vlmtune.training.optim import build_optimizer, build_scheduler
+    from vlmtune.training.optim import build_optimizer
+    from vlmtune.training.schedule import Schedule
 
     config, _ = compose.read("train", [*overrides(options, tempfile.mkdtemp()), "tracker=none"])
     engine = session.engine(config)
@@ -116,7 +117,7 @@ def with_bare(options: argparse.Namespace) -> tuple[list[tuple[float, int]], flo
     model = adapters.adapt(model, config, parts)
     adapters.set_total_steps(model, config, options.steps)
     optimizer = build_optimizer(model, parts, config.trainer, config.optimizer)
-    scheduler = build_scheduler(optimizer, config.trainer, options.steps)
+    scheduler = Schedule(optimizer, config.trainer, options.steps)
     preflight.choose_layout(model, batches, engine, False)
     preflight.choose_features(model, parts, batches, config, engine, False)
     trained = [p for p in model.parameters() if p.requires_grad]

@@ -34,7 +34,7 @@ from vlmtune.config.schema import (
 )
 from vlmtune.data.records import Record, Turn
 from vlmtune.launch import session
-from vlmtune.models import adapters, load
+from vlmtune.models import adapters, gradient_checkpointing, load
 from vlmtune.models.parts import Parts, find_parts
 from vlmtune.models.peft_config import peft_config
 from vlmtune.models.targets import narrow
@@ -45,7 +45,8 @@ from vlmtune.proof import preflight
 from vlmtune.record.progress import Progress
 from vlmtune.training import loop
 from vlmtune.training.loop import StepReport
-from vlmtune.training.optim import build_optimizer, build_scheduler
+from vlmtune.training.optim import build_optimizer
+from vlmtune.training.schedule import Schedule
 
 # ---------------------------------------------------------------- tokenizers
 
@@ -391,9 +392,9 @@ def assemble(config: Config, rows: Sequence[Record]) -> Run:
     encoder = Encoder(processor, system_prompt=config.model.system_prompt)
     batches = Batches(encoder, rows, config.trainer, engine)
     model = adapters.adapt(model, config, parts)
-    session.prepare_checkpointing(model, config.trainer)
+    gradient_checkpointing.prepare(model, config.trainer)
     optimizer = build_optimizer(model, parts, config.trainer, config.optimizer)
-    scheduler = build_scheduler(optimizer, config.trainer, batches.total_steps)
+    scheduler = Schedule(optimizer, config.trainer, batches.total_steps)
     preflight.choose_layout(model, batches, engine, True)
     adapters.set_total_steps(model, config, batches.total_steps)
     return Run(config, engine, model, processor, parts, encoder, batches, optimizer, scheduler)

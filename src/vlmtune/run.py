@@ -28,15 +28,16 @@ def train(config: Config, folder: Path | None) -> dict[str, Any]:
 
     from vlmtune.batching.loader import Batches
     from vlmtune.launch import session
-    from vlmtune.models import adapters, load, rewrites
+    from vlmtune.models import adapters, gradient_checkpointing, load, rewrites
     from vlmtune.models.parts import find_parts
     from vlmtune.objectives.next_token import summed_loss
     from vlmtune.prompt.encode import Encoder
     from vlmtune.proof import first_pass, preflight
     from vlmtune.proof import rows as row_checks
     from vlmtune.training.loop import fit
-    from vlmtune.training.optim import build_optimizer, build_scheduler
+    from vlmtune.training.optim import build_optimizer
     from vlmtune.training.recorder import Recorder
+    from vlmtune.training.schedule import Schedule
 
     # processes and number types
     engine = session.engine(config)
@@ -60,7 +61,7 @@ def train(config: Config, folder: Path | None) -> dict[str, Any]:
     rows = row_checks.check_rows(encoder, splits, config, row_checks.limits_of(model))
     batches = Batches(encoder, splits["train"].records, config.trainer, engine)
     model = adapters.adapt(model, config, parts)
-    session.prepare_checkpointing(model, config.trainer)
+    gradient_checkpointing.prepare(model, config.trainer)
     optimizer = build_optimizer(model, parts, config.trainer, config.optimizer)
 
     # proof before time is spent
@@ -81,7 +82,7 @@ def train(config: Config, folder: Path | None) -> dict[str, Any]:
         return {"status": "preflight", "steps": 0}
 
     # the run, whose steps are counted now that the layout is known
-    scheduler = build_scheduler(optimizer, config.trainer, batches.total_steps)
+    scheduler = Schedule(optimizer, config.trainer, batches.total_steps)
     prepared, optimizer = engine.prepare(model, optimizer)
     recorder = Recorder(config, folder, engine, model, encoder, splits, batches)
     with recorder.recording():

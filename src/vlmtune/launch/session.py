@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from vlmtune import display
-from vlmtune.config.schema import Config, TrainerConfig
+from vlmtune.config.schema import Config
 from vlmtune.errors import ConfigError, VlmtuneError
 from vlmtune.launch import surroundings
 
@@ -151,10 +151,3 @@ def all_ranks(yes: bool, engine: Any) -> bool:
     if engine.num_processes == 1:
         return yes
     return bool(engine.reduce(torch.tensor(float(yes), device=engine.device), "sum").item() == engine.num_processes)
-
-
-def prepare_checkpointing(model: Any, trainer: TrainerConfig) -> None:
-    """Turn gradient checkpointing on if asked for, so that it works over frozen embeddings too."""
-    if trainer.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.enable_input_require_grads()

@@ -28,7 +28,6 @@ from vlmtune.record import environment, report, runfolder, tracking
 from vlmtune.record.progress import Progress
 from vlmtune.training import checkpoint, resume
 from vlmtune.training.loop import Hooks, NonFinite, StepReport
-from vlmtune.training.optim import go_to
 
 log = logging.getLogger("vlmtune")
 
@@ -87,7 +86,7 @@ class Recorder:
         self.progress = checkpoint.load_checkpoint(
             found, self.model, self.optimizer, self.engine.scaler, self.identity, self.engine.process_index
         )
-        go_to(self.scheduler, self.progress.step)
+        self.scheduler.go_to(self.progress.step)
         patience = self.config.trainer.early_stopping_patience
         self.stopped_early = patience is not None and self.progress.since_best >= patience
         if self.main:  # from here on the folder is this run's
