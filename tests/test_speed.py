@@ -74,7 +74,7 @@ def adapted(checkpoint_of: Callable[[str], Path]) -> Callable[[str, str], Any]:
     def model(family: str, quantization: str) -> Any:
         config = tiny.config(checkpoint_of(family), adapter=tiny.LORA)
         types = {"dtype": torch.float32, "compute_dtype": torch.float32, "device": torch.device("cpu")}
-        opened, _ = load(config.model, {"none": tiny.NONE, **tiny.QUANTIZED}[quantization], **types)
+        opened, _ = load(config.model, tiny.method(tiny.QUANTIZED.get(quantization, {})), **types)
         made = adapt(opened, config, find_parts(opened)).eval()
         for parameter in made.parameters():
             if parameter.requires_grad:
@@ -494,7 +494,7 @@ def pico() -> tuple[Any, Encoder, list[Record]]:
     """The untuned model of the default run, which is right on some of its questions and wrong on others."""
     config, _ = compose.read("train", ["data.max_train_rows=1", "data.max_eval_rows=40"])
     types = {"dtype": torch.float32, "compute_dtype": torch.float32, "device": torch.device("cpu")}
-    model, processor = load(config.model, tiny.NONE, **types)
+    model, processor = load(config.model, tiny.method({}), **types)
     records = table.load(config.data, config.task, 0)["validation"].records
     return model.eval(), Encoder(processor), list(records)
 
@@ -635,7 +635,7 @@ def test_a_model_on_a_cpu_is_rewritten_and_equal(
     path = ModelConfig(path=str(checkpoint_of("qwen2_vl")))
 
     def opened(compute: torch.dtype) -> Any:
-        return load(path, tiny.NONE, dtype=compute, compute_dtype=compute, device=cpu)[0].eval()
+        return load(path, tiny.method({}), dtype=compute, compute_dtype=compute, device=cpu)[0].eval()
 
     fast, half = opened(torch.float32), opened(torch.bfloat16)
     monkeypatch.setattr("vlmtune.models.load.rewrite", lambda *_: [])

@@ -37,7 +37,7 @@ def engine(config: Config) -> Any:
     GradientState._reset_state()  # or a loop that was left half way in this process decides whether a step counts
     set_seed(config.trainer.seed)
     # a tower, or a module trained beside an adapter, gets no gradient from rows without images
-    beside = config.adapter["parts"] != ["language"] or bool(config.adapter.get("modules_to_save"))
+    beside = config.adapter.parts != ["language"] or bool(config.adapter.fields.get("modules_to_save"))
     unused = not config.uses_adapter or beside
     with surroundings.without_accelerate_settings(decided):
         accelerator = Accelerator(

@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 
-from vlmtune.config.fields import adapter_fields
 from vlmtune.config.peft_fields import quantized_problems
-from vlmtune.config.schema import Config
+from vlmtune.config.schema import Config, MethodConfig
 from vlmtune.errors import CheckpointError, ConfigError
 from vlmtune.models.lora import in_one_step
 from vlmtune.models.parts import Parts, check_parts
+from vlmtune.models.peft_config import field_names, refusals
 from vlmtune.models.peft_config import peft_config as build_config
-from vlmtune.models.peft_config import refusals
 from vlmtune.models.quantization import quantized_bits
 from vlmtune.models.targets import ALL_LINEAR, names_as_lists, narrow
 
@@ -38,18 +37,18 @@ def adapt(model: Any, config: Config, parts: Parts) -> Any:
         return model
     from peft import get_peft_model
 
-    method, scope = config.adapter["method"], config.adapter["parts"]
+    method, scope = str(config.adapter.method), config.adapter.parts
     if found := quantized_problems(config.adapter, bits):
         raise ConfigError(found)
     check_parts(model, parts, scope, "adapter.parts")
     on_cpu = next(model.parameters()).device.type == "cpu"
-    if config.adapter.get("use_dora") and bits == 8 and on_cpu:
+    if config.adapter.fields.get("use_dora") and bits == 8 and on_cpu:
         raise ConfigError(
             "adapter.use_dora: PEFT and bitsandbytes lose the scales of int8 weights after the first pass on a CPU; "
             "use quantization=nf4 or none, or adapter=lora"
         )
-    fields = with_some_length(names_as_lists(config.adapter))
-    peft_config = build_config(with_default_targets(fields, model))
+    fields = with_some_length(config.adapter)
+    peft_config = build_config(method, with_default_targets(method, fields, model))
     narrow(peft_config, model, parts, scope)
     model.requires_grad_(False)
     with refusals(method):
@@ -62,16 +61,17 @@ def adapt(model: Any, config: Config, parts: Parts) -> Any:
 def check(config: Config) -> None:
     """Raise ConfigError where PEFT refuses the values of `adapter`, before a model is loaded for them."""
     if config.uses_adapter:
-        build_config(with_some_length(names_as_lists(config.adapter)))
+        build_config(str(config.adapter.method), with_some_length(config.adapter))
 
 
-def with_some_length(fields: dict[str, Any]) -> dict[str, Any]:
-    """`fields`, for AdaLoRA with a length of the run, which it wants before the steps are counted."""
-    unknown = fields["method"] == "adalora" and fields.get("total_step") is None
+def with_some_length(adapter: MethodConfig) -> dict[str, Any]:
+    """PEFT's fields, for AdaLoRA with a length of the run, which it wants before the steps are counted."""
+    fields = names_as_lists(adapter.fields)
+    unknown = adapter.method == "adalora" and fields.get("total_step") is None
     return {**fields, "total_step": 10**9} if unknown else fields
 
 
-def with_default_targets(fields: dict[str, Any], model: Any) -> dict[str, Any]:
+def with_default_targets(method: str, fields: dict[str, Any], model: Any) -> dict[str, Any]:
     """`fields` with PEFT's own targets for this kind of model where none are given.
 
     Raises ConfigError where PEFT has none.
@@ -79,8 +79,7 @@ def with_default_targets(fields: dict[str, Any], model: Any) -> dict[str, Any]:
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
     from peft.utils import PeftType
 
-    method = fields["method"]
-    if "target_modules" not in adapter_fields()[method] or fields.get("target_modules") is not None:
+    if "target_modules" not in field_names(method) or fields.get("target_modules") is not None:
         return fields
     if method == "trainable_tokens":
         embedding = model.get_input_embeddings()
@@ -147,8 +146,8 @@ def set_total_steps(model: Any, config: Config, steps: int) -> None:
     Raises ConfigError where so few steps leave none between `tinit` and `tfinal`.
     """
     allocator = getattr(getattr(model, "base_model", None), "rankallocator", None)
-    if allocator is not None and config.adapter.get("total_step") is None:
-        build_config({**names_as_lists(config.adapter), "total_step": steps})
+    if allocator is not None and config.adapter.fields.get("total_step") is None:
+        build_config("adalora", {**names_as_lists(config.adapter.fields), "total_step": steps})
         allocator.set_total_step(steps)
 
 

@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 
 from vlmtune import display
 from vlmtune.batching.loader import Batches
-from vlmtune.config.schema import Config
+from vlmtune.config.schema import Config, plain
 from vlmtune.data import fingerprint, table
 from vlmtune.data.images import open_image
 from vlmtune.data.records import Record, Split
@@ -78,7 +77,7 @@ class Recorder:
                 self.folder / "metrics.jsonl", resume_step=self.progress.step if self.config.resume else None
             )
             resumed = bool(self.config.resume)
-            self.tracker = tracking.build(self.config.tracker, asdict(self.config), self.folder, resumed=resumed)
+            self.tracker = tracking.build(self.config.tracker, plain(self.config), self.folder, resumed=resumed)
         return self.progress
 
     def _resume(self) -> None:
