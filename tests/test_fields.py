@@ -65,6 +65,7 @@ PROVEN: dict[str, str] = {}
 """Key -> test of this file."""
 ELSEWHERE = {
     "model.freeze": "test_loop.py::test_full_fine_tuning_moves_all_but_the_frozen_part",
+    "model.rewrites": "test_speed.py::test_a_rewritten_model_computes_the_plain_way_for_a_comparison",
     "model.save_layout": "test_internvl2.py::test_a_run_saves_the_layout_that_is_asked_for",
     "model.image.min_tokens": "test_image_budget.py::test_no_image_has_more_or_fewer_tokens_than_allowed",
     "model.image.max_tokens": "test_image_budget.py::test_no_image_has_more_or_fewer_tokens_than_allowed",

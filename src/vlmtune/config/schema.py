@@ -57,6 +57,8 @@ class ModelConfig:
     """Type of the weights in memory; `auto`: the compute type where they are frozen, fp32 where they are trained."""
     attention: str = one_of("auto", "sdpa", "eager")
     """Attention implementation of transformers; `auto`: its own choice, sdpa where the family has it."""
+    rewrites: str = one_of("auto", "off")
+    """On a CPU: compute patch embeddings, quick GELU, bfloat16 attention and LoRA layers in faster, equal forms."""
     save_layout: str = one_of("native", "original")
     """Layout of the whole model that a run saves; `original`: as InternVL2's own code reads it."""
     freeze: list[str] = field(default_factory=list)

@@ -16,6 +16,7 @@ from vlmtune.models.parts import Parts, check_parts
 from vlmtune.models.peft_config import field_names, refusals
 from vlmtune.models.peft_config import peft_config as build_config
 from vlmtune.models.quantization import quantized_bits
+from vlmtune.models.rewrites import Fast
 from vlmtune.models.targets import ALL_LINEAR, names_as_lists, narrow
 
 
@@ -55,7 +56,7 @@ def adapt(model: Any, config: Config, parts: Parts) -> Any:
         adapted = get_peft_model(model, peft_config)
     freeze_other_biases(adapted, parts, scope)
     check_saved(adapted)
-    return with_lora_in_one_step(adapted)
+    return with_lora_in_one_step(adapted) if config.model.rewrites == "auto" else adapted
 
 
 def check(config: Config) -> None:
@@ -124,14 +125,17 @@ def check_saved(model: Any) -> None:
 
 
 def with_lora_in_one_step(model: Any) -> Any:
-    """`model`, whose plain LoRA layers compute as `models.lora` does on a CPU, wherever that is the same."""
+    """`model`, whose plain LoRA layers compute as `models.lora` does on a CPU, wherever that is the same.
+
+    A layer changes its class in place: PEFT makes its layers by itself, and one made anew would draw its weights again.
+    """
     if next(model.parameters()).device.type != "cpu":
         return model
     from peft.tuners.lora.layer import Linear
 
-    class OneStep(Linear):  # type: ignore[misc]
+    class OneStep(Fast, Linear):  # type: ignore[misc]
         def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            out = None if args or kwargs else in_one_step(self, x)
+            out = None if self.plain or args or kwargs else in_one_step(self, x)
             return super().forward(x, *args, **kwargs) if out is None else out
 
     for module in model.modules():
@@ -174,7 +178,7 @@ def load_adapter(model: Any, folder: Path) -> Any:
         homeless = sorted(set(file.keys()) - set(get_peft_model_state_dict(adapted)))
     if homeless:
         raise CheckpointError(f"{folder}: the adapter does not fit this model: no place for {', '.join(homeless[:3])}")
-    return with_lora_in_one_step(adapted)
+    return adapted
 
 
 def _refuse_code(folder: Path) -> None:

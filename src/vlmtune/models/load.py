@@ -54,7 +54,7 @@ def load(
         model = _load_model(config, quantization, dtype, compute_dtype, device, processor)
     if device.type == "cpu":
         keep_trainable_on_cpu(model)
-    if rewritten := rewrite(model, device, compute_dtype):
+    if config.rewrites == "auto" and (rewritten := rewrite(model, device, compute_dtype)):
         log.info("on a CPU: %s", ", ".join(rewritten))
     return model, processor
 
@@ -162,7 +162,7 @@ def load_trained(
 
     Raises CheckpointError where the run saved none.
     """
-    from vlmtune.models.adapters import load_adapter
+    from vlmtune.models.adapters import load_adapter, with_lora_in_one_step
 
     saved = durable.existing(folder / "model")
     if not saved.is_dir():
@@ -176,4 +176,5 @@ def load_trained(
         base = dataclasses.replace(config.model, path=str(folder / "base")) if config.model.fresh else config.model
         model, processor = load(base, config.quantization, device=device, **types)
         model = load_adapter(model, saved)
+        model = with_lora_in_one_step(model) if config.model.rewrites == "auto" else model
     return model.eval(), processor

@@ -66,6 +66,7 @@ KINDS: dict[str, Kind] = {
     "model.name": Kind.FREE,
     "model.path": Kind.AROUND,
     "model.revision": Kind.SAME,
+    "model.rewrites": Kind.STEPS,
     "model.save_layout": Kind.AROUND,
     "model.system_prompt": Kind.SAME,
     "model.trust_remote_code": Kind.FREE,
