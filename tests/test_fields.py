@@ -66,6 +66,7 @@ PROVEN: dict[str, str] = {}
 """Key -> test of this file."""
 ELSEWHERE = {
     "model.freeze": "test_loop.py::test_full_fine_tuning_moves_all_but_the_frozen_part",
+    "model.rewrites": "test_speed.py::test_a_rewritten_model_computes_the_plain_way_for_a_comparison",
     "model.save_layout": "test_internvl2.py::test_a_run_saves_the_layout_that_is_asked_for",
     "model.image.min_tokens": "test_image_budget.py::test_no_image_has_more_or_fewer_tokens_than_allowed",
     "model.image.max_tokens": "test_image_budget.py::test_no_image_has_more_or_fewer_tokens_than_allowed",
@@ -73,8 +74,8 @@ ELSEWHERE = {
     "quantization.method": "test_quantization.py::test_only_the_language_models_layers_are_quantized",
     "quantization.parts": "test_quantization.py::test_other_parts_where_asked",
     "trainer.learning_rate_of": "test_loop.py::test_a_rate_of_its_own_for_each_part",
-    "trainer.scheduler.name": "test_loop.py::test_the_learning_rate_of_each_step",
-    "trainer.scheduler.warmup_fraction": "test_loop.py::test_the_learning_rate_of_each_step",
+    "trainer.scheduler.name": "test_schedule.py::test_the_learning_rate_of_each_step",
+    "trainer.scheduler.warmup_fraction": "test_schedule.py::test_the_learning_rate_of_each_step",
     "trainer.best_metric": "test_run.py::test_the_best_checkpoint_is_what_is_saved",
     "trainer.early_stopping_patience": "test_run.py::test_the_best_checkpoint_is_what_is_saved",
     "data._target_": "test_table.py::test_records_of_a_users_function_are_taken_as_they_are",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import platform
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -28,7 +29,7 @@ from vlmtune.data.records import Record
 from vlmtune.errors import ConfigError, DataError
 from vlmtune.evaluation.drafts import Draft
 from vlmtune.evaluation.generate import generate
-from vlmtune.models import adapters, lora
+from vlmtune.models import adapters, lora, rewrites
 from vlmtune.models import features as kept
 from vlmtune.models.adapters import adapt
 from vlmtune.models.features import Features
@@ -60,7 +61,7 @@ def adapted(checkpoint_of: Callable[[str], Path]) -> Callable[[str, str], Any]:
     def model(family: str, quantization: str) -> Any:
         config = tiny.config(checkpoint_of(family), adapter=tiny.LORA)
         types = {"dtype": torch.float32, "compute_dtype": torch.float32, "device": torch.device("cpu")}
-        opened, _ = load(config.model, {"none": tiny.NONE, **tiny.QUANTIZED}[quantization], **types)
+        opened, _ = load(config.model, tiny.method(tiny.QUANTIZED.get(quantization, {})), **types)
         made = adapt(opened, config, find_parts(opened)).eval()
         for parameter in made.parameters():
             if parameter.requires_grad:
@@ -476,7 +477,7 @@ def pico() -> tuple[Any, Encoder, list[Record]]:
     """The untuned model of the default run, which is right on some of its questions and wrong on others."""
     config, _ = compose.read("train", ["data.max_train_rows=1", "data.max_eval_rows=40"])
     types = {"dtype": torch.float32, "compute_dtype": torch.float32, "device": torch.device("cpu")}
-    model, processor = load(config.model, tiny.NONE, **types)
+    model, processor = load(config.model, tiny.method({}), **types)
     records = table.load(config.data, config.task, 0)["validation"].records
     return model.eval(), Encoder(processor), list(records)
 
@@ -565,9 +566,7 @@ def test_lora_is_left_to_peft_where_it_is_more_than_the_product(
 
 def test_a_convolution_of_single_patches_is_a_matmul() -> None:
     plain = nn.Conv3d(3, 8, (2, 14, 14), (2, 14, 14), bias=True)
-    fast = nn.Conv3d(3, 8, (2, 14, 14), (2, 14, 14), bias=True)
-    fast.load_state_dict(plain.state_dict())
-    fast.__class__ = PatchMatmul
+    fast = PatchMatmul.of(copy.deepcopy(plain))
     for shape in ((5, 3, 2, 14, 14), (2, 3, 4, 28, 14)):  # one patch each, and the general case
         pixels = torch.randn(shape)
         first, second = plain(pixels), fast(pixels)
@@ -579,7 +578,8 @@ def test_a_convolution_of_single_patches_is_a_matmul() -> None:
 
 
 def test_quick_gelu_in_one_step() -> None:
-    plain, fast = QuickGELUActivation(), QuickGELU()
+    plain = QuickGELUActivation()
+    fast = QuickGELU(plain)
     x, up = (8 * torch.randn(64, 32, dtype=torch.float64)).requires_grad_(), torch.randn(64, 32, dtype=torch.float64)
     first, second = plain(x), fast(x)
     torch.testing.assert_close(second, first, rtol=1e-12, atol=1e-12)
@@ -606,17 +606,15 @@ def test_freed_memory_is_kept_by_this_c_library() -> None:
     assert keep_freed_memory() == (platform.libc_ver()[0] == "glibc")
 
 
-def test_a_model_on_a_cpu_is_rewritten_and_equal(
-    checkpoint_of: Callable[[str], Path], encoder_of: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_on_a_cpu_is_rewritten_and_equal(checkpoint_of: Callable[[str], Path], encoder_of: Any) -> None:
     encoder, cpu = encoder_of("qwen2_vl"), torch.device("cpu")
     path = ModelConfig(path=str(checkpoint_of("qwen2_vl")))
 
     def opened(compute: torch.dtype) -> Any:
-        return load(path, tiny.NONE, dtype=compute, compute_dtype=compute, device=cpu)[0].eval()
+        return load(path, tiny.method({}), dtype=compute, compute_dtype=compute, device=cpu)[0].eval()
 
     fast, half = opened(torch.float32), opened(torch.bfloat16)
-    monkeypatch.setattr("vlmtune.models.load.rewrite", lambda *_: [])
+    path.rewrites = "off"
     plain, plain_half = opened(torch.float32), opened(torch.bfloat16)
     assert [type(m.model.visual.patch_embed.proj) for m in (fast, plain)] == [PatchMatmul, nn.Conv3d]
     assert [type(m.model.visual.blocks[0].mlp.act) for m in (fast, plain)] == [QuickGELU, QuickGELUActivation]
@@ -630,3 +628,33 @@ def test_a_model_on_a_cpu_is_rewritten_and_equal(
         halves = [summed_loss(model, batch).item() for model in (half, plain_half)]
         assert halves == pytest.approx([loss, loss], rel=1e-2)
         assert abs(halves[0] - loss) <= abs(halves[1] - loss) + 1e-3 * loss
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+def test_a_rewritten_model_computes_the_plain_way_for_a_comparison(
+    checkpoint_of: Callable[[str], Path], encoder_of: Any, compute: torch.dtype
+) -> None:
+    """Bit by bit what `model.rewrites=off` gives, and afterwards the fast way again."""
+    batch = padded(encoder_of("qwen2_vl"), rows(encoder_of("qwen2_vl")))
+
+    def opened(rewrites: str) -> Any:
+        config = tiny.config(checkpoint_of("qwen2_vl"), adapter=tiny.LORA, model={"rewrites": rewrites})
+        types = {"dtype": compute, "compute_dtype": compute, "device": torch.device("cpu")}
+        model = load(config.model, config.quantization, **types)[0]
+        torch.manual_seed(1)
+        return adapt(model, config, find_parts(model)).train()
+
+    fast, plain = opened("auto"), opened("off")
+    assert (rewrites.is_used(fast), rewrites.is_used(plain)) == (True, False)
+    before, (loss, gradient) = loss_and_gradient(fast, batch), loss_and_gradient(plain, batch)
+    with rewrites.plain(fast):
+        assert not rewrites.is_used(fast)
+        found, other = loss_and_gradient(fast, batch)
+    assert found == loss
+    assert torch.equal(other, gradient)
+    assert not torch.equal(before[1], gradient)
+    again = loss_and_gradient(fast, batch)
+    assert again[0] == before[0]
+    assert torch.equal(again[1], before[1])
+    rewrites.switch_off(fast)
+    assert torch.equal(loss_and_gradient(fast, batch)[1], gradient)

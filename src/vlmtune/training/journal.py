@@ -6,10 +6,10 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from types import TracebackType
 
 from vlmtune import display
+from vlmtune.config.schema import plain
 from vlmtune.data import bad_rows
 from vlmtune.launch import signals
 from vlmtune.record import environment, runfolder, tracking
@@ -35,7 +35,7 @@ class Journal:
             self._describe()
             resumed = self.progress.step if config.resume else None
             self.metrics_file = tracking.MetricsFile(folder / "metrics.jsonl", resume_step=resumed)
-            self.tracker = tracking.build(config.tracker, asdict(config), folder, resumed=bool(config.resume))
+            self.tracker = tracking.build(config.tracker, plain(config), folder, resumed=bool(config.resume))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
