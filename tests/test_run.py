@@ -235,20 +235,3 @@ def test_dropped_rows_are_listed(overrides: Overrides, tmp_path: Path, table: Pa
         (row,) = csv.DictReader(file)
     assert (row["line"], row["row"]) == ("10", "9")
     assert "gone.png" in row["reason"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("share", ["on", "off"])
-def test_two_processes_train_what_one_does(overrides: Overrides, tmp_path: Path, share: str) -> None:
-    """24 rows in steps of 8 over two ranks; weights equal those of one process up to float32's order of sums."""
-    extra = ["trainer.eval_baseline=false", f"trainer.share_prefix={share}"]
-    one = vlmtune.train(overrides(*extra, "trainer.batch_size=8", name="one", steps=6))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "src/train.py"]
-    subprocess.run([*command, *overrides(*extra, name="two", steps=6)], check=True, timeout=300)
-    two = json.loads((tmp_path / "two" / "result.json").read_text())
-    assert two["examples"] == one["examples"] == 48
-    assert two["metrics"]["eval/loss"] == pytest.approx(one["metrics"]["eval/loss"], abs=1e-5)
-    expected, found = weights(one["folder"]), weights(tmp_path / "two")
-    for name in expected:
-        assert (expected[name] - found[name]).abs().max() < 1e-5, name
-    assert not (tmp_path / "two" / "None").exists()
