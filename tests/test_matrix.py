@@ -83,7 +83,7 @@ def test_every_adapter_file_fits_every_family(
 
 
 CHECKPOINTED = ("qwen2_vl", "idefics", "qwen3_5", "paligemma2")
-"""Each lays out its layers in its own way: plain, with cross-attention, with linear attention, with a mask of its own."""
+"""Each has layers of its own kind: plain, with cross-attention, with linear attention, with a mask of its own."""
 
 
 @pytest.mark.parametrize(
