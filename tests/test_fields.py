@@ -589,7 +589,7 @@ def test_loraplus_lets_b_learn_faster(model_of: Any) -> None:
     config = tiny.config(None, adapter=tiny.LORA, optimizer={"loraplus_lr_ratio": 16.0}, learning_rate=1e-3)
     model = model_of("llava")
     parts = find_parts(model)
-    model = adapters.adapt(model, config, parts, total_steps=1)
+    model = adapters.adapt(model, config, parts)
     built = build_optimizer(model, parts, config.trainer, config.optimizer)
     rates = {id(p): group["lr"] for group in built.param_groups for p in group["params"]}
     for name, p in model.named_parameters():

@@ -105,7 +105,7 @@ def test_an_adapter_that_these_rows_reach_must_get_a_gradient(
     )
     model, encoder = model_of("qwen2_vl"), encoder_of("qwen2_vl")
     parts = find_parts(model)
-    model = adapters.adapt(model, tiny.config(None, adapter=fields), parts, total_steps=3)
+    model = adapters.adapt(model, tiny.config(None, adapter=fields), parts)
     check_gradients(model, parts, encoder, tiny.records(2), ENGINE)
     layer = model.get_base_model().model.language_model.layers[1].mlp
     forward = layer.forward

@@ -75,7 +75,7 @@ def adapted(checkpoint_of: Callable[[str], Path]) -> Callable[[str, str], Any]:
         config = tiny.config(checkpoint_of(family), adapter=tiny.LORA)
         types = {"dtype": torch.float32, "compute_dtype": torch.float32, "device": torch.device("cpu")}
         opened, _ = load(config.model, {"none": tiny.NONE, **tiny.QUANTIZED}[quantization], **types)
-        made = adapt(opened, config, find_parts(opened), total_steps=2).eval()
+        made = adapt(opened, config, find_parts(opened)).eval()
         for parameter in made.parameters():
             if parameter.requires_grad:
                 nn.init.normal_(parameter, std=0.02)

@@ -59,7 +59,7 @@ def train(config: Config, folder: Path | None) -> dict[str, Any]:
     encoder.pad_to_multiple_of = rewrites.length_multiple(engine.device, dtypes["compute_dtype"])
     rows = row_checks.check_rows(encoder, splits, config, row_checks.limits_of(model))
     batches = Batches(encoder, splits["train"].records, config.trainer, engine)
-    model = adapters.adapt(model, config, parts, total_steps=batches.total_steps)
+    model = adapters.adapt(model, config, parts)
     session.prepare_checkpointing(model, config.trainer)
     optimizer = build_optimizer(model, parts, config.trainer, config.optimizer)
 
@@ -75,13 +75,13 @@ def train(config: Config, folder: Path | None) -> dict[str, Any]:
     evaluated = bool(splits.keys() & {"validation", "test"})
     log.info(preflight.choose_layout(model, batches, engine, evaluated))
     log.info(preflight.choose_features(model, parts, batches, config, engine, evaluated))
+    adapters.set_total_steps(model, config, batches.total_steps)
     log.info(first_pass.check_longest(model, batches, rows.longest, engine))
     if config.preflight == "only":
         return {"status": "preflight", "steps": 0}
 
     # the run, whose steps are counted now that the layout is known
     scheduler = build_scheduler(optimizer, config.trainer, batches.total_steps)
-    adapters.set_total_steps(model, config, batches.total_steps)
     prepared, optimizer = engine.prepare(model, optimizer)
     recorder = Recorder(config, folder, engine, model, encoder, splits, batches)
     with recorder.recording():
