@@ -784,6 +784,7 @@ def hub_set(folder: Path) -> Path:
     return folder / "set"
 
 
+@pytest.mark.xdist_group("keys")
 @pytest.mark.parametrize("key", KEYS)
 def test_every_key_is_read_by_what_it_is_for(read: set[str], key: str) -> None:
     """A key that nothing reads, or that was lost on the way to where it counts, would be taken and change nothing."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 import tiny
 from cells import CELLS, FAMILIES, answers, outcome, table
+from grids import sampled
 from vlmtune.config import compose
 from vlmtune.launch import session
 from vlmtune.models import adapters
@@ -31,11 +31,6 @@ QUICK = {
 """Each way with one family, and each family in one way; `make test-slow` runs all."""
 
 
-def cells() -> list[Any]:
-    every = [(family, storage, adapter) for family in FAMILIES for storage, adapter in CELLS]
-    return [pytest.param(*cell, marks=[] if cell in QUICK else pytest.mark.slow) for cell in every]
-
-
 def written() -> dict[tuple[str, str, str], str]:
     """The table of docs/models.md."""
     lines = PAGE.read_text(encoding="utf-8").splitlines()
@@ -52,7 +47,9 @@ def test_the_table_has_each_family_in_each_way() -> None:
     assert table(written()) in PAGE.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize(("family", "storage", "adapter"), cells())
+@pytest.mark.parametrize(
+    ("family", "storage", "adapter"), sampled([(family, *cell) for family in FAMILIES for cell in CELLS], QUICK)
+)
 def test_trains_saves_answers_and_merges_as_the_table_says(
     checkpoint_of: Callable[[str], Path], tmp_path: Path, family: str, storage: str, adapter: str
 ) -> None:
@@ -86,9 +83,7 @@ CHECKPOINTED = ("qwen2_vl", "idefics", "qwen3_5", "paligemma2")
 """Each has layers of its own kind: plain, with cross-attention, with linear attention, with a mask of its own."""
 
 
-@pytest.mark.parametrize(
-    "family", [pytest.param(f, marks=[] if f in CHECKPOINTED else pytest.mark.slow) for f in FAMILIES]
-)
+@pytest.mark.parametrize("family", sampled(FAMILIES, CHECKPOINTED))
 def test_gradient_checkpointing_changes_nothing_but_memory(checkpoint_of: Callable[[str], Path], family: str) -> None:
     losses = []
     for on in (False, True):

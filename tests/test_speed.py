@@ -17,6 +17,7 @@ from transformers.activations import QuickGELUActivation
 
 import tiny
 import tiny_families
+from grids import sampled
 from test_families import SHARED
 from vlmtune.batching.inputs import model_inputs
 from vlmtune.batching.layout import padded, shared
@@ -44,6 +45,8 @@ from vlmtune.prompt.image_cache import Pixels, pixels_mark
 from vlmtune.proof.preflight import answers_agree, choose_features
 
 FAMILIES = [*tiny.FAMILIES, *tiny_families.FAMILIES]
+QUICK = ("qwen2_vl", "qwen3_vl", "llava_next", "idefics", "smolvlm", "gemma3", "qwen3_5")
+"""Grids, features of several layers, tiles, cross-attention, other tiles, windows of attention, layers without any."""
 REFUSED = {"idefics": "takes no features in place of pixels"}
 SIZES = ((56, 56), (100, 60), (40, 112))
 
@@ -111,7 +114,7 @@ def rows(encoder: Encoder) -> list[Record]:
 # ---------------------------------------------------------------- features in place of pixels
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", sampled(FAMILIES, QUICK))
 def test_features_equal_pixels(family: str, family_encoder: Any, model_of: Callable[[str], Any]) -> None:
     encoder, model = family_encoder(family), frozen(model_of(family))
     if family in REFUSED:
@@ -527,7 +530,7 @@ def test_no_drafts_where_greedy_search_would_take_other_tokens(
 # ---------------------------------------------------------------- LoRA in one step
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", sampled(FAMILIES, QUICK))
 def test_lora_in_one_step_equals_pefts_own(
     family: str, encoder_of: Callable[[str], Encoder], adapted: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

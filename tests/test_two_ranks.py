@@ -24,6 +24,8 @@ from safetensors.torch import load_file
 import tiny
 import vlmtune
 
+pytestmark = pytest.mark.xdist_group("two ranks")  # one worker, one pair of launches
+
 STEPS = 10
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
 PROGRAM = """
