@@ -18,6 +18,7 @@ from transformers.activations import QuickGELUActivation
 
 import tiny
 import tiny_families
+from grids import sampled
 from test_families import SHARED
 from vlmtune.batching.inputs import model_inputs
 from vlmtune.batching.layout import padded, shared
@@ -45,6 +46,8 @@ from vlmtune.prompt.labels import IGNORE
 from vlmtune.proof.probes import ImageCache, answers_agree, choose_cache
 
 FAMILIES = [*tiny.FAMILIES, *tiny_families.FAMILIES]
+QUICK = ("qwen2_vl", "qwen3_vl", "llava_next", "idefics", "smolvlm", "gemma3", "qwen3_5")
+"""Grids, features of several layers, tiles, cross-attention, other tiles, windows of attention, layers without any."""
 REFUSED = {"idefics": "takes no features in place of pixels"}
 SIZES = ((56, 56), (100, 60), (40, 112))
 
@@ -98,7 +101,7 @@ def rows(encoder: Encoder) -> list[Record]:
 # ---------------------------------------------------------------- features in place of pixels
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", sampled(FAMILIES, QUICK))
 def test_features_equal_pixels(family: str, encoder_of: Any, model_of: Callable[[str], Any]) -> None:
     encoder, model = encoder_of(family), frozen(model_of(family))
     if family in REFUSED:
@@ -508,7 +511,7 @@ def test_no_drafts_where_greedy_search_would_take_other_tokens(encoder_of: Any, 
 # ---------------------------------------------------------------- LoRA in one step
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", sampled(FAMILIES, QUICK))
 def test_lora_in_one_step_equals_pefts_own(
     family: str, encoder_of: Callable[[str], Encoder], adapted: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
