@@ -109,13 +109,13 @@ def _load_model(
     for problem in ("missing", "mismatched"):
         names = sorted(str(key[0]) if isinstance(key, tuple) else key for key in report[f"{problem}_keys"])
         if names:
-            what = "missing from its files" if problem == "missing" else "of another shape in its files"
+            what = "missing from its files" if problem == "missing" else "of a different shape in its files"
             raise ModelError(f"{config.path}: {len(names)} weights are {what}, among them {', '.join(names[:3])}")
     if quantization.method is not None:
         check_quantized(model, find_parts(model), quantization.parts)
     if stored:
         check_stored(model)
-        log.info("the checkpoint is stored in %d bits, and stays so", quantized_bits(model))
+        log.info("the checkpoint is stored in %d bits and is used as it is", quantized_bits(model))
     return model
 
 
@@ -134,7 +134,9 @@ def _architecture(config: ModelConfig, processor: Any) -> tuple[Any, Any]:
         native = internvl2.native_config(original, processor.image_token_id)
         return internvl2.InternVL2ForConditionalGeneration, native
     if config.save_layout == "original":
-        raise ConfigError("model.save_layout=original: this checkpoint is no InternVL2 in its own layout; use native")
+        raise ConfigError(
+            "model.save_layout=original: this is not an InternVL2 checkpoint in its original layout; use native"
+        )
     return AutoModelForImageTextToText, AutoConfig.from_pretrained(config.path, **hub_options(config))
 
 

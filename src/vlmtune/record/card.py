@@ -87,7 +87,7 @@ def _name(config: Config) -> str:
 
 def _front_matter(config: Config) -> list[str]:
     """YAML lines that a hub reads. There is no licence among them: that is for the model's owner to say."""
-    tags = ["vlmtune", *([str(config.adapter["method"])] if config.uses_adapter else [])]
+    tags = ["vlmtune", *([str(config.adapter.method)] if config.uses_adapter else [])]
     base = [f"base_model: {json.dumps(config.model.path)}"] if _on_hub(config) else []
     library = "peft" if config.uses_adapter else "transformers"
     return [*base, f"library_name: {library}", "pipeline_tag: image-text-to-text", f"tags: {json.dumps(tags)}"]
@@ -105,14 +105,14 @@ def _base(config: Config) -> str:
 def _trained(config: Config) -> Pairs:
     """What was trained, and how the frozen rest was stored."""
     if config.uses_adapter:
-        fields = {name: value for name, value in config.adapter.items() if value is not None}
-        what = [("adapter", shown(fields.pop("method"))), ("parts", shown(fields.pop("parts")))]
-        what += [(name, shown(value)) for name, value in fields.items()]
+        what = [("adapter", shown(config.adapter.method)), ("parts", shown(config.adapter.parts))]
+        what += [(name, shown(value)) for name, value in config.adapter.fields.items() if value is not None]
     else:
         what = [("weights", "all" if not config.model.freeze else f"all but {shown(config.model.freeze)}")]
     if config.is_quantized:
-        stored = {name: value for name, value in config.quantization.items() if value is not None}
-        what.append(("base weights stored as", shown(stored)))
+        fields = {name: value for name, value in config.quantization.fields.items() if value is not None}
+        stored = f"{shown(config.quantization.method)} in {shown(config.quantization.parts)}: {shown(fields)}"
+        what.append(("base weights stored as", stored))
     return what
 
 
