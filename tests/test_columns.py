@@ -125,7 +125,7 @@ def test_what_is_left_unread_on_purpose(folder: Path, caplog: pytest.LogCaptureF
 
 
 def test_what_is_read_can_not_be_ignored() -> None:
-    from vlmtune.config.strict import combinations
+    from vlmtune.config.together import combinations
 
     config = tiny.config("somewhere")
     config.data = DataConfig(ignore=["question", "bbox"])

@@ -23,7 +23,7 @@ from vlmtune.data.table import load
 from vlmtune.errors import DataError
 from vlmtune.prompt.encode import Encoder
 from vlmtune.prompt.labels import IGNORE
-from vlmtune.proof.preflight import check_labels
+from vlmtune.proof.checks import check_labels
 from vlmtune.proof.rows import Limits, Look
 
 LLAVA = ColumnsConfig(image="image", conversation="conversations")

@@ -216,7 +216,7 @@ def test_a_streamed_run_and_its_resumption(
 
 
 def test_a_stream_needs_a_length() -> None:
-    from vlmtune.config.strict import combinations
+    from vlmtune.config.together import combinations
 
     config = tiny.config("somewhere", max_steps=None, eval_every="epoch")
     config.data = DataConfig(train="a/b", validation="a/b", streaming=True, validation_fraction=0.1, **HUB)

@@ -185,7 +185,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def opened(folder: Path, **quantization: Any) -> tuple[Any, Any]:
     dtypes = {"dtype": torch.float32, "compute_dtype": torch.float32, "device": torch.device("cpu")}
-    model, processor = load(ModelConfig(path=str(folder)), quantization or tiny.NONE, **dtypes)
+    model, processor = load(ModelConfig(path=str(folder)), tiny.method(quantization), **dtypes)
     return model.eval(), processor
 
 

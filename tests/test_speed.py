@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import platform
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -17,20 +18,19 @@ from transformers.activations import QuickGELUActivation
 
 import tiny
 import tiny_families
+from grids import sampled
 from test_families import SHARED
 from vlmtune.batching.inputs import model_inputs
 from vlmtune.batching.layout import padded, shared
-from vlmtune.batching.loader import Batches
 from vlmtune.config import compose
-from vlmtune.config.schema import Config, DataConfig, GenerationConfig, ModelConfig, TrainerConfig
+from vlmtune.config.schema import DataConfig, GenerationConfig, ModelConfig
 from vlmtune.data import table
 from vlmtune.data.images import content_key
 from vlmtune.data.records import Record
-from vlmtune.data.splits import RecordList
 from vlmtune.errors import ConfigError, DataError
 from vlmtune.evaluation.drafts import Draft
 from vlmtune.evaluation.generate import generate
-from vlmtune.models import adapters, lora
+from vlmtune.models import adapters, lora, rewrites
 from vlmtune.models import features as kept
 from vlmtune.models.adapters import adapt
 from vlmtune.models.features import Features
@@ -43,9 +43,11 @@ from vlmtune.prompt import image_cache
 from vlmtune.prompt.encode import Encoder
 from vlmtune.prompt.image_cache import Pixels, pixels_mark
 from vlmtune.prompt.labels import IGNORE
-from vlmtune.proof.preflight import answers_agree, choose_features
+from vlmtune.proof.probes import ImageCache, answers_agree, choose_cache
 
 FAMILIES = [*tiny.FAMILIES, *tiny_families.FAMILIES]
+QUICK = ("qwen2_vl", "qwen3_vl", "llava_next", "idefics", "smolvlm", "gemma3", "qwen3_5")
+"""Grids, features of several layers, tiles, cross-attention, other tiles, windows of attention, layers without any."""
 REFUSED = {"idefics": "takes no features in place of pixels"}
 SIZES = ((56, 56), (100, 60), (40, 112))
 
@@ -62,7 +64,7 @@ def adapted(checkpoint_of: Callable[[str], Path]) -> Callable[[str, str], Any]:
     def model(family: str, quantization: str) -> Any:
         config = tiny.config(checkpoint_of(family), adapter=tiny.LORA)
         types = {"dtype": torch.float32, "compute_dtype": torch.float32, "device": torch.device("cpu")}
-        opened, _ = load(config.model, {"none": tiny.NONE, **tiny.QUANTIZED}[quantization], **types)
+        opened, _ = load(config.model, tiny.method(tiny.QUANTIZED.get(quantization, {})), **types)
         made = adapt(opened, config, find_parts(opened)).eval()
         for parameter in made.parameters():
             if parameter.requires_grad:
@@ -99,7 +101,7 @@ def rows(encoder: Encoder) -> list[Record]:
 # ---------------------------------------------------------------- features in place of pixels
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", sampled(FAMILIES, QUICK))
 def test_features_equal_pixels(family: str, encoder_of: Any, model_of: Callable[[str], Any]) -> None:
     encoder, model = encoder_of(family), frozen(model_of(family))
     if family in REFUSED:
@@ -183,44 +185,43 @@ def test_an_encoder_that_mixes_or_refuses_several_images_sees_each_alone(
     assert set(features.exact.values()) == {False}
 
 
-def chosen(model: Any, encoder: Encoder, wish: str, *, evaluated: bool = True) -> tuple[str, Any]:
-    """What is said of the choice, and the cache that was chosen."""
-    engine = Accelerator(cpu=True)
-    batches = Batches(encoder, RecordList(tiny.records(6, sizes=SIZES)), TrainerConfig(batch_size=4), engine)
-    config = Config.__new__(Config)
+def chosen(model: Any, encoder: Encoder, wish: str, *, seen_once: bool = False) -> ImageCache:
+    config = tiny.config(None)
     config.data = DataConfig(cache_features=wish)
-    said = choose_features(model, find_parts(model), batches, config, engine, evaluated)
-    return said, batches.encoder.image_cache
+    sample = tiny.records(4, sizes=SIZES)
+    return choose_cache(model, find_parts(model), encoder, sample, config, Accelerator(cpu=True), seen_once=seen_once)
 
 
 def test_features_are_chosen_with_the_reason(encoder_of: Any, model_of: Callable[[str], Any]) -> None:
     encoder, model = encoder_of("llava"), frozen(model_of("llava"))
-    assert "computed each time (data.cache_features=off)" in chosen(model, encoder, "off")[0]
-    said, cache = chosen(model, encoder, "auto", evaluated=False)
-    assert "each image is needed once" in said
-    assert cache is None
-    said, cache = chosen(model, encoder, "auto")
-    assert "kept in memory (loss differs by" in said
-    assert cache is not None
+    assert "computed each time (data.cache_features=off)" in chosen(model, encoder, "off").sentence
+    once = chosen(model, encoder, "auto", seen_once=True)
+    assert "each image is needed once" in once.sentence
+    assert once.store is None
+    kept = chosen(model, encoder, "auto")
+    assert "kept in memory (loss differs by" in kept.sentence
+    assert type(kept.store) is Features
+    assert encoder.image_cache is None, "a probe changes nothing"
     model.requires_grad_(True)
-    assert "the projector and the vision train" in chosen(model, encoder, "auto")[0]
+    assert "the projector and the vision train" in chosen(model, encoder, "auto").sentence
     frozen(model).model.vision_tower.append = nn.Dropout(0.1)
-    assert "gives an image other features each time" in chosen(model, encoder, "auto")[0]
+    assert "gives an image other features each time" in chosen(model, encoder, "auto").sentence
 
 
 def test_the_next_trial_finds_the_features_of_the_one_before(encoder_of: Any, model_of: Callable[[str], Any]) -> None:
     encoder = encoder_of("llava")
     for trial in range(2):
-        _, cache = chosen(frozen(model_of("llava")), encoder, "auto")
-        assert cache.computed > 0 if trial == 0 else cache.computed == 0
+        store = chosen(frozen(model_of("llava")), encoder, "auto").store
+        assert store is not None
+        assert store.computed > 0 if trial == 0 else store.computed == 0
 
 
 def test_the_check_finds_features_of_another_image(
     encoder_of: Any, model_of: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(image_cache, "_key", lambda source, opened: "one for all")
-    said, _ = chosen(frozen(model_of("llava")), encoder_of("llava"), "auto")
-    assert "computed each time (loss differs by" in said
+    found = chosen(frozen(model_of("llava")), encoder_of("llava"), "auto")
+    assert "computed each time (loss differs by" in found.sentence
 
 
 def test_features_on_disk_come_back_bit_equal(encoder_of: Any, model_of: Callable[[str], Any], tmp_path: Path) -> None:
@@ -318,10 +319,10 @@ def test_pixels_are_kept_on_demand_where_the_tower_trains(
     encoder_of: Any, model_of: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoder, model = encoder_of("llava"), model_of("llava")
-    assert "computed each time (the projector and the vision train)" in chosen(model, encoder, "auto")[0]
-    said, cache = chosen(model, encoder, "memory")
-    assert "but pixels are, in memory (bit-equal" in said
-    assert type(cache) is Pixels
+    assert "computed each time (the projector and the vision train)" in chosen(model, encoder, "auto").sentence
+    kept = chosen(model, encoder, "memory")
+    assert "but pixels are, in memory (bit-equal" in kept.sentence
+    assert type(kept.store) is Pixels
     image_cache.STORES.clear()
     monkeypatch.setattr(image_cache, "_key", lambda source, opened: "one for all")
     with pytest.raises(ConfigError, match="pixels differ from those made anew; use auto or off"):
@@ -479,7 +480,7 @@ def pico() -> tuple[Any, Encoder, list[Record]]:
     """The untuned model of the default run, which is right on some of its questions and wrong on others."""
     config, _ = compose.read("train", ["data.max_train_rows=1", "data.max_eval_rows=40"])
     types = {"dtype": torch.float32, "compute_dtype": torch.float32, "device": torch.device("cpu")}
-    model, processor = load(config.model, tiny.NONE, **types)
+    model, processor = load(config.model, tiny.method({}), **types)
     records = table.load(config.data, config.task, 0)["validation"].records
     return model.eval(), Encoder(processor), list(records)
 
@@ -510,7 +511,7 @@ def test_no_drafts_where_greedy_search_would_take_other_tokens(encoder_of: Any, 
 # ---------------------------------------------------------------- LoRA in one step
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", sampled(FAMILIES, QUICK))
 def test_lora_in_one_step_equals_pefts_own(
     family: str, encoder_of: Callable[[str], Encoder], adapted: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -568,9 +569,7 @@ def test_lora_is_left_to_peft_where_it_is_more_than_the_product(
 
 def test_a_convolution_of_single_patches_is_a_matmul() -> None:
     plain = nn.Conv3d(3, 8, (2, 14, 14), (2, 14, 14), bias=True)
-    fast = nn.Conv3d(3, 8, (2, 14, 14), (2, 14, 14), bias=True)
-    fast.load_state_dict(plain.state_dict())
-    fast.__class__ = PatchMatmul
+    fast = PatchMatmul.of(copy.deepcopy(plain))
     for shape in ((5, 3, 2, 14, 14), (2, 3, 4, 28, 14)):  # one patch each, and the general case
         pixels = torch.randn(shape)
         first, second = plain(pixels), fast(pixels)
@@ -582,7 +581,8 @@ def test_a_convolution_of_single_patches_is_a_matmul() -> None:
 
 
 def test_quick_gelu_in_one_step() -> None:
-    plain, fast = QuickGELUActivation(), QuickGELU()
+    plain = QuickGELUActivation()
+    fast = QuickGELU(plain)
     x, up = (8 * torch.randn(64, 32, dtype=torch.float64)).requires_grad_(), torch.randn(64, 32, dtype=torch.float64)
     first, second = plain(x), fast(x)
     torch.testing.assert_close(second, first, rtol=1e-12, atol=1e-12)
@@ -609,17 +609,15 @@ def test_freed_memory_is_kept_by_this_c_library() -> None:
     assert keep_freed_memory() == (platform.libc_ver()[0] == "glibc")
 
 
-def test_a_model_on_a_cpu_is_rewritten_and_equal(
-    checkpoint_of: Callable[[str], Path], encoder_of: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_on_a_cpu_is_rewritten_and_equal(checkpoint_of: Callable[[str], Path], encoder_of: Any) -> None:
     encoder, cpu = encoder_of("qwen2_vl"), torch.device("cpu")
     path = ModelConfig(path=str(checkpoint_of("qwen2_vl")))
 
     def opened(compute: torch.dtype) -> Any:
-        return load(path, tiny.NONE, dtype=compute, compute_dtype=compute, device=cpu)[0].eval()
+        return load(path, tiny.method({}), dtype=compute, compute_dtype=compute, device=cpu)[0].eval()
 
     fast, half = opened(torch.float32), opened(torch.bfloat16)
-    monkeypatch.setattr("vlmtune.models.load.rewrite", lambda *_: [])
+    path.rewrites = "off"
     plain, plain_half = opened(torch.float32), opened(torch.bfloat16)
     assert [type(m.model.visual.patch_embed.proj) for m in (fast, plain)] == [PatchMatmul, nn.Conv3d]
     assert [type(m.model.visual.blocks[0].mlp.act) for m in (fast, plain)] == [QuickGELU, QuickGELUActivation]
@@ -633,3 +631,33 @@ def test_a_model_on_a_cpu_is_rewritten_and_equal(
         halves = [summed_loss(model, batch).item() for model in (half, plain_half)]
         assert halves == pytest.approx([loss, loss], rel=1e-2)
         assert abs(halves[0] - loss) <= abs(halves[1] - loss) + 1e-3 * loss
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+def test_a_rewritten_model_computes_the_plain_way_for_a_comparison(
+    checkpoint_of: Callable[[str], Path], encoder_of: Any, compute: torch.dtype
+) -> None:
+    """Bit by bit what `model.rewrites=off` gives, and afterwards the fast way again."""
+    batch = padded(encoder_of("qwen2_vl"), rows(encoder_of("qwen2_vl")))
+
+    def opened(rewrites: str) -> Any:
+        config = tiny.config(checkpoint_of("qwen2_vl"), adapter=tiny.LORA, model={"rewrites": rewrites})
+        types = {"dtype": compute, "compute_dtype": compute, "device": torch.device("cpu")}
+        model = load(config.model, config.quantization, **types)[0]
+        torch.manual_seed(1)
+        return adapt(model, config, find_parts(model)).train()
+
+    fast, plain = opened("auto"), opened("off")
+    assert (rewrites.is_used(fast), rewrites.is_used(plain)) == (True, False)
+    before, (loss, gradient) = loss_and_gradient(fast, batch), loss_and_gradient(plain, batch)
+    with rewrites.plain(fast):
+        assert not rewrites.is_used(fast)
+        found, other = loss_and_gradient(fast, batch)
+    assert found == loss
+    assert torch.equal(other, gradient)
+    assert not torch.equal(before[1], gradient)
+    again = loss_and_gradient(fast, batch)
+    assert again[0] == before[0]
+    assert torch.equal(again[1], before[1])
+    rewrites.switch_off(fast)
+    assert torch.equal(loss_and_gradient(fast, batch)[1], gradient)

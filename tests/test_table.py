@@ -447,6 +447,7 @@ def test_frames_of_a_users_function_are_audited(folder: Path) -> None:
         load(DataConfig(_target_="my_source.frames"), TaskConfig(), 0)
 
 
+@pytest.mark.slow  # 48,248 rows
 def test_easy_vqa_passes_the_audit_and_keeps_the_packages_own_splits() -> None:
     pytest.importorskip("easy_vqa")
     found = load(DataConfig(_target_="vlmtune.data.sources.easy_vqa.load", check_images="header"), TaskConfig(), 0)

@@ -20,11 +20,12 @@ from PIL import Image
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import nn
 
-from vlmtune.batching.loader import Batches
+from vlmtune import run
 from vlmtune.config.schema import (
     Config,
     DataConfig,
     GenerationConfig,
+    MethodConfig,
     ModelConfig,
     OptimizerConfig,
     SchedulerConfig,
@@ -33,20 +34,15 @@ from vlmtune.config.schema import (
     TrainerConfig,
 )
 from vlmtune.data.records import Record, Turn
-from vlmtune.data.splits import RecordList
-from vlmtune.launch import session
-from vlmtune.models import adapters, load
-from vlmtune.models.parts import Parts, find_parts
+from vlmtune.data.splits import RecordList, Split
+from vlmtune.models.parts import Parts
 from vlmtune.models.peft_config import peft_config
 from vlmtune.models.targets import narrow
 from vlmtune.objectives.next_token import summed_loss
-from vlmtune.prompt.encode import Encoder
 from vlmtune.prompt.image_only import image_only
-from vlmtune.proof import preflight
 from vlmtune.record.progress import Progress
-from vlmtune.training import loop
+from vlmtune.training import Setup, loop
 from vlmtune.training.loop import StepReport
-from vlmtune.training.optim import build_optimizer, build_scheduler
 
 # ---------------------------------------------------------------- tokenizers
 
@@ -291,7 +287,7 @@ def write_csv(folder: Path, rows: Iterable[tuple[str, str]], *, per_image: int =
 
 def targets(model: Any, parts: Parts, wanted: Any, scope: list[str]) -> list[str]:
     """Full names of the modules that LoRA takes for `target_modules=wanted` in the parts `scope`."""
-    config = peft_config({"method": "lora", "target_modules": wanted})
+    config = peft_config("lora", {"target_modules": wanted})
     narrow(config, model, parts, scope)
     return sorted(config.target_modules)
 
@@ -314,6 +310,12 @@ QUANTIZED: dict[str, dict[str, Any]] = {
 } | {"int8": {"method": "bitsandbytes_8bit", "parts": ["language"], "load_in_8bit": True, "llm_int8_threshold": 6.0}}
 
 
+def method(keys: dict[str, Any]) -> MethodConfig:
+    """`adapter` or `quantization` from its keys as YAML has them."""
+    rest = {key: value for key, value in keys.items() if key not in ("method", "parts")}
+    return MethodConfig(keys.get("method"), list(keys.get("parts", ["language"])), rest)
+
+
 def config(
     path: Path | str | None,
     *,
@@ -325,11 +327,12 @@ def config(
     **trainer: Any,
 ) -> Config:
     """A run's config: full fine-tuning of the model in `path` in fp32 unless said otherwise; `trainer` are its keys."""
-    steps = {"max_steps": 3, "batch_size": 4, "learning_rate": 1e-3, "precision": "fp32", "num_workers": 0, **trainer}
+    steps = {"max_steps": 3, "batch_size": 4, "learning_rate": 1e-3, "precision": "fp32", "num_workers": 0}
+    steps |= {"eval_every": None, "save_every": None, **trainer}
     return Config(
         ModelConfig(path=None if path is None else str(path), **(model or {})),
-        dict(adapter or NONE),
-        dict(quantization or NONE),
+        method(adapter or {}),
+        method(quantization or {}),
         TrainerConfig(**steps),
         DataConfig(),
         OptimizerConfig(**(optimizer or {})),
@@ -340,36 +343,27 @@ def config(
 
 
 @dataclass
-class Run:
-    """What `run.train` builds, without files, evaluation and logs."""
+class Run(Setup):
+    """What `run.build` makes, without files, evaluation and logs."""
 
-    config: Config
-    engine: Any
-    model: Any
-    processor: Any
-    parts: Parts
-    encoder: Encoder
-    batches: Batches
-    optimizer: Any
-    scheduler: Any
     progress: Progress = field(default_factory=Progress)
     reports: list[StepReport] = field(default_factory=list)
 
     def fit(self, *, stop_after: int | None = None, **hooks: Any) -> Run:
         """Train from `progress` on, to the end or until step `stop_after` is done."""
-        prepared, self.optimizer = self.engine.prepare(self.model, self.optimizer)
         trainer = self.config.trainer
         loop.fit(
-            prepared,
-            self.batches.steps(self.progress.step),
+            self.prepared,
+            self.loader.micro_batches(self.progress.step),
             self.optimizer,
             self.scheduler,
             self.engine,
             summed_loss,
             self.progress,
+            expected_tokens=self.loader.expected_tokens,
             max_grad_norm=trainer.max_grad_norm,
             skip_nonfinite=trainer.nonfinite == "skip",
-            hooks=loop.Hooks(after_step=self.reports.append, stop=lambda: self.progress.step == stop_after, **hooks),
+            hooks=loop.Hooks(after_step=(self.reports.append,), stop=lambda: self.progress.step == stop_after, **hooks),
         )
         return self
 
@@ -383,18 +377,5 @@ class Run:
 
 
 def assemble(config: Config, rows: Sequence[Record]) -> Run:
-    """Build everything that training `rows` under `config` needs, in the order of `run.train`."""
-    engine = session.engine(config)
-    model, processor = load.load(
-        config.model, config.quantization, device=engine.device, **session.dtypes(config, engine)
-    )
-    parts = find_parts(model)
-    encoder = Encoder.of(processor, config)
-    batches = Batches(encoder, RecordList(rows), config.trainer, engine)
-    model = adapters.adapt(model, config, parts)
-    session.prepare_checkpointing(model, config.trainer)
-    optimizer = build_optimizer(model, parts, config.trainer, config.optimizer)
-    scheduler = build_scheduler(optimizer, config.trainer, batches.total_steps)
-    preflight.choose_layout(model, batches, engine, True)
-    adapters.set_total_steps(model, config, batches.total_steps)
-    return Run(config, engine, model, processor, parts, encoder, batches, optimizer, scheduler)
+    """Build everything that training `rows` under `config` needs."""
+    return Run(**vars(run.build(config, {"train": Split(RecordList(rows))}, None)))

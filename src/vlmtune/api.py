@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
@@ -24,6 +25,8 @@ from vlmtune.record.outputs import (
     refuse_columns,
     tell_formulas,
 )
+
+log = logging.getLogger("vlmtune")
 
 
 def train(overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -48,7 +51,7 @@ def run_in(folder: Path, config: Config) -> dict[str, Any]:
     Raises ConfigError where the folder holds another run, and whatever ends the run early: on several processes the
     error of the one that failed first.
     """
-    from vlmtune import display, run
+    from vlmtune import display
     from vlmtune.config import saved
     from vlmtune.launch import lock, ranks, signals, surroundings
     from vlmtune.record import environment
@@ -56,7 +59,7 @@ def run_in(folder: Path, config: Config) -> dict[str, Any]:
     environment.PEAK.start()
     if ranks.rank() != 0:
         with surroundings.kept(), display.logging_to(None), signals.ending_at_once(), _telling():
-            return run.train(config, None)
+            return _trained(config, None)
     with storage_advice():
         check_free(folder, config)
         if config.resume:
@@ -68,7 +71,7 @@ def run_in(folder: Path, config: Config) -> dict[str, Any]:
 
 def _run_alone(folder: Path, config: Config) -> dict[str, Any]:
     """As `run_in`, in a folder that no other process uses."""
-    from vlmtune import display, durable, run
+    from vlmtune import display, durable
     from vlmtune.launch import signals, surroundings
     from vlmtune.record import runfolder
 
@@ -81,11 +84,28 @@ def _run_alone(folder: Path, config: Config) -> dict[str, Any]:
         for left_over in ("quarantine.csv", "result.json"):
             (folder / left_over).unlink(missing_ok=True)
     with surroundings.kept(), display.logging_to(folder), signals.ending_at_once(), _failure_written(folder):
-        result = run.train(config, folder)
+        result = _trained(config, folder)
         gc.collect()  # libraries leave cycles (torch.fx of the frame that imported it) that hold the model
         if config.preflight == "only" and not config.resume:  # or the run that was looked at loses its own result
             runfolder.write_json(folder / "result.json", result)
         return result
+
+
+@memory_advice()
+def _trained(config: Config, folder: Path | None) -> dict[str, Any]:
+    """One run: from rows to a fine-tuned model in `folder`, which is None on processes other than the first."""
+    from vlmtune.data import table
+
+    splits = table.load(config.data, config.task, config.trainer.seed)  # audited before anything heavy is imported
+    if config.trainer.best_metric and "validation" not in splits:
+        raise ConfigError("trainer.best_metric: needs rows to evaluate; set data.validation(_fraction)")
+    log.info("fine-tuning %s for %s", config.model.name, config.task.name)
+    from vlmtune import run
+
+    built = run.build(config, splits, folder)
+    if config.preflight == "only":
+        return {"status": "preflight", "steps": 0}
+    return run.fit(built)
 
 
 @contextmanager

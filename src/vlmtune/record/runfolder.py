@@ -7,14 +7,14 @@ import logging
 import os
 import signal
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from vlmtune import display
-from vlmtune.config.schema import Config
+from vlmtune.config.schema import Config, plain
 from vlmtune.data.splits import Split
 from vlmtune.errors import CheckpointError
 from vlmtune.launch import signals
@@ -100,7 +100,7 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 
 def write_config(path: Path, config: Config) -> None:
     """Write the resolved config as YAML that `resume=` and `predict.py` read back."""
-    write_whole(path, yaml.safe_dump(asdict(absolute(config)), sort_keys=False, allow_unicode=True))
+    write_whole(path, yaml.safe_dump(plain(absolute(config)), sort_keys=False, allow_unicode=True))
 
 
 def absolute(config: Config) -> Config:
