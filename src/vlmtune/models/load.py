@@ -13,6 +13,7 @@ import torch
 from vlmtune import durable
 from vlmtune.config.schema import Config, MethodConfig, ModelConfig
 from vlmtune.errors import CheckpointError, ConfigError, ModelError
+from vlmtune.launch.engine import Engine
 from vlmtune.models.explain import check_names, check_place, explained, looks_local
 from vlmtune.models.parts import find_parts
 from vlmtune.models.quantization import (
@@ -138,7 +139,7 @@ def _architecture(config: ModelConfig, processor: Any) -> tuple[Any, Any]:
     return AutoModelForImageTextToText, AutoConfig.from_pretrained(config.path, **hub_options(config))
 
 
-def make_fresh(config: ModelConfig, folder: Path, seed: int, engine: Any) -> None:
+def make_fresh(config: ModelConfig, folder: Path, seed: int, engine: Engine) -> None:
     """Have the first rank write an untrained model with the function that `model.fresh` names, unless a resumed run has
     one already; point `config.path` at it.
     """

@@ -122,9 +122,14 @@ class PatchMatmul(Fast, nn.Conv3d):
     @classmethod
     def of(cls, convolution: nn.Conv3d) -> PatchMatmul:
         """The same convolution, with the weights of `convolution` themselves."""
-        channels: Any = (convolution.in_channels, convolution.out_channels)
-        sizes: Any = (convolution.kernel_size, convolution.stride)
-        made = cls(*channels, *sizes, bias=convolution.bias is not None, device="meta")
+        made = cls(
+            convolution.in_channels,
+            convolution.out_channels,
+            convolution.kernel_size,  # type: ignore[arg-type]
+            convolution.stride,  # type: ignore[arg-type]
+            bias=convolution.bias is not None,
+            device="meta",
+        )
         made.weight, made.bias = convolution.weight, convolution.bias
         return made
 
