@@ -107,17 +107,21 @@ def _load_model(
         ignore_mismatched_sizes=True,  # listed in the report, and refused below
         **options,
     )
-    for problem in ("missing", "mismatched"):
-        names = sorted(str(key[0]) if isinstance(key, tuple) else key for key in report[f"{problem}_keys"])
-        if names:
-            what = "missing from its files" if problem == "missing" else "of another shape in its files"
-            raise ModelError(f"{config.path}: {len(names)} weights are {what}, among them {', '.join(names[:3])}")
+    _check_complete(config, report)
     if quantization.method is not None:
         check_quantized(model, find_parts(model), quantization.parts)
     if stored:
         check_stored(model)
         log.info("the checkpoint is stored in %d bits, and stays so", quantized_bits(model))
     return model
+
+
+def _check_complete(config: ModelConfig, report: dict[str, Any]) -> None:
+    """Raise ModelError where transformers' loading report names weights that its files lack or hold in other shapes."""
+    for problem, what in (("missing", "missing from its files"), ("mismatched", "of another shape in its files")):
+        names = sorted(str(key[0]) if isinstance(key, tuple) else key for key in report[f"{problem}_keys"])
+        if names:
+            raise ModelError(f"{config.path}: {len(names)} weights are {what}, among them {', '.join(names[:3])}")
 
 
 def _architecture(config: ModelConfig, processor: Any) -> tuple[Any, Any]:
