@@ -19,8 +19,9 @@ from vlmtune.config.schema import GenerationConfig
 from vlmtune.data.records import Record
 from vlmtune.evaluation.generate import generate
 from vlmtune.objectives.next_token import summed_loss
-from vlmtune.prompt.encode import IGNORE, Encoder
-from vlmtune.proof.preflight import layouts_agree
+from vlmtune.prompt.encode import Encoder
+from vlmtune.prompt.labels import IGNORE
+from vlmtune.proof.probes import layouts_agree
 
 FAMILIES = [*tiny.FAMILIES]
 SIZES = ((56, 56), (112, 56), (28, 84))

@@ -159,7 +159,8 @@ def test_what_the_hub_answers(monkeypatch: pytest.MonkeyPatch, error: Exception,
 @pytest.mark.slow
 def test_a_hub_id_without_network(tmp_path: Path) -> None:
     code = (
-        "import torch; from vlmtune.config.schema import MethodConfig, ModelConfig; from vlmtune.models.load import load\n"
+        "import torch; from vlmtune.config.schema import MethodConfig, ModelConfig\n"
+        "from vlmtune.models.load import load\n"
         f"load(ModelConfig(path={REPO!r}), MethodConfig(), dtype=torch.float32, compute_dtype=torch.float32,"
         " device=torch.device('cpu'))"
     )

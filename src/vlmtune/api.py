@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from vlmtune.config.schema import Config, DataConfig
-from vlmtune.data.records import Split
+from vlmtune.data.splits import Records, Split
 from vlmtune.errors import ConfigError, DataError, TrainingError, VlmtuneError, memory_advice, storage_advice
 from vlmtune.predict.predictor import Predictor, audited, reasons_of
 from vlmtune.record.outputs import (
@@ -24,6 +25,8 @@ from vlmtune.record.outputs import (
     refuse_columns,
     tell_formulas,
 )
+
+log = logging.getLogger("vlmtune")
 
 
 def train(overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -48,7 +51,7 @@ def run_in(folder: Path, config: Config) -> dict[str, Any]:
     Raises ConfigError where the folder holds another run, and whatever ends the run early: on several processes the
     error of the one that failed first.
     """
-    from vlmtune import display, run
+    from vlmtune import display
     from vlmtune.config import saved
     from vlmtune.launch import lock, ranks, signals, surroundings
     from vlmtune.record import environment
@@ -56,7 +59,7 @@ def run_in(folder: Path, config: Config) -> dict[str, Any]:
     environment.PEAK.start()
     if ranks.rank() != 0:
         with surroundings.kept(), display.logging_to(None), signals.ending_at_once(), _telling():
-            return run.train(config, None)
+            return _trained(config, None)
     with storage_advice():
         check_free(folder, config)
         if config.resume:
@@ -68,7 +71,7 @@ def run_in(folder: Path, config: Config) -> dict[str, Any]:
 
 def _run_alone(folder: Path, config: Config) -> dict[str, Any]:
     """As `run_in`, in a folder that no other process uses."""
-    from vlmtune import display, durable, run
+    from vlmtune import display, durable
     from vlmtune.launch import signals, surroundings
     from vlmtune.record import runfolder
 
@@ -81,11 +84,28 @@ def _run_alone(folder: Path, config: Config) -> dict[str, Any]:
         for left_over in ("quarantine.csv", "result.json"):
             (folder / left_over).unlink(missing_ok=True)
     with surroundings.kept(), display.logging_to(folder), signals.ending_at_once(), _failure_written(folder):
-        result = run.train(config, folder)
+        result = _trained(config, folder)
         gc.collect()  # libraries leave cycles (torch.fx of the frame that imported it) that hold the model
         if config.preflight == "only" and not config.resume:  # or the run that was looked at loses its own result
             runfolder.write_json(folder / "result.json", result)
         return result
+
+
+@memory_advice()
+def _trained(config: Config, folder: Path | None) -> dict[str, Any]:
+    """One run: from rows to a fine-tuned model in `folder`, which is None on processes other than the first."""
+    from vlmtune.data import table
+
+    splits = table.load(config.data, config.task, config.trainer.seed)  # audited before anything heavy is imported
+    if config.trainer.best_metric and "validation" not in splits:
+        raise ConfigError("trainer.best_metric: needs rows to evaluate; set data.validation(_fraction)")
+    log.info("fine-tuning %s for %s", config.model.name, config.task.name)
+    from vlmtune import run
+
+    built = run.build(config, splits, folder)
+    if config.preflight == "only":
+        return {"status": "preflight", "steps": 0}
+    return run.fit(built)
 
 
 @contextmanager
@@ -104,7 +124,7 @@ def _telling() -> Iterator[None]:
 @contextmanager
 def _failure_written(folder: Path) -> Iterator[None]:
     """What ends a run early becomes its result.json, unless one stands there already."""
-    from vlmtune.data.table import BadRowsError, write_quarantine
+    from vlmtune.data.bad_rows import BadRowsError, write_quarantine
     from vlmtune.launch import signals
     from vlmtune.record import runfolder
 
@@ -199,10 +219,11 @@ def predict_file(folder: str, config: Config, output: str) -> int:
     return len(answers.reasons)
 
 
-def _to_answer(config: Config) -> tuple[Answers, Sequence[Any], list[int]]:
+def _to_answer(config: Config) -> tuple[Answers, Records, list[int]]:
     """The table of `data.test`, its usable records, and the row of each."""
     from vlmtune.data.table import load as load_table
     from vlmtune.data.table import read_files
+    from vlmtune.record.runfolder import frame_of
 
     data = of_test_rows(config.data)
     if data._target_ == READ_FILES:
@@ -213,10 +234,10 @@ def _to_answer(config: Config) -> tuple[Answers, Sequence[Any], list[int]]:
         _refuse_none(answers, config)
         return answers, split.records, [record.row for record in split.records]
     # audited by itself: what can't be used is told by its policy
-    records: Any = load_table(data, config.task, config.trainer.seed, ("test",), answers_required=False)["test"].records
-    answers = Answers(records.frame())
+    split = load_table(data, config.task, config.trainer.seed, ("test",), answers_required=False)["test"]
+    answers = Answers(frame_of(split))
     refuse_columns(answers.frame.columns, (ANSWER, ERROR), str(data.test))
-    return answers, records, list(range(len(records)))
+    return answers, split.records, list(range(len(split)))
 
 
 def _refuse_none(answers: Answers, config: Config) -> None:

@@ -122,14 +122,9 @@ class PatchMatmul(Fast, nn.Conv3d):
     @classmethod
     def of(cls, convolution: nn.Conv3d) -> PatchMatmul:
         """The same convolution, with the weights of `convolution` themselves."""
-        made = cls(
-            convolution.in_channels,
-            convolution.out_channels,
-            convolution.kernel_size,  # type: ignore[arg-type]
-            convolution.stride,  # type: ignore[arg-type]
-            bias=convolution.bias is not None,
-            device="meta",
-        )
+        kernel: Any = convolution.kernel_size
+        has_bias = convolution.bias is not None
+        made = cls(convolution.in_channels, convolution.out_channels, kernel, kernel, bias=has_bias, device="meta")
         made.weight, made.bias = convolution.weight, convolution.bias
         return made
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmtune.config.schema import Config
-from vlmtune.data.records import Split
+from vlmtune.data.splits import Records, Split
 from vlmtune.errors import REFUSALS, DataError, memory_advice
 from vlmtune.record.outputs import ANSWER, ERROR, Answers, refuse_columns
 
@@ -37,13 +37,7 @@ class Predictor:
         self.engine = session.engine(config)
         dtypes = session.dtypes(config, self.engine)
         self.model, processor = load.load_trained(folder, config, device=self.engine.device, **dtypes)
-        self.encoder = Encoder(
-            processor,
-            system_prompt=config.model.system_prompt,
-            max_image_pixels=config.data.max_image_pixels,
-            supervise=config.data.supervise,
-            fast_jpeg=config.data.fast_jpeg,
-        )
+        self.encoder = Encoder.of(processor, config)
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
@@ -77,7 +71,7 @@ class Predictor:
     def fill(
         self,
         answers: Answers,
-        records: Sequence[Any],
+        records: Records,
         rows: Sequence[int],
         done: Callable[[int], None] = lambda stop: None,
     ) -> None:
@@ -128,14 +122,15 @@ class Predictor:
             share=share,
         )
 
-    def shares_answers(self, records: Sequence[Any]) -> bool:
+    def shares_answers(self, records: Records) -> bool:
         """Whether neighbouring rows that show the same image are answered with the image once: where a few of them get
         the answers that they get one by one.
         """
-        from vlmtune.batching.loader import groups_of, probes
-        from vlmtune.proof.preflight import answers_agree
+        from vlmtune.batching.groups import groups_of
+        from vlmtune.proof.pairs import pairs
+        from vlmtune.proof.probes import answers_agree
 
-        found = probes(self.encoder, records, groups_of(records, self.encoder), most=6)
+        found = pairs(self.encoder, records, groups_of(records, self.encoder), most=6)
         return bool(found) and all(answers_agree(self.model, self.encoder, rows, self.engine) for rows in found)
 
 
@@ -151,7 +146,8 @@ def reason_of(error: Exception) -> str:
 
 def audited(frame: pd.DataFrame, config: Config) -> Split:
     """The frame's rows to be answered, each image decoded once: a bad one must not end the others."""
-    from vlmtune.data.table import audit_frame, image_root_of
+    from vlmtune.data.audit import audit_frame
+    from vlmtune.data.table import image_root_of
 
     file = str(frame.attrs.get("file", ""))  # relative paths start at the folder of a table that was read from one
     data = dataclasses.replace(config.data, image_root=image_root_of(config.data, "test"), check_images="decode")
