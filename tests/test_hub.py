@@ -15,7 +15,7 @@ from vlmtune import api
 from vlmtune.config.schema import ColumnsConfig, DataConfig, TaskConfig
 from vlmtune.data.bad_rows import BadRowsError
 from vlmtune.data.images import open_image
-from vlmtune.data.sources import hub
+from vlmtune.data.sources.hub_rows import HubRows
 from vlmtune.data.table import load
 from vlmtune.errors import DataError
 from vlmtune.record import runfolder
@@ -59,11 +59,11 @@ def test_rows_are_read_as_files_are(saved: Path) -> None:
 
 def test_rows_stay_on_disk(saved: Path) -> None:
     records = opened(saved)["train"].records
-    assert isinstance(records, hub.HubRows)
-    assert isinstance(records[1:3], hub.HubRows)
+    assert isinstance(records, HubRows)
+    assert isinstance(records[1:3], HubRows)
     assert [r.question for r in records.select([3, 0])] == ["Is it 3?", "Is it 0?"]
     limited = opened(saved, max_train_rows=2)["train"].records
-    assert isinstance(limited, hub.HubRows)
+    assert isinstance(limited, HubRows)
     held = opened(saved, validation_fraction=0.34)
     assert {r.group for r in held["train"].records}.isdisjoint({r.group for r in held["validation"].records})
 

@@ -24,7 +24,7 @@ from vlmtune import api
 from vlmtune.api import evaluate_run
 from vlmtune.config import compose
 from vlmtune.evaluation import generate
-from vlmtune.evaluation.generate import greedy_branches
+from vlmtune.evaluation.branches import greedy_branches
 from vlmtune.proof import probes
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # PEFT 0.21 asks for it

@@ -16,12 +16,13 @@ from vlmtune import display
 from vlmtune.config.schema import Config
 from vlmtune.errors import ConfigError, VlmtuneError
 from vlmtune.launch import surroundings
+from vlmtune.launch.engine import Engine
 
 log = logging.getLogger("vlmtune")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def engine(config: Config) -> Any:
+def engine(config: Config) -> Engine:
     """The Accelerator: devices and processes as launched, `trainer.precision`, and all seeds set.
 
     Raises ConfigError where the device can't compute in the asked precision.
@@ -48,7 +49,8 @@ def engine(config: Config) -> Any:
         )
     tell_what_idles(accelerator)
     import_bitsandbytes()  # asks the device what it can do, so not before a rank has its own
-    return accelerator
+    made: Engine = accelerator
+    return made
 
 
 def quiet_libraries() -> None:
@@ -75,7 +77,7 @@ def mixed_precision(precision: str) -> str:
     return "no" if precision == "fp32" else precision
 
 
-def tell_what_idles(engine: Any) -> None:
+def tell_what_idles(engine: Engine) -> None:
     """Log the accelerators of this machine that the run leaves alone, and why."""
     found = torch.accelerator.current_accelerator(check_available=True)
     if found is not None and found.type != "cuda":
@@ -110,7 +112,7 @@ def import_bitsandbytes() -> None:
         torch.compile = set_up
 
 
-def dtypes(config: Config, engine: Any) -> dict[str, torch.dtype]:
+def dtypes(config: Config, engine: Engine) -> dict[str, torch.dtype]:
     """`compute_dtype`, and the `dtype` of the weights: frozen ones in the compute type, trained ones in fp32."""
     compute = DTYPES.get(engine.mixed_precision, torch.float32)
     if config.model.dtype != "auto":
@@ -118,7 +120,7 @@ def dtypes(config: Config, engine: Any) -> dict[str, torch.dtype]:
     return {"dtype": compute if config.uses_adapter else torch.float32, "compute_dtype": compute}
 
 
-def agree_on_folder(folder: Path | None, engine: Any) -> Path:
+def agree_on_folder(folder: Path | None, engine: Engine) -> Path:
     """The first rank's run folder, on every rank."""
     from accelerate.utils import broadcast_object_list
 
@@ -128,7 +130,7 @@ def agree_on_folder(folder: Path | None, engine: Any) -> Path:
     return Path(agreed[0])
 
 
-def decided_by_first(decide: Callable[[], Any], engine: Any) -> Any:
+def decided_by_first(decide: Callable[[], Any], engine: Engine) -> Any:
     """What `decide` returns on the first rank, on every rank; where it raises a VlmtuneError, every rank does."""
     from accelerate.utils import broadcast_object_list
 
@@ -146,7 +148,7 @@ def decided_by_first(decide: Callable[[], Any], engine: Any) -> Any:
     return found[0]
 
 
-def all_ranks(yes: bool, engine: Any) -> bool:
+def all_ranks(yes: bool, engine: Engine) -> bool:
     """True where every rank says yes; the same answer on each."""
     if engine.num_processes == 1:
         return yes

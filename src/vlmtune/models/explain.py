@@ -131,30 +131,18 @@ def adapter_error(path: str, base: str | None, run: str = "RUN") -> ModelError:
 @contextmanager
 def explained(config: ModelConfig) -> Iterator[None]:
     """Turn what transformers and the hub raise while loading into one sentence with the way out."""
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
     from safetensors import SafetensorError
 
-    path = config.path
     kinds = (OSError, ValueError, ImportError, LookupError, RuntimeError, AttributeError, TypeError, SafetensorError)
     try:
         yield
     except torch.OutOfMemoryError:
         raise
     except (*kinds, hub.http().HTTPError) as error:
-        causes = list(hub.chain(error))
+        path, causes = config.path, list(hub.chain(error))
         text = " ".join(str(cause) for cause in causes)
-        page = f"https://huggingface.co/{path}"
         if missing := next((cause.name for cause in causes if isinstance(cause, ModuleNotFoundError)), None):
             raise ModelError(f"{path}: needs the package {missing} to be opened: pip install {missing}") from error
-
-        def caused_by(*kinds: type[BaseException]) -> bool:
-            return any(isinstance(cause, kinds) for cause in causes)
-
         if "trust_remote_code" in text:
             raise ModelError(
                 f"{path}: carries Python code of its own; read it, then set model.trust_remote_code=true to run it"
@@ -162,26 +150,32 @@ def explained(config: ModelConfig) -> Iterator[None]:
         if Path(str(path)).is_dir():
             meaning = next((said for part, said in MISSING.items() if part in text), _first_line(error))
             raise ModelError(f"{path}: can't be opened: {meaning}") from error
-        if caused_by(GatedRepoError) or "gated repo" in text:
-            raise ModelError(
-                f"{path} is gated: accept its licence on {page}, then log in once with `hf auth login` "
-                "(or set HF_TOKEN)"
-            ) from error
-        if caused_by(RevisionNotFoundError):
-            raise ModelError(
-                f"model.revision={config.revision}: {path} has no such revision; see {page}/commits"
-            ) from error
-        if hub.unreachable(error) or "couldn't connect" in text:
-            raise ModelError(
-                f"{path}: is not in the local cache, and the hub can't be reached. Connect once, or fetch it elsewhere "
-                f"with `hf download {path}` and give the folder: model.path=FOLDER"
-            ) from error
-        if caused_by(RepositoryNotFoundError):
-            raise ModelError(
-                f"{path}: no such model on the hub, or a private one: check the name, or log in with `hf auth login`"
-            ) from error
-        answer = next((cause for cause in causes if isinstance(cause, HfHubHTTPError)), error)
-        raise ModelError(f"{path}: can't be opened: {_first_line(answer)}") from error
+        raise ModelError(_of_the_hub(config, error, causes, text)) from error
+
+
+def _of_the_hub(config: ModelConfig, error: BaseException, causes: list[BaseException], text: str) -> str:
+    """What an error means for a model that is not in a folder. `text`: what all its causes say."""
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+    path = config.path
+    page = f"https://huggingface.co/{path}"
+
+    def caused_by(kind: type[BaseException]) -> bool:
+        return any(isinstance(cause, kind) for cause in causes)
+
+    if caused_by(GatedRepoError) or "gated repo" in text:
+        return f"{path} is gated: accept its licence on {page}, then log in once with `hf auth login` (or set HF_TOKEN)"
+    if caused_by(RevisionNotFoundError):
+        return f"model.revision={config.revision}: {path} has no such revision; see {page}/commits"
+    if hub.unreachable(error) or "couldn't connect" in text:
+        return (
+            f"{path}: is not in the local cache, and the hub can't be reached. Connect once, or fetch it elsewhere "
+            f"with `hf download {path}` and give the folder: model.path=FOLDER"
+        )
+    if caused_by(RepositoryNotFoundError):
+        return f"{path}: no such model on the hub, or a private one: check the name, or log in with `hf auth login`"
+    answer = next((cause for cause in causes if isinstance(cause, HfHubHTTPError)), error)
+    return f"{path}: can't be opened: {_first_line(answer)}"
 
 
 def _first_line(error: BaseException) -> str:

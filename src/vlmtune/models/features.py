@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vlmtune.config.schema import DataConfig
+from vlmtune.launch.engine import Engine
 from vlmtune.models.parts import Parts, base_of
 from vlmtune.prompt.cache_folder import Entry
 from vlmtune.prompt.image_cache import Pixels, joined, pixels_mark
@@ -28,7 +29,7 @@ class Features(Pixels):
 
     kind = "features"
 
-    def __init__(self, model: Any, parts: Parts, processor: Any, config: DataConfig, engine: Any):
+    def __init__(self, model: Any, parts: Parts, processor: Any, config: DataConfig, engine: Engine):
         self.model, self.engine = base_of(model), engine
         self.exact: dict[Any, bool] = {}
         """Whether so many images of a shape come out together as they do alone, bit by bit."""
@@ -129,7 +130,7 @@ def _varies(module: torch.nn.Module) -> bool:
     return at_random or isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
 
 
-def fingerprint(model: Any, parts: Parts, processor: Any, engine: Any, fast_jpeg: bool = True) -> str:
+def fingerprint(model: Any, parts: Parts, processor: Any, engine: Engine, fast_jpeg: bool = True) -> str:
     """A hash of all that an image's features depend on, the image excepted."""
     described = [pixels_mark(processor, fast_jpeg), type(model).__name__, engine.mixed_precision, engine.device.type]
     digest = hashlib.sha256("\n".join(map(str, described)).encode())
