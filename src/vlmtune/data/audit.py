@@ -8,11 +8,12 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlmtune import display
 from vlmtune.config.schema import DataConfig, TaskConfig
 from vlmtune.data.answers import Lists, answers_of
 from vlmtune.data.cells import column_values, text_of
@@ -259,13 +260,11 @@ def keys_of(record: Record) -> tuple[Hashable, ...]:
     return record.group if isinstance(record.group, tuple) else (record.group,) * len(record.images)
 
 
-def _with_progress(results: Iterable[str | None], total: int) -> Iterable[str | None]:
-    if total < MANY:
-        return results
-    from tqdm import tqdm
-
-    progress: Iterable[str | None] = tqdm(results, "checking images", total, leave=False, disable=None)
-    return progress
+def _with_progress(results: Iterable[str | None], total: int) -> Iterator[str | None]:
+    with display.bar("checking images", total, show=total >= MANY) as advance:
+        for result in results:
+            yield result
+            advance()
 
 
 def repeats_of(records: Iterable[Record]) -> list[tuple[int, int]]:

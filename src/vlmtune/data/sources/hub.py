@@ -20,7 +20,7 @@ from vlmtune.data.columns import SAMPLE, column_problems, columns_with_text, tel
 from vlmtune.data.images import image_size, open_image
 from vlmtune.data.records import BadRow, Record, Split
 from vlmtune.data.sources.arrow import of_feature
-from vlmtune.errors import DataError, nearest
+from vlmtune.errors import DataError, nearest, to_install
 from vlmtune.network import unreachable
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def _open(path: str, split: str, subset: str | None, *, streaming: bool = False)
     try:
         import datasets
     except ImportError:
-        raise DataError("data=hub needs the package datasets: pip install 'vlmtune[datasets]'") from None
+        raise DataError(f"data=hub needs the package datasets: {to_install('datasets')}") from None
     datasets.disable_progress_bars()
     place, _, name = path.partition(":")
     wanted = name or split
