@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 import tiny
 import vlmtune
 import wandb_offline
-from vlmtune.api import evaluate_run
 from vlmtune.evaluation import generate
 from vlmtune.evaluation.generate import greedy_branches
+from vlmtune.predict.scores import evaluate_run
 from vlmtune.proof import preflight
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # PEFT 0.21 asks for it
