@@ -92,43 +92,27 @@ def with_everything(options: argparse.Namespace) -> tuple[list[tuple[float, int]
 
 
 def with_bare(options: argparse.Namespace) -> tuple[list[tuple[float, int]], float]:
+    """The model, the batches and the optimizer of a run, under a loop of nine lines."""
     import torch
 
-    from vlmtune.batching.loader import Batches
+    from vlmtune import run
     from vlmtune.config import compose
     from vlmtune.data import table
-    from vlmtune.launch import session
-    from vlmtune.models import adapters, load, rewrites
-    from vlmtune.models.parts import find_parts
     from vlmtune.objectives.next_token import summed_loss
-    from vlmtune.prompt.encode import Encoder
-    from vlmtune.proof import preflight
-    from vlmtune.training.optim import build_optimizer, build_scheduler
 
     config, _ = compose.read("train", [*overrides(options, tempfile.mkdtemp()), "tracker=none"])
-    engine = session.engine(config)
-    records = table.load(config.data, config.task, 0)["train"].records
-    dtypes = session.dtypes(config, engine)
-    model, processor = load.load(config.model, config.quantization, device=engine.device, **dtypes)
-    parts, encoder = find_parts(model), Encoder(processor)
-    encoder.pad_to_multiple_of = rewrites.length_multiple(engine.device, dtypes["compute_dtype"])
-    batches = Batches(encoder, records, config.trainer, engine)
-    model = adapters.adapt(model, config, parts, total_steps=options.steps)
-    optimizer = build_optimizer(model, parts, config.trainer, config.optimizer)
-    scheduler = build_scheduler(optimizer, config.trainer, options.steps)
-    preflight.choose_layout(model, batches, engine, False)
-    preflight.choose_features(model, parts, batches, config, engine, False)
-    trained = [p for p in model.parameters() if p.requires_grad]
+    built = run.build(config, table.load(config.data, config.task, 0), None)
+    trained = [p for p in built.model.parameters() if p.requires_grad]
     times, losses = [], []
-    model.train()
-    for [batch] in batches.steps(0):
-        with engine.autocast():
-            loss = summed_loss(model, batch) / batch.supervised
+    built.model.train()
+    for batch in built.loader.micro_batches():
+        with built.engine.autocast():
+            loss = summed_loss(built.model, batch) / batch.supervised
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        scheduler.step()
+        built.optimizer.step()
+        built.optimizer.zero_grad(set_to_none=True)
+        built.scheduler.step()
         losses.append(loss.item())
         times.append((time.time(), batch.rows))
     return times, losses[0]
@@ -140,15 +124,15 @@ def with_vlmtune(
     import vlmtune
 
     times: list[tuple[float, int]] = []
-    from vlmtune.training.recorder import Recorder
+    from vlmtune.training import Journal
 
-    after_step = Recorder.after_step
+    after_step = Journal.after_step
 
     def timed(self: Any, step: Any) -> None:
         after_step(self, step)
         times.append((time.time(), step.examples))
 
-    Recorder.after_step = timed  # type: ignore[method-assign]
+    Journal.after_step = timed  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as run:
         vlmtune.train([*overrides(options, f"{run}/run"), *extra])
         lines = [json.loads(line) for line in Path(run, "run", "metrics.jsonl").read_text().splitlines()]

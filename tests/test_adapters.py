@@ -16,7 +16,7 @@ import tiny
 from vlmtune.batching.inputs import model_inputs
 from vlmtune.batching.layout import padded
 from vlmtune.errors import CheckpointError, ConfigError
-from vlmtune.models.adapters import adapt, load_adapter
+from vlmtune.models.adapters import adapt, load_adapter, set_total_steps
 from vlmtune.models.parts import find_parts
 from vlmtune.training.checkpoint import save_model
 
@@ -30,7 +30,7 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 def adapted(model: Any, **fields: Any) -> set[str]:
     """Names of the base modules that get an adapter."""
     config = tiny.config(None, adapter={**tiny.LORA, **fields})
-    wrapped = adapt(model, config, find_parts(model), total_steps=10)
+    wrapped = adapt(model, config, find_parts(model))
     marks = ("lora_A.default", "lora_embedding_A")
     return {
         name.removeprefix("base_model.model.").rsplit(".lora_", 1)[0]
@@ -107,14 +107,14 @@ def test_what_peft_refuses_is_a_config_error(model_of: Callable[[str], Any]) -> 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_only_the_adapter_trains(model_of: Callable[[str], Any], family: str) -> None:
     model = model_of(family)
-    wrapped = adapt(model, tiny.config(None, adapter=tiny.LORA), find_parts(model), total_steps=1)
+    wrapped = adapt(model, tiny.config(None, adapter=tiny.LORA), find_parts(model))
     assert all(p.requires_grad == ("lora_" in name) for name, p in wrapped.named_parameters())
 
 
 def test_freezing_parts_without_an_adapter(model_of: Callable[[str], Any]) -> None:
     model = model_of("llava").requires_grad_(False)
     parts = find_parts(model)
-    adapt(model, tiny.config(None, model={"freeze": ["vision", "head"]}), parts, total_steps=1)
+    adapt(model, tiny.config(None, model={"freeze": ["vision", "head"]}), parts)
     trains = {parts.of(name) for name, p in model.named_parameters() if p.requires_grad}
     assert trains == {"projector", "language"}
 
@@ -125,7 +125,7 @@ def test_freezing_parts_without_an_adapter(model_of: Callable[[str], Any]) -> No
 @pytest.fixture
 def saved(model_of: Callable[[str], Any], encoder_of: Callable[[str], Any], tmp_path: Path) -> Path:
     model = model_of("qwen2_vl")
-    wrapped = adapt(model, tiny.config(None, adapter=tiny.LORA), find_parts(model), total_steps=1)
+    wrapped = adapt(model, tiny.config(None, adapter=tiny.LORA), find_parts(model))
     save_model(wrapped, encoder_of("qwen2_vl").processor, tmp_path / "model")
     return tmp_path / "model"
 
@@ -182,3 +182,15 @@ def test_adapters_of_several_runs_merge_with_peft(
     with torch.no_grad():
         assert torch.isfinite(model(**model_inputs(model, batch)).logits).all()
     assert deltas["both"].norm() > 0
+
+
+def test_a_run_too_short_for_adaloras_schedule_is_refused(model_of: Callable[[str], Any]) -> None:
+    """PEFT asks for the length before the steps are counted; what it says of the real one must not be lost."""
+    schedule = {"method": "adalora", "parts": ["language"], "target_modules": ["q_proj"], "tinit": 3, "tfinal": 3}
+    config = tiny.config(None, adapter=schedule)
+    model = model_of("llava")
+    adapted = adapt(model, config, find_parts(model))
+    set_total_steps(adapted, config, 7)
+    assert adapted.base_model.rankallocator.peft_config.total_step == 7
+    with pytest.raises(ConfigError, match="schedule values don't allow"):
+        set_total_steps(adapted, config, 6)

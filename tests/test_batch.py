@@ -20,7 +20,7 @@ from vlmtune.data.records import Record
 from vlmtune.evaluation.generate import generate
 from vlmtune.objectives.next_token import summed_loss
 from vlmtune.prompt.encode import IGNORE, Encoder
-from vlmtune.proof.preflight import layouts_agree
+from vlmtune.proof.probes import layouts_agree
 
 FAMILIES = [*tiny.FAMILIES]
 SIZES = ((56, 56), (112, 56), (28, 84))

@@ -44,15 +44,14 @@ def folder(checkpoint_of: Callable[[str], Path]) -> Path:
 
 
 def save(run: tiny.Run, root: Path, *, keep: int = 2) -> Path:
-    identity, states = run.batches.identity, [checkpoint.random_state()]
+    identity, states = run.loader.identity, [checkpoint.random_state()]
     return save_checkpoint(root, run.model, run.optimizer, None, run.progress, identity, states, keep=keep)
 
 
 def resume(config: Config, rows: Any, at: Path) -> tiny.Run:
-    """A new run that goes on from the checkpoint `at`, as `recorder` does it."""
+    """A new run resumed from the checkpoint `at`, as `Saving` does it."""
     run = tiny.assemble(config, rows)
-    _, run.optimizer = run.engine.prepare(run.model, run.optimizer)
-    run.progress = load_checkpoint(at, run.model, run.optimizer, None, run.batches.identity, 0)
+    run.progress = load_checkpoint(at, run.model, run.optimizer, None, run.loader.identity, 0)
     for _ in range(run.progress.step):
         run.scheduler.step()
     return run
@@ -93,7 +92,7 @@ def test_a_resumed_run_is_the_straight_one(folder: Path, tmp_path: Path, choice:
 def test_loading_for_the_next_step_draws_no_random_number(folder: Path) -> None:
     run = tiny.assemble(tiny.config(folder), tiny.records(4))
     before = torch.get_rng_state()
-    next(run.batches.steps(0))
+    next(run.loader.micro_batches())
     assert torch.equal(torch.get_rng_state(), before), "or dropout after a resume would differ"
 
 

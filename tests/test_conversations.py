@@ -20,7 +20,7 @@ from vlmtune.data.records import Record, Turn
 from vlmtune.data.table import BadRowsError, load
 from vlmtune.errors import DataError
 from vlmtune.prompt.encode import IGNORE, Encoder
-from vlmtune.proof.preflight import check_labels
+from vlmtune.proof.checks import check_labels
 from vlmtune.proof.rows import Limits, Look
 
 LLAVA = ColumnsConfig(image="image", conversation="conversations")

@@ -22,7 +22,8 @@ from vlmtune.evaluation.generate import generate
 from vlmtune.models.parts import find_parts
 from vlmtune.objectives.next_token import summed_loss
 from vlmtune.prompt.encode import Encoder
-from vlmtune.proof.preflight import check_inputs, layouts_agree
+from vlmtune.proof.checks import check_inputs
+from vlmtune.proof.probes import layouts_agree
 
 FAMILIES = [*tiny.FAMILIES, *tiny_families.FAMILIES]
 LANGUAGE = ("model.language_model.layers.", "model.text_model.layers.", "model.layers.")

@@ -30,7 +30,8 @@ from safetensors.torch import load_file
 import tiny
 import wandb_offline
 from vlmtune import api
-from vlmtune.batching.loader import Batches
+from vlmtune import run as page
+from vlmtune.batching.loader import Loader
 from vlmtune.config.schema import (
     OPEN_GROUPS,
     ColumnsConfig,
@@ -216,7 +217,7 @@ def forwards(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Forward]]:
 
         return forward
 
-    monkeypatch.setattr(loss, "summed_loss", noting("training", loss.summed_loss))  # run.train imports it when called
+    monkeypatch.setattr(page, "summed_loss", noting("training", loss.summed_loss))
     monkeypatch.setattr(evaluation, "supervised_logits", noting("evaluation", loss.supervised_logits))
     return seen
 
@@ -427,7 +428,7 @@ def test_gradient_checkpointing_computes_layers_again(
 def test_an_image_is_shared_where_the_check_allows_it(
     train: Train, forwards: Any, monkeypatch: pytest.MonkeyPatch, share: str, fits: bool, wanted: bool
 ) -> None:
-    monkeypatch.setattr("vlmtune.proof.preflight.layouts_agree", lambda *_: (fits, "said so"))
+    monkeypatch.setattr("vlmtune.proof.probes.layouts_agree", lambda *_: (fits, "said so"))
     train({"trainer.share_prefix": share})
     assert {forward.shared for forward in forwards["training"]} == {wanted}
 
@@ -436,7 +437,7 @@ def test_an_image_is_shared_where_the_check_allows_it(
 def test_sharing_is_off_or_refused(train: Train, forwards: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     train({"trainer.share_prefix": "off"})
     assert {forward.shared for forward in forwards["training"]} == {False}
-    monkeypatch.setattr("vlmtune.proof.preflight.layouts_agree", lambda *_: (False, "loss differs"))
+    monkeypatch.setattr("vlmtune.proof.probes.layouts_agree", lambda *_: (False, "loss differs"))
     with pytest.raises(ConfigError, match=r"trainer\.share_prefix=on: loss differs"):
         train({"trainer.share_prefix": "on"})
 
@@ -492,14 +493,14 @@ def test_steps_are_logged_as_often_as_asked(train: Train, every: int, wanted: li
 def test_workers_prepare_batches(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int | None, here: bool
 ) -> None:
-    real, file = Batches.__getitem__, tmp_path / "processes"
+    real, file = Loader.make, tmp_path / "processes"
 
-    def noting(batches: Batches, step: int) -> Any:
+    def noting(loader: Loader, step: int, number: int) -> Any:
         with file.open("a") as out:
             out.write(f"{os.getpid()}\n")
-        return real(batches, step)
+        return real(loader, step, number)
 
-    monkeypatch.setattr(Batches, "__getitem__", noting)
+    monkeypatch.setattr(Loader, "make", noting)
     train({"trainer.num_workers": workers})
     processes = file.read_text().split()
     assert len(processes) == 2
@@ -688,7 +689,7 @@ def test_loraplus_lets_b_learn_faster(model_of: Any) -> None:
     config = tiny.config(None, adapter=tiny.LORA, optimizer={"loraplus_lr_ratio": 16.0}, learning_rate=1e-3)
     model = model_of("llava")
     parts = find_parts(model)
-    model = adapters.adapt(model, config, parts, total_steps=1)
+    model = adapters.adapt(model, config, parts)
     built = build_optimizer(model, parts, config.trainer, config.optimizer)
     rates = {id(p): group["lr"] for group in built.param_groups for p in group["params"]}
     for name, p in model.named_parameters():

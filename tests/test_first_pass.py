@@ -7,7 +7,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,8 +15,10 @@ from accelerate import Accelerator
 
 import tiny
 import tiny_families
-from vlmtune.batching.layout import shared
-from vlmtune.batching.loader import Batches, groups_of, probes
+from vlmtune.batching.groups import groups_of
+from vlmtune.batching.layout import Layout, shared
+from vlmtune.batching.loader import Loader
+from vlmtune.batching.order import plan
 from vlmtune.config.schema import GenerationConfig
 from vlmtune.data.records import Record, Turn
 from vlmtune.errors import TrainingError, memory_advice
@@ -27,7 +28,8 @@ from vlmtune.models.parts import find_parts
 from vlmtune.prompt.encode import Encoder
 from vlmtune.proof import first_pass
 from vlmtune.proof.first_pass import check_gradients, check_longest, check_loss
-from vlmtune.proof.preflight import answers_agree, choose_layout, layouts_agree
+from vlmtune.proof.pairs import pairs
+from vlmtune.proof.probes import answers_agree, choose_layout, layouts_agree
 
 FAMILIES = [*tiny.FAMILIES, *tiny_families.FAMILIES]
 ENGINE = Accelerator(cpu=True)
@@ -105,7 +107,7 @@ def test_an_adapter_that_these_rows_reach_must_get_a_gradient(
     )
     model, encoder = model_of("qwen2_vl"), encoder_of("qwen2_vl")
     parts = find_parts(model)
-    model = adapters.adapt(model, tiny.config(None, adapter=fields), parts, total_steps=3)
+    model = adapters.adapt(model, tiny.config(None, adapter=fields), parts)
     check_gradients(model, parts, encoder, tiny.records(2), ENGINE)
     layer = model.get_base_model().model.language_model.layers[1].mlp
     forward = layer.forward
@@ -117,8 +119,11 @@ def test_an_adapter_that_these_rows_reach_must_get_a_gradient(
 # ---------------------------------------------------------------- the longest row
 
 
-def batches_of(encoder: Encoder, records: list[Record], **trainer: Any) -> Batches:
-    return Batches(encoder, records, tiny.config(None, **trainer).trainer, ENGINE)
+def loader_of(encoder: Encoder, records: list[Record], *, share: bool = False, **trainer: Any) -> Loader:
+    chosen = tiny.config(None, **trainer).trainer
+    lengths = encoder.lengths(records) if chosen.batch_tokens else []
+    steps = plan(chosen, groups_of(records, encoder), lengths, processes=1, streamed=False, by_group=share)
+    return Loader(encoder, records, steps, Layout(share), chosen, ENGINE)
 
 
 def test_the_longest_row_goes_first(encoder_of: Callable[[str], Encoder], model_of: Callable[[str], Any]) -> None:
@@ -128,8 +133,8 @@ def test_the_longest_row_goes_first(encoder_of: Callable[[str], Encoder], model_
         lambda module, args, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True
     )
     long = dataclasses.replace(tiny.record("word " * 50), row=6)
-    batches = batches_of(encoder, tiny.records(3), batch_size=3)
-    said = check_longest(model, batches, [tiny.record(), long], ENGINE)
+    loader = loader_of(encoder, tiny.records(3), batch_size=3)
+    said = check_longest(model, loader, [tiny.record(), long], ENGINE)
     length = len(encoder.encode([long], answered=True).input_ids[0])
     assert seen == [(3, length)]
     assert f"{length} tokens (data, row 7) pass forward and backward in a batch of 3" in said
@@ -141,12 +146,10 @@ def test_the_longest_batch_is_one_that_the_run_makes(encoder_of: Callable[[str],
     encoder, rows = encoder_of("qwen2_vl"), [about(f"Is it {n}?") for n in range(4)]
     long = about("word " * 20)
     [(image, text)] = encoder.lengths([long])
-    batches = batches_of(encoder, rows)
-    assert len(batches.around(long, image + text).input_ids) == 4
-    batches.use_layout(share=True)
-    once = batches.around(long, image + text)
+    assert len(loader_of(encoder, rows).around(long, image + text).input_ids) == 4
+    once = loader_of(encoder, rows, share=True).around(long, image + text)
     assert (once.rows, len(once.input_ids)) == (4, 1), "one image for all four rows"
-    by_tokens = batches_of(encoder, rows, batch_tokens=3 * (image + text) + 5)
+    by_tokens = loader_of(encoder, rows, batch_tokens=3 * (image + text) + 5)
     assert by_tokens.around(long, image + text).input_ids.shape == (3, image + text)
     assert by_tokens.around(long, 10**6).rows == 1
 
@@ -174,7 +177,7 @@ def test_no_memory_for_the_longest_row_is_said_before_the_first_step(
 
     model.register_forward_pre_hook(full)
     with pytest.raises(TrainingError, match=r"out of device memory.*trainer\.batch_size"), memory_advice():
-        check_longest(model, batches_of(encoder_of("qwen2_vl"), tiny.records(2)), [tiny.record()], ENGINE)
+        check_longest(model, loader_of(encoder_of("qwen2_vl"), tiny.records(2)), [tiny.record()], ENGINE)
 
 
 # ---------------------------------------------------------------- what rows share
@@ -249,7 +252,7 @@ def test_each_kind_of_row_is_probed(encoder_of: Callable[[str], Encoder]) -> Non
     behind = [dataclasses.replace(MIXED[n % 2], group=f"b{n // 2}") for n in range(4)]
     system = [dataclasses.replace(MIXED[5 + n], group="c") for n in range(2)]
     rows = [*usual, *behind, *system]
-    found = probes(encoder, rows, groups_of(rows, encoder), 6)
+    found = pairs(encoder, rows, groups_of(rows, encoder), 6)
     assert {(encoder.prompt.shape(part[0]), part[0].system) for part in found} == {
         ((False, ("it",)), None),
         ((False, ("ti",)), None),
@@ -265,14 +268,9 @@ def test_one_kind_that_differs_is_enough_for_padded_batches(
 ) -> None:
     caplog.set_level(logging.INFO)
     verdicts = iter([(True, "equal"), (False, "loss differs by 0.3")])
-    monkeypatch.setattr("vlmtune.proof.preflight.layouts_agree", lambda *_: next(verdicts))
-    chosen: list[bool] = []
-    batches = SimpleNamespace(
-        trainer=SimpleNamespace(share_prefix="auto", batch_size=4),
-        probes=lambda most: [[tiny.record()], [tiny.record()]],
-        streamed=False,
-        encoder=None,
-        use_layout=lambda share: chosen.append(share),
-    )
-    assert "padded, one row each (loss differs by 0.3)" in choose_layout(None, batches, ENGINE, True)  # type: ignore[arg-type]
-    assert chosen == [False]
+    monkeypatch.setattr("vlmtune.proof.probes.layouts_agree", lambda *_: next(verdicts))
+    alike, trainer = [[tiny.record()], [tiny.record()]], tiny.config(None).trainer
+    found = choose_layout(None, None, alike, trainer, ENGINE, evaluated=True)  # type: ignore[arg-type]
+    assert "padded, one row each (loss differs by 0.3)" in found.sentence
+    assert not found.share
+    assert not found.share_answers

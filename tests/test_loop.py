@@ -109,8 +109,9 @@ class Quadratic(torch.nn.Module):
 class Numbers:
     """A batch: `count` supervised tokens whose losses sum to `value * weight`."""
 
-    def __init__(self, value: float, count: int = 1):
+    def __init__(self, value: float, count: int = 1, ends_step: bool = True):
         self.value, self.supervised, self.rows, self.tokens, self.places = value, count, 1, count, count
+        self.ends_step = ends_step
 
     def to(self, device: torch.device) -> Numbers:
         return self
@@ -129,8 +130,9 @@ def fit(steps: list[list[Numbers]], **options: Any) -> tuple[Quadratic, list[loo
     optimizer = AcceleratedOptimizer(plain, scaler=options.pop("scaler", None))
     reports: list[loop.StepReport] = []
     progress = loop.Progress()
-    hooks = loop.Hooks(after_step=reports.append, **options.pop("hooks", {}))
-    loop.fit(model, steps, optimizer, scheduler, engine, scaled_sum, progress, hooks=hooks, **options)
+    hooks = loop.Hooks(after_step=(reports.append,), **options.pop("hooks", {}))
+    batches = [Numbers(b.value, b.supervised, b is step[-1]) for step in steps for b in step]
+    loop.fit(model, batches, optimizer, scheduler, engine, scaled_sum, progress, hooks=hooks, **options)
     return model, reports, progress
 
 
@@ -142,6 +144,15 @@ def test_the_gradient_is_clipped_after_all_micro_batches() -> None:
     model, reports, _ = fit(steps, max_grad_norm=None)
     assert reports[0].gradient_norm == pytest.approx(20.0)
     assert model.weight.tolist() == pytest.approx([-10.0] * 4)
+
+
+@pytest.mark.parametrize("expected_tokens", [0.01, 3.0, 700.0])
+def test_what_a_step_is_expected_to_have_changes_nothing(expected_tokens: float) -> None:
+    steps = [[Numbers(30.0, 1), Numbers(10.0, 3), Numbers(2.0, 5)]]
+    model, reports, _ = fit(steps, max_grad_norm=None, expected_tokens=expected_tokens)
+    assert model.weight.tolist() == pytest.approx([-42.0 / 9] * 4)
+    assert reports[0].loss == 0.0
+    assert reports[0].tokens == 9
 
 
 def test_a_penalty_counts_once_per_step() -> None:

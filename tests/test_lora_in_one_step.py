@@ -50,7 +50,7 @@ def built(model_of: Callable[[str], Any], fields: dict[str, Any], *, plain: bool
     config = tiny.config(
         None, adapter={"method": "lora", "parts": ["vision", "projector", "language", "head"], **fields}
     )
-    return adapters.adapt(model, config, find_parts(model), total_steps=3)
+    return adapters.adapt(model, config, find_parts(model))
 
 
 def gradients(model: Any, *, half: bool, recomputed: bool) -> dict[str, torch.Tensor]:

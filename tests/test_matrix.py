@@ -20,7 +20,7 @@ from vlmtune.evaluation.generate import generate
 from vlmtune.launch import session
 from vlmtune.models import adapters
 from vlmtune.models.load import load_trained
-from vlmtune.proof import preflight
+from vlmtune.proof import checks
 from vlmtune.training import checkpoint
 
 pytestmark = pytest.mark.filterwarnings(
@@ -76,7 +76,7 @@ def test_trains_saves_answers_and_merges(
         cell[storage, adapter] = "refused at the start on a CPU"
         return
     run = tiny.assemble(config, rows)
-    preflight.check_labels(run.encoder, rows)
+    checks.check_labels(run.encoder, rows)
     run.fit()
     assert run.losses[-1] < run.losses[0]
 

@@ -66,7 +66,7 @@ def test_the_given_conversion_works(copied: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("where", ["model", "run"])
 def test_an_adapter_is_no_model(model_of: Any, encoder_of: Any, tmp_path: Path, where: str) -> None:
     model = model_of("llava")
-    wrapped = adapt(model, tiny.config(None, adapter=tiny.LORA), find_parts(model), total_steps=1)
+    wrapped = adapt(model, tiny.config(None, adapter=tiny.LORA), find_parts(model))
     save_model(wrapped, encoder_of("llava").processor, tmp_path / "model")
     (tmp_path / "config.yaml").write_text("{}")
     text = refusal(tmp_path / "model" if where == "model" else tmp_path)

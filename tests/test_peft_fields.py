@@ -86,7 +86,7 @@ def ours(model: Any, fields: dict[str, Any], scope: list[str]) -> Any:
     parts = find_parts(model)
     torch.manual_seed(1)
     config = tiny.config(None, adapter={**fields, "parts": scope})
-    return adapters.adapt(model, config, parts, total_steps=10)
+    return adapters.adapt(model, config, parts)
 
 
 def trained(model: Any, scope: list[str] = WHOLE) -> dict[str, tuple[int, ...]]:
@@ -371,7 +371,7 @@ def test_a_part_that_the_model_lacks(model_of: Callable[[str], Any]) -> None:
         ours(model_of("llava"), {"method": "lora", **LINEAR}, ["language", "cross_attention"])
     model = model_of("qwen2_vl_tied")
     with pytest.raises(ConfigError, match=r"model\.freeze: head: this model has no such part \(its head is the input"):
-        adapters.adapt(model, tiny.config(None, model={"freeze": ["head"]}), find_parts(model), total_steps=1)
+        adapters.adapt(model, tiny.config(None, model={"freeze": ["head"]}), find_parts(model))
 
 
 def test_a_part_that_gets_nothing_is_told(model_of: Callable[[str], Any], caplog: pytest.LogCaptureFixture) -> None:

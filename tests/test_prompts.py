@@ -15,7 +15,7 @@ from vlmtune.data.records import Record, Turn
 from vlmtune.errors import DataError
 from vlmtune.prompt.encode import IGNORE, Encoder
 from vlmtune.prompt.families import Family
-from vlmtune.proof.preflight import check_inputs, check_labels
+from vlmtune.proof.checks import check_inputs, check_labels
 
 FAMILIES = [*tiny.FAMILIES, *tiny_families.FAMILIES]
 TEXTS = [

@@ -151,7 +151,6 @@ def test_hyper_parameters_are_those_of_the_resumed_config(weights: Path, tmp_pat
     saved = save_checkpoint(tmp_path, first.model, first.optimizer, None, first.progress, {}, states, keep=1)
     second = run(weight_decay=0.5, beta2=0.9)
     second.config.trainer.learning_rate = 7e-3
-    _, second.optimizer = second.engine.prepare(second.model, second.optimizer)
     load_checkpoint(saved, second.model, second.optimizer, None, {}, 0)
     groups = second.optimizer.param_groups
     assert {group["weight_decay"] for group in groups} == {0.0, 0.5}

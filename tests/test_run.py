@@ -23,7 +23,7 @@ import wandb_offline
 from vlmtune.evaluation import generate
 from vlmtune.evaluation.generate import greedy_branches
 from vlmtune.predict.scores import evaluate_run
-from vlmtune.proof import preflight
+from vlmtune.proof import probes
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # PEFT 0.21 asks for it
 
@@ -147,7 +147,7 @@ def test_images_are_shown_once_for_the_answers_of_a_finished_run(
     evaluate_run(str(tmp_path / "run"), predictor.config, None)
     assert shared_batches
     shared_batches.clear()
-    monkeypatch.setattr(preflight, "answers_agree", lambda *_: False)
+    monkeypatch.setattr(probes, "answers_agree", lambda *_: False)
     assert predictor.predict(frame)["answer_predictions"].tolist() == answers
     assert not shared_batches
 
@@ -212,7 +212,7 @@ def test_nonfinite_steps_stop_the_run_with_advice(overrides: Overrides, tmp_path
         vlmtune.train(overrides("trainer.learning_rate=1e38", "trainer.scheduler.warmup_fraction=0", "adapter=none"))
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["status"] == "failed"
-    assert result["error"]["type"] == "TrainingError"
+    assert result["error"]["type"] == "NonFinite"
 
 
 def test_preflight_only_trains_nothing(overrides: Overrides, tmp_path: Path) -> None:

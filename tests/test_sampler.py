@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from vlmtune.batching.order import ByTokens, Order, micro_batches
+from vlmtune.batching.order import ByTokens, Cut, Order
 
 GROUPS = ["a", "b", None, "a", "c", None, "a", "b", "c", "c", "d"]
 
 
 def order(*, by_group: bool = False, seed: int = 0, rows_per_step: int = 4) -> Order:
-    return Order(GROUPS, rows_per_step=rows_per_step, seed=seed, by_group=by_group)
+    return Order(GROUPS, Cut(rows_per_step, 1), seed=seed, by_group=by_group)
 
 
 def epoch(rows: Order, number: int) -> list[int]:
@@ -47,13 +47,15 @@ def test_rows_of_a_group_stay_together_in_a_new_order() -> None:
 
 def test_micro_batches_divide_a_step_between_processes() -> None:
     rows = list(range(12))
-    parts = [part for rank in range(3) for part in micro_batches(rows, batch_size=2, accumulation=2, rank=rank)]
+    cut = Cut(batch_size=2, accumulation=2, processes=3)
+    assert cut.rows_per_step == 12
+    parts = [part for process in range(3) for part in cut.passes(rows, process)]
     assert parts == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [10, 11]]
 
 
 def test_a_short_last_step_loses_no_row() -> None:
-    parts = [p for rank in range(3) for p in micro_batches([7, 8, 9], batch_size=2, accumulation=2, rank=rank)]
-    assert parts == [[7, 8], [9], [], [], [], []]
+    cut = Cut(batch_size=2, accumulation=2, processes=3)
+    assert [cut.passes([7, 8, 9], process) for process in range(3)] == [[[7, 8], [9]], [], []]
 
 
 # ---------------------------------------------------------------- by tokens
@@ -62,9 +64,9 @@ LENGTHS = [(16 * (1 + row // 3 % 4), 5 + row % 3) for row in range(300)]
 SHOWN = [row // 3 for row in range(300)]
 
 
-def by_tokens(*, by_group: bool, seed: int = 0, passes_per_step: int = 2, batch_tokens: int = 300) -> ByTokens:
+def by_tokens(*, by_group: bool, seed: int = 0, processes: int = 1, batch_tokens: int = 300) -> ByTokens:
     return ByTokens(
-        LENGTHS, SHOWN, batch_tokens=batch_tokens, passes_per_step=passes_per_step, seed=seed, by_group=by_group
+        LENGTHS, SHOWN, batch_tokens=batch_tokens, accumulation=2, processes=processes, seed=seed, by_group=by_group
     )
 
 
@@ -103,9 +105,9 @@ def test_steps_by_tokens_count_on_over_epochs() -> None:
 
 
 def test_passes_by_tokens_are_divided_between_processes() -> None:
-    order = by_tokens(by_group=False, passes_per_step=4)
+    order = by_tokens(by_group=False, processes=2)
     for step in range(order.steps_in(1)):
-        parts = [rows for rank in range(2) for rows in order.passes(step, rank, 2)]
+        parts = [rows for rank in range(2) for rows in order.passes(step, rank)]
         assert [row for rows in parts for row in rows] == order.step(step)
 
 

@@ -20,9 +20,8 @@ import tiny_families
 from test_families import SHARED
 from vlmtune.batching.inputs import model_inputs
 from vlmtune.batching.layout import padded, shared
-from vlmtune.batching.loader import Batches
 from vlmtune.config import compose
-from vlmtune.config.schema import Config, DataConfig, GenerationConfig, ModelConfig, TrainerConfig
+from vlmtune.config.schema import DataConfig, GenerationConfig, ModelConfig
 from vlmtune.data import table
 from vlmtune.data.images import content_key
 from vlmtune.data.records import Record
@@ -41,7 +40,7 @@ from vlmtune.objectives.next_token import summed_loss, supervised_logits
 from vlmtune.prompt import image_cache
 from vlmtune.prompt.encode import IGNORE, Encoder
 from vlmtune.prompt.image_cache import Pixels, pixels_mark
-from vlmtune.proof.preflight import answers_agree, choose_features
+from vlmtune.proof.probes import ImageCache, answers_agree, choose_cache
 
 FAMILIES = [*tiny.FAMILIES, *tiny_families.FAMILIES]
 REFUSED = {"idefics": "takes no features in place of pixels"}
@@ -75,7 +74,7 @@ def adapted(checkpoint_of: Callable[[str], Path]) -> Callable[[str, str], Any]:
         config = tiny.config(checkpoint_of(family), adapter=tiny.LORA)
         types = {"dtype": torch.float32, "compute_dtype": torch.float32, "device": torch.device("cpu")}
         opened, _ = load(config.model, {"none": tiny.NONE, **tiny.QUANTIZED}[quantization], **types)
-        made = adapt(opened, config, find_parts(opened), total_steps=2).eval()
+        made = adapt(opened, config, find_parts(opened)).eval()
         for parameter in made.parameters():
             if parameter.requires_grad:
                 nn.init.normal_(parameter, std=0.02)
@@ -195,26 +194,27 @@ def test_an_encoder_that_mixes_or_refuses_several_images_sees_each_alone(
     assert set(features.exact.values()) == {False}
 
 
-def chosen(model: Any, encoder: Encoder, wish: str, *, evaluated: bool = True) -> str:
-    engine = Accelerator(cpu=True)
-    batches = Batches(encoder, tiny.records(6, sizes=SIZES), TrainerConfig(batch_size=4), engine)
-    config = Config.__new__(Config)
+def chosen(model: Any, encoder: Encoder, wish: str, *, seen_once: bool = False) -> ImageCache:
+    config = tiny.config(None)
     config.data = DataConfig(cache_features=wish)
-    return choose_features(model, find_parts(model), batches, config, engine, evaluated)
+    sample = tiny.records(4, sizes=SIZES)
+    return choose_cache(model, find_parts(model), encoder, sample, config, Accelerator(cpu=True), seen_once=seen_once)
 
 
 def test_features_are_chosen_with_the_reason(family_encoder: Any, model_of: Callable[[str], Any]) -> None:
     encoder, model = family_encoder("llava"), frozen(model_of("llava"))
-    assert "computed each time (data.cache_features=off)" in chosen(model, encoder, "off")
-    assert "each image is needed once" in chosen(model, encoder, "auto", evaluated=False)
-    assert encoder.image_cache is None
-    assert "kept in memory (loss differs by" in chosen(model, encoder, "auto")
-    assert encoder.image_cache is not None
-    encoder.image_cache = None
+    assert "computed each time (data.cache_features=off)" in chosen(model, encoder, "off").sentence
+    once = chosen(model, encoder, "auto", seen_once=True)
+    assert "each image is needed once" in once.sentence
+    assert once.store is None
+    kept = chosen(model, encoder, "auto")
+    assert "kept in memory (loss differs by" in kept.sentence
+    assert type(kept.store) is Features
+    assert encoder.image_cache is None, "a probe changes nothing"
     model.requires_grad_(True)
-    assert "the projector and the vision train" in chosen(model, encoder, "auto")
+    assert "the projector and the vision train" in chosen(model, encoder, "auto").sentence
     frozen(model).model.vision_tower.append = nn.Dropout(0.1)
-    assert "gives an image other features each time" in chosen(model, encoder, "auto")
+    assert "gives an image other features each time" in chosen(model, encoder, "auto").sentence
 
 
 def test_the_next_trial_finds_the_features_of_the_one_before(
@@ -222,16 +222,17 @@ def test_the_next_trial_finds_the_features_of_the_one_before(
 ) -> None:
     encoder = family_encoder("llava")
     for trial in range(2):
-        chosen(frozen(model_of("llava")), encoder, "auto")
-        assert encoder.image_cache.computed > 0 if trial == 0 else encoder.image_cache.computed == 0
-        encoder.image_cache = None
+        store = chosen(frozen(model_of("llava")), encoder, "auto").store
+        assert store is not None
+        assert store.computed > 0 if trial == 0 else store.computed == 0
 
 
 def test_the_check_finds_features_of_another_image(
     family_encoder: Any, model_of: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(image_cache, "_key", lambda source, opened: "one for all")
-    assert "computed each time (loss differs by" in chosen(frozen(model_of("llava")), family_encoder("llava"), "auto")
+    found = chosen(frozen(model_of("llava")), family_encoder("llava"), "auto")
+    assert "computed each time (loss differs by" in found.sentence
 
 
 def test_features_on_disk_come_back_bit_equal(
@@ -331,10 +332,10 @@ def test_pixels_are_kept_on_demand_where_the_tower_trains(
     family_encoder: Any, model_of: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoder, model = family_encoder("llava"), model_of("llava")
-    assert "computed each time (the projector and the vision train)" in chosen(model, encoder, "auto")
-    assert "but pixels are, in memory (bit-equal" in chosen(model, encoder, "memory")
-    assert type(encoder.image_cache) is Pixels
-    encoder.image_cache = None
+    assert "computed each time (the projector and the vision train)" in chosen(model, encoder, "auto").sentence
+    kept = chosen(model, encoder, "memory")
+    assert "but pixels are, in memory (bit-equal" in kept.sentence
+    assert type(kept.store) is Pixels
     image_cache.STORES.clear()
     monkeypatch.setattr(image_cache, "_key", lambda source, opened: "one for all")
     with pytest.raises(ConfigError, match="pixels differ from those made anew; use auto or off"):

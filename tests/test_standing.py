@@ -19,14 +19,13 @@ import tiny
 import vlmtune
 import wandb_offline
 from vlmtune import display
-from vlmtune.batching.loader import Told
+from vlmtune.batching.loader import _Items
 from vlmtune.config.schema import TrackerConfig
 from vlmtune.errors import StorageError, memory_advice, storage_advice
 from vlmtune.evaluation import evaluate as evaluation
 from vlmtune.launch import session
 from vlmtune.launch.signals import Interrupted
 from vlmtune.record import report, runfolder, tracking
-from vlmtune.training import recorder
 
 Overrides = Callable[..., list[str]]
 
@@ -269,12 +268,12 @@ def test_running_out_of_memory_is_advice(error: Exception) -> None:
 
 def test_an_error_in_a_process_that_prepares_batches_is_that_error() -> None:
     class Failing:
-        def __getitem__(self, step: int) -> Any:
+        def make(self, step: int, number: int) -> Any:
             raise vlmtune.DataError(["rows.csv line 3: gone", "rows.csv line 4: gone"])
 
     import torch
 
-    loader = torch.utils.data.DataLoader(Told(Failing()), batch_size=None, sampler=[0], num_workers=1)  # type: ignore[arg-type]
+    loader = torch.utils.data.DataLoader(_Items(Failing()), batch_size=None, sampler=[(0, 0)], num_workers=1)  # type: ignore[arg-type]
     (error,) = loader
     assert isinstance(error, vlmtune.DataError)
     assert error.problems == ["rows.csv line 3: gone", "rows.csv line 4: gone"]
@@ -314,7 +313,7 @@ def test_the_error_that_ends_a_run_is_in_its_log(tmp_path: Path) -> None:
 def test_lines_that_nobody_reads_are_dropped() -> None:
     lines = "[display.log.warning('x' * 9999) for _ in range(99)]"
     code = f"from vlmtune import display\nwith display.logging_to(None): {lines}"
-    source = str(Path(recorder.__file__).parents[2])
+    source = str(Path(display.__file__).parents[1])
     command = f'{sys.executable} -c "$CODE" 2>&1 | head -c 1; echo ${{PIPESTATUS[0]}}'
     environment = {**os.environ, "PYTHONPATH": source, "CODE": code}
     done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, check=True)

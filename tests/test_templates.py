@@ -11,7 +11,7 @@ import tiny
 from test_prompts import messages_of, record_of, shapes, with_template
 from vlmtune.errors import DataError
 from vlmtune.prompt.encode import Encoder
-from vlmtune.proof.preflight import check_labels
+from vlmtune.proof.checks import check_labels
 from vlmtune.proof.rows import Limits, check_rows
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"

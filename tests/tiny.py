@@ -20,7 +20,7 @@ from PIL import Image
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import nn
 
-from vlmtune.batching.loader import Batches
+from vlmtune import run
 from vlmtune.config.schema import (
     Config,
     DataConfig,
@@ -32,20 +32,15 @@ from vlmtune.config.schema import (
     TrackerConfig,
     TrainerConfig,
 )
-from vlmtune.data.records import Record, Turn
-from vlmtune.launch import session
-from vlmtune.models import adapters, load
-from vlmtune.models.parts import Parts, find_parts
+from vlmtune.data.records import Record, Split, Turn
+from vlmtune.models.parts import Parts
 from vlmtune.models.peft_config import peft_config
 from vlmtune.models.targets import narrow
 from vlmtune.objectives.next_token import summed_loss
-from vlmtune.prompt.encode import Encoder
 from vlmtune.prompt.image_only import image_only
-from vlmtune.proof import preflight
 from vlmtune.record.progress import Progress
-from vlmtune.training import loop
+from vlmtune.training import Setup, loop
 from vlmtune.training.loop import StepReport
-from vlmtune.training.optim import build_optimizer, build_scheduler
 
 # ---------------------------------------------------------------- tokenizers
 
@@ -339,36 +334,27 @@ def config(
 
 
 @dataclass
-class Run:
-    """What `run.train` builds, without files, evaluation and logs."""
+class Run(Setup):
+    """What `run.build` makes, without files, evaluation and logs."""
 
-    config: Config
-    engine: Any
-    model: Any
-    processor: Any
-    parts: Parts
-    encoder: Encoder
-    batches: Batches
-    optimizer: Any
-    scheduler: Any
     progress: Progress = field(default_factory=Progress)
     reports: list[StepReport] = field(default_factory=list)
 
     def fit(self, *, stop_after: int | None = None, **hooks: Any) -> Run:
         """Train from `progress` on, to the end or until step `stop_after` is done."""
-        prepared, self.optimizer = self.engine.prepare(self.model, self.optimizer)
         trainer = self.config.trainer
         loop.fit(
-            prepared,
-            self.batches.steps(self.progress.step),
+            self.prepared,
+            self.loader.micro_batches(self.progress.step),
             self.optimizer,
             self.scheduler,
             self.engine,
             summed_loss,
             self.progress,
+            expected_tokens=self.loader.expected_tokens,
             max_grad_norm=trainer.max_grad_norm,
             skip_nonfinite=trainer.nonfinite == "skip",
-            hooks=loop.Hooks(after_step=self.reports.append, stop=lambda: self.progress.step == stop_after, **hooks),
+            hooks=loop.Hooks(after_step=(self.reports.append,), stop=lambda: self.progress.step == stop_after, **hooks),
         )
         return self
 
@@ -382,17 +368,5 @@ class Run:
 
 
 def assemble(config: Config, rows: Sequence[Record]) -> Run:
-    """Build everything that training `rows` under `config` needs, in the order of `run.train`."""
-    engine = session.engine(config)
-    model, processor = load.load(
-        config.model, config.quantization, device=engine.device, **session.dtypes(config, engine)
-    )
-    parts = find_parts(model)
-    encoder = Encoder(processor, system_prompt=config.model.system_prompt)
-    batches = Batches(encoder, rows, config.trainer, engine)
-    model = adapters.adapt(model, config, parts, total_steps=batches.total_steps)
-    session.prepare_checkpointing(model, config.trainer)
-    optimizer = build_optimizer(model, parts, config.trainer, config.optimizer)
-    scheduler = build_scheduler(optimizer, config.trainer, batches.total_steps)
-    preflight.choose_layout(model, batches, engine, True)
-    return Run(config, engine, model, processor, parts, encoder, batches, optimizer, scheduler)
+    """Build everything that training `rows` under `config` needs."""
+    return Run(**vars(run.build(config, {"train": Split(rows)}, None)))

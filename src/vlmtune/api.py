@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from vlmtune.config.schema import Config
-from vlmtune.errors import ConfigError
+from vlmtune.errors import ConfigError, memory_advice
 from vlmtune.launch.world import ALONE, World
 from vlmtune.predict.predictor import Predictor
+
+log = logging.getLogger("vlmtune")
 
 
 def train(overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -35,7 +38,7 @@ def run_in(folder: Path, config: Config, world: World = ALONE) -> dict[str, Any]
     Raises ConfigError where the folder holds another run, and whatever ends the run early: on several processes the
     error of the one that failed first.
     """
-    from vlmtune import display, run
+    from vlmtune import display
     from vlmtune.launch import ranks, signals, surroundings
     from vlmtune.record import environment, guard, tracking
 
@@ -44,21 +47,37 @@ def run_in(folder: Path, config: Config, world: World = ALONE) -> dict[str, Any]
     with surroundings.kept(), ranks.closed_at_exit(world):
         if not world.is_main:
             with display.logging_to(None), signals.ending_at_once(), ranks.telling(world):
-                return run.train(config, None)
+                return _trained(config, None)
         with guard.held(folder, config, world):
             return _run_held(folder, config)
 
 
 def _run_held(folder: Path, config: Config) -> dict[str, Any]:
     """As `run_in`, on the first rank, in a folder that no other process uses."""
-    from vlmtune import run
     from vlmtune.record import runfolder
 
-    result = run.train(config, folder)
+    result = _trained(config, folder)
     gc.collect()  # libraries leave cycles (torch.fx of the frame that imported it) that hold the model
     if config.preflight == "only" and not config.resume:  # or the run that was looked at loses its own result
         runfolder.write_json(folder / "result.json", result)
     return result
+
+
+@memory_advice()
+def _trained(config: Config, folder: Path | None) -> dict[str, Any]:
+    """One run: from rows to a fine-tuned model in `folder`, which is None on processes other than the first."""
+    from vlmtune.data import table
+
+    splits = table.load(config.data, config.task, config.trainer.seed)  # audited before anything heavy is imported
+    if config.trainer.best_metric and "validation" not in splits:
+        raise ConfigError("trainer.best_metric: needs rows to evaluate; set data.validation(_fraction)")
+    log.info("fine-tuning %s for %s", config.model.name, config.task.name)
+    from vlmtune import run
+
+    built = run.build(config, splits, folder)
+    if config.preflight == "only":
+        return {"status": "preflight", "steps": 0}
+    return run.fit(built)
 
 
 def load(folder: str | Path, *, overrides: Sequence[str] = ()) -> Predictor:

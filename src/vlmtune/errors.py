@@ -7,7 +7,8 @@ VlmtuneError
 ├── ModelError         a model that can't be found, opened or used this way
 ├── CheckpointError    saving or loading a run's state
 ├── StorageError       a disk, a folder, a pipe that refuses
-└── TrainingError      the run itself: non-finite loss, out of memory
+└── TrainingError      the run itself, such as running out of memory
+    └── NonFinite      the loss or the gradient is NaN or infinite
 """
 
 from __future__ import annotations
@@ -59,6 +60,10 @@ class StorageError(VlmtuneError):
 
 class TrainingError(VlmtuneError):
     """The run can't go on."""
+
+
+class NonFinite(TrainingError):
+    """The loss or the gradient is NaN or infinite, and the run is to stop."""
 
 
 DEVICE_MEMORY = (

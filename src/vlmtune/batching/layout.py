@@ -8,8 +8,8 @@ Shapes: B rows, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
 
@@ -20,6 +20,21 @@ from vlmtune.data.records import Record
 from vlmtune.prompt.encode import IGNORE, Encoded, Encoder
 
 PADDING = -1
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a run lays its rows out, as found out at its start."""
+
+    share: bool = False
+    """Rows that show the same image are one row of a batch."""
+    share_answers: bool = False
+    """Evaluation generates so as well."""
+    reason: str = ""
+
+    @property
+    def sentence(self) -> str:
+        return f"batches    {'shared, each image once' if self.share else 'padded, one row each'} ({self.reason})"
 
 
 @dataclass
@@ -38,23 +53,23 @@ class Batch:
     """[B, T] in the shared layout: 0 prefix, 1.. the record's branch, PADDING."""
     rows: int = 0
     """Records in the batch."""
+    ends_step: bool = True
+    """Whether it is this process's last one of an optimizer step."""
 
     def to(self, device: torch.device) -> Batch:
-        move = lambda t: t.to(device, non_blocking=True)  # noqa: E731
-        branches = None if self.branches is None else move(self.branches)
-        inputs = {k: move(v) for k, v in self.inputs.items()}
-        return Batch(move(self.input_ids), move(self.attention_mask), move(self.labels), inputs, branches, self.rows)
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
-        branches = None if self.branches is None else self.branches.pin_memory()
-        inputs = {k: v.pin_memory() for k, v in self.inputs.items()}
-        return Batch(
-            self.input_ids.pin_memory(),
-            self.attention_mask.pin_memory(),
-            self.labels.pin_memory(),
-            inputs,
-            branches,
-            self.rows,
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        return replace(
+            self,
+            input_ids=change(self.input_ids),
+            attention_mask=change(self.attention_mask),
+            labels=change(self.labels),
+            inputs={name: change(tensor) for name, tensor in self.inputs.items()},
+            branches=None if self.branches is None else change(self.branches),
         )
 
     @property
@@ -74,8 +89,12 @@ class Batch:
 
     def without_labels(self) -> Batch:
         """The same batch with nothing supervised: a rank without rows of its own runs it for the others' sake."""
-        none = torch.full_like(self.labels, IGNORE)
-        return Batch(self.input_ids, self.attention_mask, none, self.inputs, self.branches, 0)
+        return replace(self, labels=torch.full_like(self.labels, IGNORE), rows=0)
+
+
+def lay_out(encoder: Encoder, records: Sequence[Record], layout: Layout) -> Batch:
+    """The rows as a run's batches have them."""
+    return (shared if layout.share else padded)(encoder, records)
 
 
 def padded(encoder: Encoder, records: Sequence[Record], *, answered: bool = True, side: str = "right") -> Batch:

@@ -1,4 +1,7 @@
-"""Which rows each optimizer step takes: a pure function of seed and step, so that resuming is only counting on."""
+"""Which rows each optimizer step takes: a pure function of seed and step, so that resuming is only counting on.
+
+A step is cut into forward passes, `passes_per_step` on all processes together. `passes` are those of one process.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,35 @@ import functools
 import math
 import sys
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+
+from vlmtune.batching.groups import is_streamed
+from vlmtune.config.schema import TrainerConfig
+from vlmtune.data.records import Record
+from vlmtune.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a step's rows are cut into forward passes."""
+
+    batch_size: int
+    """Rows per forward pass."""
+    accumulation: int
+    """Forward passes of one process per step."""
+    processes: int = 1
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.batch_size * self.accumulation * self.processes
+
+    def passes(self, rows: list[int], process: int) -> list[list[int]]:
+        """The rows of each forward pass of one process. Where an epoch ends within a step there are fewer, or none."""
+        size = self.batch_size
+        numbers = range(process * self.accumulation, (process + 1) * self.accumulation)
+        return [part for n in numbers if (part := rows[n * size : (n + 1) * size])]
 
 
 class Order:
@@ -17,12 +47,11 @@ class Order:
     With `by_group`, groups (images) are shuffled and so are the rows in them, but rows of a group stay together.
     """
 
-    def __init__(self, groups: Sequence[Hashable], *, rows_per_step: int, seed: int, by_group: bool):
-        self.rows_per_step = rows_per_step
-        self.seed = seed
+    def __init__(self, groups: Sequence[Hashable], cut: Cut, *, seed: int, by_group: bool):
+        self.cut, self.seed = cut, seed
         self.count = len(groups)
         self.members = _members(groups) if by_group else None
-        self.steps_per_epoch = math.ceil(self.count / rows_per_step)
+        self.steps_per_epoch = math.ceil(self.count / cut.rows_per_step)
         self.epoch = functools.lru_cache(maxsize=2)(self._epoch)
 
     def _epoch(self, epoch: int) -> np.ndarray:
@@ -35,8 +64,12 @@ class Order:
     def step(self, number: int) -> list[int]:
         """Rows of optimizer step `number` (from 0) on all processes together; an epoch's last step may have fewer."""
         epoch, place = divmod(number, self.steps_per_epoch)
-        start = place * self.rows_per_step
-        return self.epoch(epoch)[start : start + self.rows_per_step].tolist()
+        start = place * self.cut.rows_per_step
+        return self.epoch(epoch)[start : start + self.cut.rows_per_step].tolist()
+
+    def passes(self, number: int, process: int) -> list[list[int]]:
+        """Rows of each forward pass of `process` in step `number`; none where an epoch's last step has too few."""
+        return self.cut.passes(self.step(number), process)
 
     def steps_in(self, epochs: float) -> int:
         """Optimizer steps of so many epochs."""
@@ -64,12 +97,14 @@ class ByTokens:
         groups: Sequence[Hashable],
         *,
         batch_tokens: int,
-        passes_per_step: int,
+        accumulation: int,
+        processes: int = 1,
         seed: int,
         by_group: bool,
     ):
-        """`lengths`: tokens of each row's images and of its text. `passes_per_step`: on all processes together."""
-        self.batch_tokens, self.passes_per_step, self.seed = batch_tokens, passes_per_step, seed
+        """`lengths`: tokens of each row's images and of its text. `accumulation`: as for `Cut`."""
+        self.batch_tokens, self.accumulation, self.seed = batch_tokens, accumulation, seed
+        self.passes_per_step = accumulation * processes
         self.lengths = lengths
         members = _members(groups) if by_group else [np.array([row]) for row in range(len(lengths))]
         self.units = [part for rows in members for part in self._pieces(rows.tolist())]
@@ -126,10 +161,10 @@ class ByTokens:
         epoch, place = self._place(number)
         return [row for rows in self.epoch(epoch)[place] for row in rows]
 
-    def passes(self, number: int, rank: int, accumulation: int) -> list[list[int]]:
-        """Rows of each forward pass of process `rank` in step `number`; an epoch's last step may have fewer."""
+    def passes(self, number: int, process: int) -> list[list[int]]:
+        """Rows of each forward pass of `process` in step `number`; none where an epoch's last step has too few."""
         epoch, place = self._place(number)
-        return self.epoch(epoch)[place][rank * accumulation : (rank + 1) * accumulation]
+        return self.epoch(epoch)[place][process * self.accumulation : (process + 1) * self.accumulation]
 
     def steps_in(self, epochs: float) -> int:
         """Optimizer steps of so many epochs."""
@@ -147,12 +182,16 @@ class InOrder:
 
     steps_per_epoch = sys.maxsize
 
-    def __init__(self, rows_per_step: int):
-        self.rows_per_step = rows_per_step
+    def __init__(self, cut: Cut):
+        self.cut = cut
 
     def step(self, number: int) -> list[int]:
         """Rows of optimizer step `number` (from 0) on all processes together."""
-        return list(range(number * self.rows_per_step, (number + 1) * self.rows_per_step))
+        return list(range(number * self.cut.rows_per_step, (number + 1) * self.cut.rows_per_step))
+
+    def passes(self, number: int, process: int) -> list[list[int]]:
+        """Rows of each forward pass of `process` in step `number`."""
+        return self.cut.passes(self.step(number), process)
 
     def steps_in(self, epochs: float) -> int:
         return sys.maxsize
@@ -168,6 +207,55 @@ def _members(groups: Sequence[Hashable]) -> list[np.ndarray]:
     return [np.array(rows) for rows in found.values()]
 
 
-def micro_batches(rows: list[int], *, batch_size: int, accumulation: int, rank: int) -> list[list[int]]:
-    """The part of a step's rows that process `rank` works on, cut into forward passes; some may be empty."""
-    return [rows[i * batch_size : (i + 1) * batch_size] for i in range(rank * accumulation, (rank + 1) * accumulation)]
+@dataclass(frozen=True)
+class Plan:
+    """The steps of a run."""
+
+    order: Order | ByTokens | InOrder
+    total_steps: int
+
+
+def plan(
+    trainer: TrainerConfig,
+    groups: Sequence[Hashable],
+    lengths: Sequence[tuple[int, int]],
+    *,
+    processes: int,
+    streamed: bool,
+    by_group: bool,
+) -> Plan:
+    """The steps of a run, by row or by token, in which rows of a group (an image) stay together if `by_group`.
+
+    `lengths`: as for `ByTokens`, only needed with `trainer.batch_tokens`. Raises ConfigError where that is asked for a
+    stream.
+    """
+    cut = Cut(trainer.batch_size, trainer.gradient_accumulation_steps, processes)
+    if trainer.batch_tokens and streamed:
+        raise ConfigError("trainer.batch_tokens: the lengths of a stream's rows aren't known; use trainer.batch_size")
+    order: Order | ByTokens | InOrder
+    if streamed:
+        order = InOrder(cut)
+    elif trainer.batch_tokens:
+        order = ByTokens(
+            lengths,
+            groups,
+            batch_tokens=trainer.batch_tokens,
+            accumulation=cut.accumulation,
+            processes=processes,
+            seed=trainer.seed,
+            by_group=by_group,
+        )
+    else:
+        order = Order(groups, cut, seed=trainer.seed, by_group=by_group)
+    return Plan(order, trainer.max_steps or order.steps_in(trainer.epochs))
+
+
+def first_rows(records: Sequence[Record], trainer: TrainerConfig, *, most: int) -> list[Record]:
+    """Rows to look at before the steps are planned, no more than fit into one forward pass: those that a run by rows
+    begins with, or a stream's first ones.
+    """
+    count = min(most, trainer.batch_size)
+    if is_streamed(records):
+        return [records[row] for row in range(count)]
+    epoch = Order(range(len(records)), Cut(count, 1), seed=trainer.seed, by_group=False)
+    return [records[row] for row in epoch.step(0)]

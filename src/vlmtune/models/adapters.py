@@ -20,7 +20,7 @@ from vlmtune.models.quantization import quantized_bits
 from vlmtune.models.targets import ALL_LINEAR, names_as_lists, narrow
 
 
-def adapt(model: Any, config: Config, parts: Parts, *, total_steps: int) -> Any:
+def adapt(model: Any, config: Config, parts: Parts) -> Any:
     """Make trainable what the config asks for: an adapter over a frozen base, or the model minus `model.freeze`.
 
     Raises ConfigError: a target that matches nothing in the parts, or a layer or value that PEFT can't take.
@@ -48,9 +48,7 @@ def adapt(model: Any, config: Config, parts: Parts, *, total_steps: int) -> Any:
             "adapter.use_dora: PEFT and bitsandbytes lose the scales of int8 weights after the first pass on a CPU; "
             "use quantization=nf4 or none, or adapter=lora"
         )
-    fields = names_as_lists(config.adapter)
-    if method == "adalora":
-        fields.setdefault("total_step", total_steps)
+    fields = with_some_length(names_as_lists(config.adapter))
     peft_config = build_config(with_default_targets(fields, model))
     narrow(peft_config, model, parts, scope)
     model.requires_grad_(False)
@@ -64,8 +62,13 @@ def adapt(model: Any, config: Config, parts: Parts, *, total_steps: int) -> Any:
 def check(config: Config) -> None:
     """Raise ConfigError where PEFT refuses the values of `adapter`, before a model is loaded for them."""
     if config.uses_adapter:
-        length = {"total_step": 10**9} if config.adapter["method"] == "adalora" else {}  # not known yet
-        build_config({**length, **names_as_lists(config.adapter)})
+        build_config(with_some_length(names_as_lists(config.adapter)))
+
+
+def with_some_length(fields: dict[str, Any]) -> dict[str, Any]:
+    """`fields`, for AdaLoRA with a length of the run, which it wants before the steps are counted."""
+    unknown = fields["method"] == "adalora" and fields.get("total_step") is None
+    return {**fields, "total_step": 10**9} if unknown else fields
 
 
 def with_default_targets(fields: dict[str, Any], model: Any) -> dict[str, Any]:
@@ -139,9 +142,13 @@ def with_lora_in_one_step(model: Any) -> Any:
 
 
 def set_total_steps(model: Any, config: Config, steps: int) -> None:
-    """Tell AdaLoRA how long the run is, where `adapter.total_step` doesn't: its ranks shrink by that."""
+    """Tell AdaLoRA how many steps the run has, where `adapter.total_step` doesn't: its ranks shrink by that.
+
+    Raises ConfigError where so few steps leave none between `tinit` and `tfinal`.
+    """
     allocator = getattr(getattr(model, "base_model", None), "rankallocator", None)
     if allocator is not None and config.adapter.get("total_step") is None:
+        build_config({**names_as_lists(config.adapter), "total_step": steps})
         allocator.set_total_step(steps)
 
 

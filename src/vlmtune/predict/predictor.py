@@ -37,13 +37,7 @@ class Predictor:
         self.engine = session.engine(config)
         dtypes = session.dtypes(config, self.engine)
         self.model, processor = load.load_trained(folder, config, device=self.engine.device, **dtypes)
-        self.encoder = Encoder(
-            processor,
-            system_prompt=config.model.system_prompt,
-            max_image_pixels=config.data.max_image_pixels,
-            supervise=config.data.supervise,
-            fast_jpeg=config.data.fast_jpeg,
-        )
+        self.encoder = Encoder.of(processor, config)
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
@@ -132,10 +126,11 @@ class Predictor:
         """Whether neighbouring rows that show the same image are answered with the image once: where a few of them get
         the answers that they get one by one.
         """
-        from vlmtune.batching.loader import groups_of, probes
-        from vlmtune.proof.preflight import answers_agree
+        from vlmtune.batching.groups import groups_of
+        from vlmtune.proof.pairs import pairs
+        from vlmtune.proof.probes import answers_agree
 
-        found = probes(self.encoder, records, groups_of(records, self.encoder), most=6)
+        found = pairs(self.encoder, records, groups_of(records, self.encoder), most=6)
         return bool(found) and all(answers_agree(self.model, self.encoder, rows, self.engine) for rows in found)
 
 

@@ -6,6 +6,7 @@ found again in the token sequence by character offsets, which hold for every tok
 
 from __future__ import annotations
 
+import copy
 import functools
 import re
 import unicodedata
@@ -27,6 +28,7 @@ from vlmtune.prompt.image_budget import enough
 from vlmtune.prompt.rendering import ONE, Prompt
 
 if TYPE_CHECKING:
+    from vlmtune.config.schema import Config
     from vlmtune.prompt.image_cache import Pixels
 
 IGNORE = -100
@@ -78,6 +80,25 @@ class Encoder:
         """Batches are as long as a multiple of this."""
         self.prompt = Prompt(processor, self.family, system_prompt, supervise)
         self.tokenizer = self.prompt.tokenizer
+
+    @classmethod
+    def of(cls, processor: Any, config: Config, *, multiple: int = 1) -> Encoder:
+        """The encoder of a run. Batches are as long as a multiple of `multiple`."""
+        encoder = cls(
+            processor,
+            system_prompt=config.model.system_prompt,
+            max_image_pixels=config.data.max_image_pixels,
+            supervise=config.data.supervise,
+            fast_jpeg=config.data.fast_jpeg,
+        )
+        encoder.pad_to_multiple_of = multiple
+        return encoder
+
+    def keeping(self, cache: Pixels | None) -> Encoder:
+        """An encoder like this one that keeps what images become in `cache`."""
+        other = copy.copy(self)
+        other.image_cache = cache
+        return other
 
     @functools.cached_property
     def end_ids(self) -> list[int]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vlmtune.batching.inputs import model_inputs
 from vlmtune.batching.layout import Batch, padded
-from vlmtune.batching.loader import Batches
+from vlmtune.batching.loader import Loader
 from vlmtune.data.records import Record
 from vlmtune.errors import TrainingError
 from vlmtune.models.parts import Parts, base_of
@@ -157,7 +157,7 @@ def _noting_use(model: Any) -> Iterator[set[str]]:
             handle.remove()
 
 
-def check_longest(model: Any, batches: Batches, candidates: Sequence[Record], engine: Any) -> str:
+def check_longest(model: Any, loader: Loader, candidates: Sequence[Record], engine: Any) -> str:
     """Take the longest training row through one forward and backward pass, in a batch as the run will make them.
 
     `candidates`: rows that may be the longest. Raises TrainingError where the pass fails, and lets running out of
@@ -165,9 +165,9 @@ def check_longest(model: Any, batches: Batches, candidates: Sequence[Record], en
     """
     if not candidates:
         return "longest    unknown: a stream's rows are not known in advance"
-    lengths = [image + text for image, text in batches.encoder.lengths(candidates)]
+    lengths = [image + text for image, text in loader.encoder.lengths(candidates)]
     longest = candidates[lengths.index(max(lengths))]
-    batch = batches.around(longest, max(lengths)).to(engine.device)
+    batch = loader.around(longest, max(lengths)).to(engine.device)
     loss, *_ = _one_pass(model, batch, engine)
     if not torch.isfinite(loss):
         raise TrainingError(f"{longest.place}: the loss of this longest row is {float(loss)}")

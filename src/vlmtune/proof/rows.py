@@ -13,7 +13,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from vlmtune.batching.loader import is_streamed
+from vlmtune.batching.groups import is_streamed
 from vlmtune.config.schema import Config
 from vlmtune.data.audit import keys_of
 from vlmtune.data.conversations import PLACE

@@ -1,0 +1,11 @@
+"""The loop, and what happens around its steps."""
+
+from vlmtune.training.best import Best
+from vlmtune.training.finish import Finish
+from vlmtune.training.journal import Journal
+from vlmtune.training.saving import Saving
+from vlmtune.training.scoring import Scoring
+from vlmtune.training.setup import Setup
+from vlmtune.training.stopping import Stopping
+
+__all__ = ["Best", "Finish", "Journal", "Saving", "Scoring", "Setup", "Stopping"]

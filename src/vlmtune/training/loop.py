@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 
+from vlmtune.errors import NonFinite
 from vlmtune.record.progress import Progress
 
 
@@ -45,16 +46,12 @@ class Engine(Protocol):
     def reduce(self, tensor: torch.Tensor, reduction: str) -> torch.Tensor: ...
 
 
-class NonFinite(Exception):
-    """The loss or the gradient is NaN or infinite, and the run is to stop."""
-
-
 @dataclass
 class Hooks:
     """What happens around steps; each may be left out."""
 
-    after_step: Callable[[StepReport], None] = lambda report: None
-    """Called after each optimizer step: logging, evaluation, checkpoints."""
+    after_step: Sequence[Callable[[StepReport], None]] = ()
+    """Called in order after each optimizer step: logging, evaluation, checkpoints."""
     before_zero_grad: Callable[[int], None] = lambda step: None
     """Called with the step's number, from 1, while its gradients are still there."""
     penalty: Callable[[], torch.Tensor | None] = lambda: None
@@ -63,90 +60,123 @@ class Hooks:
     """Asked after each step on every rank; True ends the training."""
 
 
+@dataclass
+class Passed:
+    """The forward and backward passes of one optimizer step, over all ranks."""
+
+    loss: float
+    """Mean over the supervised tokens."""
+    counts: dict[str, int]
+    waited: float
+
+
 def fit(
     model: Any,
-    steps: Iterable[list[Any]],
+    batches: Iterable[Any],
     optimizer: torch.optim.Optimizer,
     scheduler: Any,
     engine: Engine,
     summed_loss: Callable[[Any, Any], torch.Tensor],
     progress: Progress,
     *,
+    expected_tokens: float = 1.0,
     max_grad_norm: float | None = None,
     skip_nonfinite: bool = False,
     hooks: Hooks,
 ) -> None:
-    """Train on `steps`: each is this rank's list of micro-batches for one optimizer step.
+    """Train on this rank's micro-batches, the last of each optimizer step with `ends_step`.
 
     Every supervised token weighs the same, however a step is cut into micro-batches and ranks: losses are summed and
-    divided by the count of supervised tokens over all of them. Raises NonFinite.
+    divided by the count of supervised tokens over all of them, which is known with the step's last micro-batch. Until
+    then they are divided by `expected_tokens`, about as many as a rank has in a step, so that gradients are never far
+    from their size. Raises NonFinite.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    iterator = iter(steps)
-    in_a_row = 0
+    patience = Patience(optimizer, skip_nonfinite)
+    iterator = iter(batches)
     model.train()  # evaluation between steps puts it back into this mode
     while True:
         began = time.perf_counter()
-        batches = next(iterator, None)
-        if batches is None:
+        passed = _forward_backward(model, iterator, parameters, engine, summed_loss, hooks.penalty, expected_tokens)
+        if passed is None:
             return
-        waited = time.perf_counter() - began
-        counts = _count(batches, engine)
-        loss = _forward_backward(model, batches, counts["supervised"], engine, summed_loss, hooks.penalty)
         norm = _gradient_norm(parameters, max_grad_norm, engine)
-        finite, scaled = math.isfinite(loss) and math.isfinite(norm), _scaled(optimizer)
-        if finite or scaled:
+        finite = math.isfinite(passed.loss) and math.isfinite(norm)
+        if finite or patience.scaled:
             optimizer.step()
         if finite:
             hooks.before_zero_grad(progress.step + 1)
-        in_a_row = 0 if finite else in_a_row + 1
-        if not finite:
-            progress.skipped += 1
-            scaling = scaled and math.isfinite(loss)  # a scaler tries smaller and smaller scales by itself
-            if in_a_row >= (40 if scaling else 10) or not (skip_nonfinite or scaling):
-                raise NonFinite(f"loss {loss}, gradient norm {norm} at step {progress.step + 1}")
+        patience.note(passed.loss, norm, progress)
         learning_rate = scheduler.get_last_lr()[0]
         scheduler.step()
         optimizer.zero_grad(set_to_none=True)
-        progress.step += 1
-        progress.examples += counts["rows"]
-        progress.tokens += counts["tokens"]
-        seconds = time.perf_counter() - began
-        progress.seconds += seconds
-        rows, tokens, padding = counts["rows"], counts["tokens"], 1 - counts["tokens"] / max(counts["places"], 1)
-        hooks.after_step(StepReport(progress.step, loss, norm, learning_rate, rows, tokens, seconds, padding, waited))
+        report = _report(passed, progress, norm, learning_rate, time.perf_counter() - began)
+        for hook in hooks.after_step:
+            hook(report)
         if hooks.stop():
             return
 
 
-def _count(batches: list[Any], engine: Engine) -> dict[str, int]:
-    """Supervised tokens, rows, tokens without and with padding of an optimizer step, over all ranks."""
-    names = ("supervised", "rows", "tokens", "places")
-    own = [sum(getattr(batch, name) for batch in batches) for name in names]
-    total = engine.reduce(torch.tensor(own, device=engine.device), "sum").tolist()
-    return dict(zip(names, total, strict=True))
-
-
 def _forward_backward(
     model: Any,
-    batches: list[Any],
-    supervised: int,
+    iterator: Iterator[Any],
+    parameters: list[torch.Tensor],
     engine: Engine,
     summed_loss: Callable[[Any, Any], torch.Tensor],
     penalty: Callable[[], torch.Tensor | None],
-) -> float:
-    """Accumulate the gradient of the mean loss; returns that loss over all ranks."""
+    expected_tokens: float,
+) -> Passed | None:
+    """Leave the gradient of one step's mean loss in `parameters`; None where no micro-batch is left."""
+    own, waited = Counter[str](), 0.0
     total = torch.zeros((), device=engine.device)
-    for number, batch in enumerate(batches, start=1):
-        last = number == len(batches)
-        with nullcontext() if last else engine.no_sync(model):
-            with engine.autocast():
-                loss = summed_loss(model, batch.to(engine.device)) / supervised
-            total += loss.detach()
-            extra = penalty() if last else None
-            # gradients are averaged over the ranks, so a share of the sum is scaled up by their number
-            engine.backward(loss * engine.num_processes + (extra if extra is not None else 0.0))
-    return float(engine.reduce(total, "sum"))
+    while True:
+        began = time.perf_counter()
+        batch = next(iterator, None)
+        waited += time.perf_counter() - began
+        if batch is None:
+            return None
+        own.update({name: getattr(batch, name) for name in COUNTED})
+        if not batch.ends_step:
+            with engine.no_sync(model):
+                total += _pass(model, batch, engine, summed_loss, expected_tokens)
+            continue
+        counts = _over_ranks(own, engine)
+        # gradients are averaged over the ranks, so a share of the sum is scaled up by their number
+        share = counts["supervised"] / engine.num_processes
+        _scale(parameters, expected_tokens / share)
+        total += _pass(model, batch, engine, summed_loss, share, penalty())
+        return Passed(float(engine.reduce(total / counts["supervised"], "sum")), counts, waited)
+
+
+COUNTED = ("supervised", "rows", "tokens", "places")
+"""What is counted of micro-batches: supervised tokens, rows, tokens without and with padding."""
+
+
+def _over_ranks(own: Counter[str], engine: Engine) -> dict[str, int]:
+    numbers = torch.tensor([own[name] for name in COUNTED], device=engine.device)
+    return dict(zip(COUNTED, engine.reduce(numbers, "sum").tolist(), strict=True))
+
+
+def _pass(
+    model: Any,
+    batch: Any,
+    engine: Engine,
+    summed_loss: Callable[[Any, Any], torch.Tensor],
+    divisor: float,
+    penalty: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Add the gradient of a micro-batch's summed loss over `divisor`, and of `penalty`; returns the summed loss."""
+    with engine.autocast():
+        loss = summed_loss(model, batch.to(engine.device))
+    engine.backward(loss / divisor + (penalty if penalty is not None else 0.0))
+    return loss.detach()
+
+
+def _scale(parameters: list[torch.Tensor], factor: float) -> None:
+    """Multiply the gradients that are there already."""
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad.mul_(factor)
 
 
 def _gradient_norm(parameters: list[torch.Tensor], max_norm: float | None, engine: Engine) -> float:
@@ -155,6 +185,47 @@ def _gradient_norm(parameters: list[torch.Tensor], max_norm: float | None, engin
     return float(norm)
 
 
-def _scaled(optimizer: Any) -> bool:
-    """True under fp16: the gradient scaler leaves out steps with infinite gradients by itself, and lowers its scale."""
-    return getattr(optimizer, "scaler", None) is not None
+class Patience:
+    """How many steps in a row may be left out as not finite.
+
+    Under fp16 the gradient scaler leaves out steps with infinite gradients by itself and lowers its scale, so it is
+    told of every step, and may need more of them.
+    """
+
+    def __init__(self, optimizer: Any, skip: bool):
+        self.skip, self.scaled = skip, getattr(optimizer, "scaler", None) is not None
+        self.in_a_row = 0
+
+    def note(self, loss: float, norm: float, progress: Progress) -> None:
+        """Count a step that was left out. Raises NonFinite where the run is to stop."""
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.in_a_row = 0
+            return
+        self.in_a_row += 1
+        progress.skipped += 1
+        scaling = self.scaled and math.isfinite(loss)  # it tries smaller and smaller scales
+        if self.in_a_row >= (40 if scaling else 10) or not (self.skip or scaling):
+            raise NonFinite(
+                f"loss {loss}, gradient norm {norm} at step {progress.step + 1}. A lower trainer.learning_rate, "
+                "trainer.precision=fp32 or trainer.max_grad_norm=1 may help; trainer.nonfinite=skip skips such steps"
+            )
+
+
+def _report(passed: Passed, progress: Progress, norm: float, learning_rate: float, seconds: float) -> StepReport:
+    """Count a step that is done."""
+    counts = passed.counts
+    progress.step += 1
+    progress.examples += counts["rows"]
+    progress.tokens += counts["tokens"]
+    progress.seconds += seconds
+    return StepReport(
+        step=progress.step,
+        loss=passed.loss,
+        gradient_norm=norm,
+        learning_rate=learning_rate,
+        examples=counts["rows"],
+        tokens=counts["tokens"],
+        seconds=seconds,
+        padding_share=1 - counts["tokens"] / max(counts["places"], 1),
+        waited=passed.waited,
+    )

@@ -1,0 +1,113 @@
+"""What is proven of real rows without the model: labels, tokens, images. Each check raises, or returns a sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+from vlmtune import display
+from vlmtune.batching.layout import padded
+from vlmtune.config.schema import ImageConfig
+from vlmtune.data.records import Record
+from vlmtune.errors import DataError, ModelError
+from vlmtune.models.parts import Parts, summary
+from vlmtune.prompt.encode import IGNORE, Encoder
+from vlmtune.prompt.families import Family
+
+
+def check_labels(encoder: Encoder, records: Sequence[Record]) -> str:
+    """Raise DataError unless each row trains on its answer and the end token, token by token.
+
+    The last answer: all that follows the very tokens that generation starts from. Each answer: its added tokens are
+    those that its text names, in order, and all its tokens decode to its text.
+    """
+    example = ""
+    encoded = encoder.encode(records, answered=True)
+    starts = encoder.encode(records, answered=False).input_ids
+    for record, ids, labels, start in zip(records, encoded.input_ids, encoded.labels, starts, strict=True):
+        runs = [list(run) for supervised, run in groupby(labels, IGNORE.__ne__) if supervised]
+        texts = [encoder.tokenizer.decode(run, skip_special_tokens=False) for run in runs]
+        wanted = encoder.supervised_texts(record)
+        if list(map(encoder.composed, texts)) != list(map(encoder.composed, wanted)):
+            raise DataError(
+                f"{record.place}: would train on {texts!r} in place of {wanted!r}; this tokenizer can't write it"
+            )
+        if set(labels) & set(encoder.image_ids):
+            raise DataError(f"{record.place}: would train on the tokens of an image: {texts!r}")
+        if [added for run in runs for added in encoder.added(run)] != encoder.added_in(record):
+            raise DataError(f"{record.place}: added tokens of the answer are not those tokens in {texts!r}")
+        if len(runs) == 1 and (ids[: len(start)] != start or labels[len(start) :] != ids[len(start) :]):
+            raise DataError(f"{record.place}: generation would start from other tokens than training on {texts!r}")
+        example = example or texts[-1]
+    return f"labels     {len(records)} rows lead to their answers and an end token, the first to {example!r}"
+
+
+def check_inputs(encoder: Encoder, records: Sequence[Record]) -> str:
+    """Raise ModelError unless a row of each shape reaches the model as its family's processor would write it by itself:
+    the same tokens, and every tensor that it returns.
+
+    Families that have code of their own are held against their processors in the tests; what is looked for here is a
+    family that the generic way does not cover.
+    """
+    if type(encoder.family) is not Family or not records:
+        return f"inputs     made by {type(encoder.family).__name__}"
+    shapes = {encoder.prompt.shape(record): record for record in reversed(records)}
+    made = [_check_input(encoder, record) for record in list(shapes.values())[:SHAPES]]
+    names = sorted({name for found in made for name in found})
+    named = f"{type(encoder.processor).__name__}: {', '.join(names)}"
+    return f"inputs     the tokens and tensors of {named} ({len(made)} shapes of row)"
+
+
+SHAPES = 16
+"""Shapes of row that are held against the processor."""
+
+
+def _check_input(encoder: Encoder, record: Record) -> list[str]:
+    ours, theirs = padded(encoder, [record]), encoder.by_the_processor(record, answered=True)
+    name = type(encoder.processor).__name__
+    made = {"input_ids", "attention_mask", *ours.inputs}
+    if missing := sorted(set(theirs) - made):
+        raise ModelError(
+            f"{name}: also returns {', '.join(missing)} for a prompt, which the generic way does not make; this family "
+            "needs a class of its own (docs/add_a_model.md)"
+        )
+    [prompt] = encoder.encode([record], answered=False).input_ids
+    [whole] = encoder.encode([record], answered=True).input_ids
+    alone = encoder.by_the_processor(record, answered=False)["input_ids"][0].tolist()
+    answered = theirs["input_ids"][0].tolist()
+    merged = answered[: len(prompt)] != prompt  # a token across the answer's beginning, which generation never writes
+    if alone != prompt or (not merged and encoder.prompt.supervise == "last" and answered != whole):
+        raise ModelError(f"{record.place}: {name} writes this row in other tokens than ours; please report this model")
+    return sorted(made)
+
+
+def check_images(encoder: Encoder, records: Sequence[Record], budget: ImageConfig) -> str:
+    """What the images of `records` really cost in language-model tokens; a very thin one may exceed the budget."""
+    token = encoder.tokenizer.convert_tokens_to_ids(encoder.family.feature_token)
+    shown = [record for record in records if record.images]
+    if not shown:
+        return "images     none in these rows"
+    ids = encoder.encode(shown, answered=False).input_ids
+    counts = [row.count(token) / len(record.images) for row, record in zip(ids, shown, strict=True)]
+    thin = "; a thin image exceeds model.image.max_tokens" if max(counts) > (budget.max_tokens or max(counts)) else ""
+    tokens = f"{min(counts):g}" if min(counts) == max(counts) else f"{min(counts):g} to {max(counts):g}"
+    return f"images     {tokens} tokens each, in rows of {min(map(len, ids))} to {max(map(len, ids))} tokens{thin}"
+
+
+def parts_table(model: Any, parts: Parts) -> str:
+    """What is trainable, frozen and quantized, per part."""
+    found = summary(model, parts)
+    found["all"] = {key: sum(row[key] for row in found.values()) for key in ("total", "trainable", "quantized")}
+    rows = [
+        (
+            part,
+            display.size(row["total"]),
+            display.size(row["trainable"]),
+            display.size(row["total"] - row["trainable"]),
+            display.size(row["quantized"]),
+            f"{row['trainable'] / row['total']:.2%}",
+        )
+        for part, row in found.items()
+    ]
+    return display.table("Weights", ("part", "all", "trainable", "frozen", "quantized", "trainable share"), rows)

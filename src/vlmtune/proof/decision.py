@@ -1,0 +1,65 @@
+"""What a run decides at its start, once: how rows are laid out, where images are kept, and so which steps there are."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vlmtune.batching.groups import groups_of, is_streamed
+from vlmtune.batching.layout import Layout
+from vlmtune.batching.order import Plan, plan
+from vlmtune.config.schema import Config
+from vlmtune.data.records import Record
+from vlmtune.models.parts import Parts
+from vlmtune.prompt.encode import Encoder
+from vlmtune.prompt.image_cache import Pixels
+from vlmtune.proof.pairs import pairs
+from vlmtune.proof.probes import choose_cache, choose_layout
+
+log = logging.getLogger("vlmtune")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the rest of a run is built from."""
+
+    layout: Layout
+    cache: Pixels | None
+    """Where images become model inputs once; None: each time."""
+    plan: Plan
+
+
+def decide(
+    model: Any,
+    parts: Parts,
+    encoder: Encoder,
+    records: Sequence[Record],
+    sample: Sequence[Record],
+    config: Config,
+    engine: Any,
+    *,
+    evaluated: bool,
+) -> Decision:
+    """Compare the ways of computing that this run may take, on its own rows, and log what is chosen and why.
+
+    Raises ConfigError where a way is asked for that would change the result.
+    """
+    trainer, streamed = config.trainer, is_streamed(records)
+    groups = groups_of(records, encoder)
+    alike = pairs(encoder, records, groups, most=min(6, trainer.batch_size))
+    layout = choose_layout(model, encoder, alike, trainer, engine, evaluated=evaluated)
+    log.info(layout.sentence)
+    steps = plan(
+        trainer,
+        groups,
+        encoder.lengths(records) if trainer.batch_tokens and not streamed else [],
+        processes=engine.num_processes,
+        streamed=streamed,
+        by_group=layout.share,
+    )
+    seen_once = not evaluated and steps.total_steps <= steps.order.steps_per_epoch
+    cache = choose_cache(model, parts, encoder, sample[:4], config, engine, seen_once=seen_once)
+    log.info(cache.sentence)
+    return Decision(layout, cache.store, steps)

@@ -1,0 +1,33 @@
+"""Proof before time is spent: each check raises, or gives one sentence for the log."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from vlmtune.config.schema import Config
+from vlmtune.data.records import Record
+from vlmtune.models.parts import Parts
+from vlmtune.prompt.encode import Encoder
+from vlmtune.proof import checks, first_pass
+from vlmtune.proof.rows import Checked
+
+log = logging.getLogger("vlmtune")
+
+
+def prove(
+    model: Any, parts: Parts, encoder: Encoder, sample: Sequence[Record], rows: Checked, config: Config, engine: Any
+) -> None:
+    """Prove on real rows that what is trained on is what was meant, and that what should learn can.
+
+    `sample`: rows that training begins with; `rows`: what was found of all of them. Raises VlmtuneError.
+    """
+    shapes = [*sample, *rows.shapes]
+    log.info(checks.parts_table(model, parts))
+    log.info(rows.sentence)
+    log.info(checks.check_labels(encoder, shapes))
+    log.info(checks.check_inputs(encoder, shapes))
+    log.info(checks.check_images(encoder, sample, config.model.image))
+    log.info(first_pass.check_loss(model, encoder, sample, engine))
+    log.info(first_pass.check_gradients(model, parts, encoder, sample, engine))

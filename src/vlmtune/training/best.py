@@ -1,0 +1,51 @@
+"""Which evaluation was best so far, and when to stop for want of a better one."""
+
+from __future__ import annotations
+
+import logging
+
+from vlmtune.evaluation.evaluate import Evaluation
+from vlmtune.training.loop import StepReport
+from vlmtune.training.saving import Saving
+from vlmtune.training.scoring import Scoring
+
+log = logging.getLogger("vlmtune")
+
+
+class Best:
+    """Evaluates between steps. With `trainer.best_metric` the best model is saved, and early stopping counts on it."""
+
+    def __init__(self, scoring: Scoring, saving: Saving):
+        self.scoring, self.saving = scoring, saving
+        self.run, self.trainer, self.progress = scoring.run, scoring.run.config.trainer, saving.progress
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the last `trainer.early_stopping_patience` evaluations were no better."""
+        patience = self.trainer.early_stopping_patience
+        return patience is not None and self.progress.since_best >= patience
+
+    def after_step(self, step: StepReport) -> None:
+        """Evaluate each `trainer.eval_every` steps. After the last one `finish` does."""
+        loader = self.run.loader
+        due = step.step != loader.total_steps and loader.due(self.trainer.eval_every, step.step)
+        if due and self.scoring.validates:
+            with self.scoring.stopping.evaluating():
+                self.evaluate()
+
+    def evaluate(self) -> Evaluation:
+        """Score the validation rows; save where they are better than ever."""
+        found, progress = self.scoring.evaluate(f"step {self.progress.step}"), self.progress
+        if self.trainer.best_metric is None:
+            return found
+        name = self.trainer.best_metric.removeprefix("eval/")
+        value = found.metrics[name]
+        if progress.best is None or (value < progress.best if name == "loss" else value > progress.best):
+            progress.best, progress.best_step, progress.since_best = value, progress.step, 0
+            self.saving.save()
+            return found
+        progress.since_best += 1
+        if self.exhausted:
+            count = self.trainer.early_stopping_patience
+            log.info("%s has not been better than %.4f for %d evaluations: stopping", name, progress.best, count)
+        return found

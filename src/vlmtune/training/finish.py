@@ -1,0 +1,110 @@
+"""After the last step: the model is chosen and saved, then evaluated, then everything else is written."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from vlmtune.data.images import open_image
+from vlmtune.evaluation.evaluate import Evaluation
+from vlmtune.record import report, runfolder
+from vlmtune.training import checkpoint
+from vlmtune.training.best import Best
+from vlmtune.training.journal import Journal
+from vlmtune.training.setup import Setup
+
+log = logging.getLogger("vlmtune")
+
+
+@dataclass
+class Finish:
+    """Ends a run that came to its last step, or to a signal."""
+
+    run: Setup
+    journal: Journal
+    best: Best
+
+    def __post_init__(self) -> None:
+        self.scoring, self.saving = self.best.scoring, self.best.saving
+        self.stopping = self.scoring.stopping
+
+    def __call__(self) -> dict[str, Any]:
+        """Choose and save the model, evaluate it, write result.json, predictions.csv and report.html.
+
+        Returns the result. A signal ends an evaluation at its next batch: the run then saves where it is, to be
+        resumed, and evaluates no more. Once the last evaluation is done the result stands, whatever fails behind it.
+        """
+        run = self.run
+        final = self._choose()
+        if run.writes:  # before anything else can fail
+            checkpoint.save_model(run.model, run.processor, run.folder / "model", run.config.model)
+        metrics, final = self._score(final)
+        status = "completed" if self.stopping.signal is None else "interrupted"
+        result = runfolder.make_result(status, self.saving.progress, metrics, run.config.task.metrics[0])
+        if self.stopping.signal is not None:
+            result["signal"] = self.stopping.signal
+        if run.writes:
+            self._write(result, final)
+        return result
+
+    def _choose(self) -> Evaluation | None:
+        """Put the weights to save into the model, and a checkpoint on disk where one is due; returns their evaluation
+        if there was one."""
+        final, trainer = None, self.run.config.trainer
+        if self.stopping.signal is None and trainer.best_metric and not self.best.exhausted:
+            with self.stopping.evaluating():
+                final = self.best.evaluate()
+        if self.stopping.signal is not None or trainer.save_every:
+            self.saving.save()
+        return None if self.stopping.signal is None and self.saving.restore_best() else final
+
+    def _score(self, final: Evaluation | None) -> tuple[dict[str, float], Evaluation | None]:
+        """The metrics of result.json, and the evaluation of the validation rows; less of both where a signal comes."""
+        metrics, trainer = dict(self.saving.progress.baseline), self.run.config.trainer
+        if self.stopping.signal is not None:
+            return metrics, None
+        with self.stopping.evaluating():
+            if self.scoring.validates:
+                final = final or self.scoring.evaluate("after training")
+                metrics |= {f"eval/{name}": value for name, value in final.metrics.items()}
+            if "test" in self.run.splits:
+                tested = self.scoring.evaluate("on the test rows", "test")
+                metrics |= {f"test/{name}": value for name, value in tested.metrics.items()}
+        if self.stopping.signal is not None and not trainer.save_every and not trainer.best_metric:
+            self.saving.save()  # for `resume=` to evaluate
+        return metrics, final
+
+    def _write(self, result: dict[str, Any], final: Evaluation | None) -> None:
+        run, folder = self.run, self.run.folder
+        runfolder.write_json(folder / "result.json", result)
+        with _standing("predictions.csv"):
+            if final is not None:
+                metric, rows = run.config.task.metrics[0], run.splits["validation"]
+                runfolder.write_predictions(folder / "predictions.csv", rows, final, metric)
+        with _standing("the tracker's result"):
+            self.journal.tracker.finish(result)
+        with _standing("report.html"):
+            report.write(folder, self._image, self._texts)
+        if run.encoder.image_cache is not None:
+            log.info(run.encoder.image_cache.report())
+        log.info(runfolder.closing_table(folder, result))
+
+    def _texts(self, row: int) -> tuple[str, str]:
+        record = self.run.splits["validation"].records[row]
+        return record.question, record.answers[0]
+
+    def _image(self, row: int) -> Any:
+        record = self.run.splits["validation"].records[row]
+        return open_image(record.images[0], self.run.config.data.max_image_pixels) if record.images else None
+
+
+@contextmanager
+def _standing(what: str) -> Iterator[None]:
+    """A failure inside costs `what` and a warning: the result is written and stands."""
+    try:
+        yield
+    except Exception as error:
+        log.warning("%s could not be written, the result stands: %s: %s", what, type(error).__name__, error)

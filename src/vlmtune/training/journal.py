@@ -1,0 +1,99 @@
+"""What a run says while it goes on: metrics.jsonl, the tracker, the bar. Only the first process says anything."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from types import TracebackType
+
+from vlmtune import display
+from vlmtune.data import table
+from vlmtune.launch import signals
+from vlmtune.record import environment, runfolder, tracking
+from vlmtune.record.progress import Progress
+from vlmtune.training.loop import StepReport
+from vlmtune.training.setup import Setup
+
+log = logging.getLogger("vlmtune")
+
+
+class Journal:
+    """Open between `with` and its end; what ends a run early is told to the tracker too."""
+
+    def __init__(self, run: Setup, progress: Progress):
+        self.run, self.progress = run, progress
+        self.began = time.perf_counter()
+        self.tracker: tracking.Tracker = tracking.Nothing()
+        self.metrics_file: tracking.MetricsFile | None = None
+
+    def __enter__(self) -> Journal:
+        config, folder = self.run.config, self.run.folder
+        if self.run.writes:
+            self._describe()
+            resumed = self.progress.step if config.resume else None
+            self.metrics_file = tracking.MetricsFile(folder / "metrics.jsonl", resume_step=resumed)
+            self.tracker = tracking.build(config.tracker, asdict(config), folder, resumed=bool(config.resume))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if error is None:
+            return
+        stopped = isinstance(error, signals.Ended | signals.Interrupted | KeyboardInterrupt)
+        self.tracker.finish({"status": "interrupted" if stopped else "failed"})
+        if isinstance(error, signals.Ended):  # in the evaluation before the first step: there is nothing to save yet
+            raise signals.Interrupted(error.number) from None
+
+    def _describe(self) -> None:
+        """Write quarantine.csv and environment.json."""
+        run, folder = self.run, self.run.folder
+        if bad := [row for split in run.splits.values() for row in split.bad]:
+            table.write_quarantine(folder / "quarantine.csv", bad)
+            log.warning("left out %d rows: %s", len(bad), folder / "quarantine.csv")
+        described = environment.describe(run.config.trainer.seed, run.loader.fingerprint, run.processor)
+        described |= {"image_fingerprint": run.loader.image_fingerprint, "changes": self.progress.changes}
+        runfolder.write_json(folder / "environment.json", described)
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """While inside, a bar shows the steps."""
+        total = self.run.loader.total_steps
+        with display.bar("training", total, done=self.progress.step, show=self.run.writes) as self.advance:
+            yield
+
+    def after_step(self, step: StepReport) -> None:
+        """Move the bar, and log each `trainer.log_every` steps, the first and the last."""
+        self.advance(1, note=self._note(step))
+        if step.step % self.run.config.trainer.log_every and step.step not in (1, self.run.loader.total_steps):
+            return
+        self.log(
+            {
+                "train/loss": step.loss,
+                "train/learning_rate": step.learning_rate,
+                "train/gradient_norm": step.gradient_norm,
+                "train/examples_per_second": step.examples / step.seconds,
+                "train/tokens_per_second": step.tokens / step.seconds,
+                "train/examples": self.progress.examples,
+                "train/epoch": step.step / self.run.loader.order.steps_per_epoch,
+                "train/padding_share": step.padding_share,
+                "time/step_seconds": step.seconds,
+                "time/data_wait_share": step.waited / step.seconds,
+                "time/elapsed_seconds": time.perf_counter() - self.began,
+            }
+        )
+
+    def _note(self, step: StepReport) -> str:
+        used = environment.memory()
+        memory = used["peak_device_bytes"] or used["peak_rss_bytes"]
+        return (
+            f"loss {step.loss:.4f}  lr {step.learning_rate:.2e}  {step.examples / step.seconds:.0f} examples/s  "
+            f"{display.size(step.tokens / step.seconds)} tokens/s  {display.size(memory, 'B')}"
+        )
+
+    def log(self, values: dict[str, float]) -> None:
+        """Write to metrics.jsonl and the tracker, at the present step."""
+        if self.metrics_file is not None:
+            self.metrics_file.log(values, self.progress.step)
+            self.tracker.log(values, self.progress.step)
