@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,11 @@ from accelerate import Accelerator
 
 import tiny
 from vlmtune import commands
-from vlmtune.errors import ConfigError
+from vlmtune.config.schema import TrackerConfig, home
+from vlmtune.errors import EXTRAS, ConfigError, to_install
 from vlmtune.launch import session
 from vlmtune.launch.world import World
+from vlmtune.record import tracking
 
 
 def test_two_runs_of_one_process_may_differ_in_precision() -> None:
@@ -84,3 +87,14 @@ def test_commands_are_printed_as_the_user_types_them(
 ) -> None:
     monkeypatch.setattr(sys, "argv", [started, "a=1"])
     assert (commands.typed("predict"), commands.launched("predict")) == (typed, launched)
+
+
+def test_a_missing_package_is_named_with_the_extra_that_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    declared = tomllib.loads((home() / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for package, extra in EXTRAS.items():
+        assert any(requirement.startswith(package) for requirement in declared[extra])
+    assert to_install("datasets") == "pip install 'vlmtune[hub]'"
+    assert to_install("timm") == "pip install timm"
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(ConfigError, match=r"tracker=tensorboard needs the package tensorboard: pip install 'vlmtune"):
+        tracking.check(TrackerConfig(name="tensorboard"))

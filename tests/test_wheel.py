@@ -104,3 +104,19 @@ def test_a_launcher_starts_the_installed_module(installed: Path, tmp_path: Path)
     words = ("data=csv", f"data.train={table}", *SHORT, "hydra.run.dir=run")
     run(*launch, "-m", "vlmtune", "train", *words, folder=tmp_path)
     assert status(tmp_path / "run") == "completed"
+
+
+WITHOUT_EXTRAS = """
+import sys
+from vlmtune.errors import EXTRAS
+sys.modules.update(dict.fromkeys(EXTRAS))  # as if none was installed
+from vlmtune.cli.main import main
+main()
+"""
+
+
+@pytest.mark.slow
+def test_the_default_run_needs_no_extra(installed: Path, tmp_path: Path) -> None:
+    words = (*SHORT, "data.max_eval_rows=2", "hydra.run.dir=run")
+    run(installed / "python", "-c", WITHOUT_EXTRAS, "train", *words, folder=tmp_path)
+    assert status(tmp_path / "run") == "completed"
