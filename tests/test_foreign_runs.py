@@ -66,6 +66,7 @@ FOREIGN = [
 @pytest.mark.parametrize(("group", "key", "value"), FOREIGN)
 def test_code_that_a_run_names_is_asked_for_again(run: Path, trap: Path, group: str, key: str, value: Any) -> None:
     """By resume=, by run= and by vlmtune.load, before anything is imported."""
+    scripts = value in ("foreign.run", True)  # which read a config as vlmtune.load does
     change(run, group, **{key: value})
     ways = [
         lambda: compose.read("train", [f"resume={run}"]),
@@ -73,7 +74,7 @@ def test_code_that_a_run_names_is_asked_for_again(run: Path, trap: Path, group: 
         lambda: compose.overlay(compose.compose("predict", [f"++run={run}"]), [f"run={run}"]),
         lambda: vlmtune.load(run),
     ]
-    for way in ways:
+    for way in ways if scripts else (ways[0], ways[-1]):
         with pytest.raises(ConfigError) as caught:
             way()
         [problem] = caught.value.problems
@@ -117,7 +118,7 @@ def test_a_run_does_not_read_the_environment(run: Path, monkeypatch: pytest.Monk
     change(run, "adapter", target_modules=[text])
     config = strict(compose.saved_config(run, []))
     assert config.model.system_prompt == config.task.caption_prompt == text
-    assert config.adapter["target_modules"] == [text]
+    assert config.adapter.fields["target_modules"] == [text]
 
 
 def test_a_dollar_sign_in_a_value_survives_the_run_folder(tmp_path: Path) -> None:

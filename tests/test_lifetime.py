@@ -28,25 +28,29 @@ from vlmtune.record import environment
 Overrides = Callable[..., list[str]]
 
 
-@pytest.fixture
-def overrides(checkpoint_of: Callable[[str], Path], tmp_path: Path) -> Overrides:
-    table = tiny.write_csv(tmp_path, [(f"number {i}?", ("red", "blue")[i % 2]) for i in range(12)], per_image=3)
+def overrides_in(folder: Path, checkpoint: Path) -> Overrides:
+    table = tiny.write_csv(folder, [(f"number {i}?", ("red", "blue")[i % 2]) for i in range(12)], per_image=3)
 
     def make(*more: str, name: str = "run") -> list[str]:
         return [
             "model=auto",
-            f"model.path={checkpoint_of('qwen2_vl')}",
+            f"model.path={checkpoint}",
             "data=csv",
             f"data.train={table}",
             "tracker=none",
             "trainer.max_steps=2",
             "trainer.batch_size=4",
             "generation.max_new_tokens=2",
-            f"hydra.run.dir={tmp_path / name}",
+            f"hydra.run.dir={folder / name}",
             *more,
         ]
 
     return make
+
+
+@pytest.fixture
+def overrides(checkpoint_of: Callable[[str], Path], tmp_path: Path) -> Overrides:
+    return overrides_in(tmp_path, checkpoint_of("qwen2_vl"))
 
 
 @pytest.fixture
@@ -123,11 +127,19 @@ def first_loss(folder: Path) -> str:
     return (folder / "metrics.jsonl").read_text().split('"train/loss": ')[1][:8]
 
 
+@pytest.fixture(scope="module")
+def outside(checkpoint_of: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The first loss of a run outside all settings."""
+    folder = tmp_path_factory.mktemp("outside")
+    vlmtune.train(overrides_in(folder, checkpoint_of("qwen2_vl"))(name="plain"))
+    return first_loss(folder / "plain")
+
+
+@pytest.mark.xdist_group("caller's settings")
 @pytest.mark.parametrize("kind", ["float64", "no_grad", "inference", "meta", "autocast"])
 def test_a_run_inside_the_callers_torch_settings_is_the_run_outside(
-    overrides: Overrides, tmp_path: Path, kind: str
+    overrides: Overrides, tmp_path: Path, outside: str, kind: str
 ) -> None:
-    vlmtune.train(overrides(name="plain"))
     settings: dict[str, Callable[[], Any]] = {
         "no_grad": torch.no_grad,
         "inference": torch.inference_mode,
@@ -143,7 +155,7 @@ def test_a_run_inside_the_callers_torch_settings_is_the_run_outside(
             assert torch.get_default_dtype() == (torch.float64 if kind == "float64" else torch.float32)
     finally:
         torch.set_default_dtype(torch.float32)
-    assert first_loss(tmp_path / "plain") == first_loss(tmp_path / "inside")
+    assert first_loss(tmp_path / "inside") == outside
 
 
 def test_peak_memory_is_that_of_the_present_run() -> None:

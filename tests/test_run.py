@@ -20,6 +20,8 @@ from safetensors.torch import load_file
 import tiny
 import vlmtune
 import wandb_offline
+from vlmtune import api
+from vlmtune.config import compose
 from vlmtune.evaluation import generate
 from vlmtune.evaluation.generate import greedy_branches
 from vlmtune.predict.scores import evaluate_run
@@ -37,14 +39,13 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write_csv(tmp_path_factory.mktemp("table"), rows, per_image=3)
 
 
-@pytest.fixture
-def overrides(checkpoint_of: Callable[[str], Path], table: Path, tmp_path: Path) -> Overrides:
-    """The command line of a short run into `tmp_path/NAME`."""
+def overrides_in(folder: Path, checkpoint: Path, table: Path) -> Overrides:
+    """The command line of a short run into `folder/NAME`."""
 
     def make(*more: str, name: str = "run", steps: int = 4) -> list[str]:
         return [
             "model=auto",
-            f"model.path={checkpoint_of('qwen2_vl')}",
+            f"model.path={checkpoint}",
             "data=csv",
             f"data.train={table}",
             f"data.validation={table}",
@@ -54,11 +55,16 @@ def overrides(checkpoint_of: Callable[[str], Path], table: Path, tmp_path: Path)
             "trainer.batch_size=4",
             "trainer.learning_rate=1e-2",
             "generation.max_new_tokens=4",
-            f"hydra.run.dir={tmp_path / name}",
+            f"hydra.run.dir={folder / name}",
             *more,
         ]
 
     return make
+
+
+@pytest.fixture
+def overrides(checkpoint_of: Callable[[str], Path], table: Path, tmp_path: Path) -> Overrides:
+    return overrides_in(tmp_path, checkpoint_of("qwen2_vl"), table)
 
 
 def weights(folder: Path | str) -> dict[str, Any]:
@@ -96,23 +102,29 @@ def test_a_run_leaves_everything_in_its_folder(overrides: Overrides, tmp_path: P
     assert not [p for p in folder.rglob("*") if ".partial" in p.name]
 
 
+def by_script_of(words: list[str]) -> None:
+    done = subprocess.run([sys.executable, "src/predict.py", *words], capture_output=True, text=True, check=True)
+    assert "1 rows failed" in done.stdout
+
+
+def in_process(words: list[str]) -> None:
+    """What the script does, without seconds of imports."""
+    composed = compose.compose("predict", compose.normalise(words)[0])
+    assert api.predict_file(composed.run, compose.overlay(composed, words), composed.output) == 1
+
+
 @pytest.mark.parametrize("kind", ["lora", "nf4", "full"])
 def test_predict_script_and_api_agree(overrides: Overrides, tmp_path: Path, table: Path, kind: str) -> None:
     """The same answers, in row order, for an adapter, an adapter over 4-bit weights and a whole model."""
     extra = {"lora": [], "nf4": ["quantization=nf4"], "full": ["adapter=none"]}[kind]
+    predict = {"lora": by_script_of, "nf4": in_process, "full": in_process}[kind]
     vlmtune.train(overrides(*extra, "trainer.eval_baseline=false"))
     frame = pd.read_csv(table, dtype=str, keep_default_na=False)
     frame.loc[3, "image_path"] = "gone.png"
     mixed = table.parent / f"mixed_{kind}.csv"
     frame.to_csv(mixed, index=False)
     output = tmp_path / "answers.csv"
-    done = subprocess.run(
-        [sys.executable, "src/predict.py", f"run={tmp_path / 'run'}", f"data.test={mixed}", f"output={output}"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "1 rows failed" in done.stdout
+    predict([f"run={tmp_path / 'run'}", f"data.test={mixed}", f"output={output}"])
     by_script = pd.read_csv(output, dtype=str, keep_default_na=False)
     assert by_script["question"].tolist() == frame["question"].tolist()
     assert "gone.png" in by_script["error"][3]
@@ -176,24 +188,39 @@ def interrupted(command: list[str], folder: Path, number: signal.Signals) -> int
     return process.wait(timeout=120)
 
 
+STEPS = 40
+LOGGED = ["adapter.lora_dropout=0.1", "trainer.eval_baseline=false", "trainer.log_every=1"]
+
+
+@pytest.fixture(scope="module")
+def straight(
+    checkpoint_of: Callable[[str], Path], table: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """A run that was never stopped."""
+    words = overrides_in(tmp_path_factory.mktemp("straight"), checkpoint_of("qwen2_vl"), table)
+    return vlmtune.train(words(*LOGGED, steps=STEPS))
+
+
+@pytest.mark.xdist_group("interrupted runs")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_an_interrupted_run_goes_on_where_it_stopped(overrides: Overrides, tmp_path: Path, number: Any) -> None:
+def test_an_interrupted_run_goes_on_where_it_stopped(
+    overrides: Overrides, tmp_path: Path, straight: dict[str, Any], number: Any
+) -> None:
     """Mid-epoch, with dropout: the weights at the end are those of a run that was never stopped, bit by bit."""
-    extra = ["adapter.lora_dropout=0.1", "trainer.eval_baseline=false", "trainer.log_every=1"]
-    straight = vlmtune.train(overrides(*extra, name="straight", steps=60))
-    assert interrupted(overrides(*extra, name="stopped", steps=60), tmp_path / "stopped", number) == 128 + number
-    result = json.loads((tmp_path / "stopped" / "result.json").read_text())
+    stopped = tmp_path / "stopped"
+    assert interrupted(overrides(*LOGGED, name="stopped", steps=STEPS), stopped, number) == 128 + number
+    result = json.loads((stopped / "result.json").read_text())
     assert result["status"] == "interrupted"
-    assert 0 < result["steps"] < 60
-    resumed = vlmtune.train([f"resume={tmp_path / 'stopped'}"])
-    assert resumed["steps"] == 60
+    assert 0 < result["steps"] < STEPS
+    resumed = vlmtune.train([f"resume={stopped}"])
+    assert resumed["steps"] == STEPS
     assert resumed["metrics"] == straight["metrics"]
     expected, found = weights(straight["folder"]), weights(resumed["folder"])
     assert expected.keys() == found.keys()
     assert all(expected[name].equal(found[name]) for name in expected)
     losses = [
-        [row["train/loss"] for row in rows_of(tmp_path / name) if "train/loss" in row]
-        for name in ("straight", "stopped")
+        [row["train/loss"] for row in rows_of(folder) if "train/loss" in row]
+        for folder in (Path(straight["folder"]), stopped)
     ]
     assert losses[0] == losses[1]
 
@@ -235,20 +262,3 @@ def test_dropped_rows_are_listed(overrides: Overrides, tmp_path: Path, table: Pa
         (row,) = csv.DictReader(file)
     assert (row["line"], row["row"]) == ("10", "9")
     assert "gone.png" in row["reason"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("share", ["on", "off"])
-def test_two_processes_train_what_one_does(overrides: Overrides, tmp_path: Path, share: str) -> None:
-    """24 rows in steps of 8 over two ranks; weights equal those of one process up to float32's order of sums."""
-    extra = ["trainer.eval_baseline=false", f"trainer.share_prefix={share}"]
-    one = vlmtune.train(overrides(*extra, "trainer.batch_size=8", name="one", steps=6))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "src/train.py"]
-    subprocess.run([*command, *overrides(*extra, name="two", steps=6)], check=True, timeout=300)
-    two = json.loads((tmp_path / "two" / "result.json").read_text())
-    assert two["examples"] == one["examples"] == 48
-    assert two["metrics"]["eval/loss"] == pytest.approx(one["metrics"]["eval/loss"], abs=1e-5)
-    expected, found = weights(one["folder"]), weights(tmp_path / "two")
-    for name in expected:
-        assert (expected[name] - found[name]).abs().max() < 1e-5, name
-    assert not (tmp_path / "two" / "None").exists()

@@ -14,8 +14,8 @@ import torch
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
 import tiny
+from vlmtune.config import quantization_fields
 from vlmtune.errors import ConfigError, ModelError
-from vlmtune.models import quantization
 from vlmtune.models.parts import is_quantized, summary
 
 WHOLE = {"dtype": torch.float32, "compute_dtype": torch.float32, "device": torch.device("cpu")}
@@ -85,13 +85,13 @@ def test_a_part_whose_every_layer_is_skipped(checkpoint_of: Callable[[str], Path
     ],
 )
 def test_fields_of_the_other_method_are_refused(fields: dict[str, Any], message: str) -> None:
-    (problem,) = quantization.problems(fields)
+    (problem,) = quantization_fields.problems(fields)
     assert message in problem
 
 
 @pytest.mark.parametrize("kind", tiny.QUANTIZED)
 def test_the_usual_fields_are_not(kind: str) -> None:
-    assert quantization.problems(tiny.QUANTIZED[kind]) == []
+    assert quantization_fields.problems(tiny.QUANTIZED[kind]) == []
 
 
 @pytest.mark.parametrize(

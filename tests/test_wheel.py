@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import subprocess
@@ -11,6 +10,7 @@ import sysconfig
 import zipfile
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 import tiny
@@ -92,8 +92,8 @@ def test_the_installed_command_trains_sweeps_predicts_and_evaluates(installed: P
     assert [status(sweep / number) for number in ("0", "1")] == ["completed", "completed"]
 
     run(vlmtune, "predict", f"run={trained}", f"data.test={table}", "output=answers.csv", folder=here)
-    rows = list(csv.DictReader((here / "answers.csv").open()))
-    assert (len(rows), "answer_predictions" in rows[0]) == (12, True)
+    answers = pd.read_csv(here / "answers.csv")
+    assert (len(answers), "answer_predictions" in answers) == (12, True)
     assert "12 test rows" in run(vlmtune, "evaluate", f"run={trained}", f"data.test={table}", folder=here)
 
 

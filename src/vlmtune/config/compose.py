@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vlmtune.commands import typed
 from vlmtune.config import paths, saved
 from vlmtune.config.paths import files_of
-from vlmtune.config.schema import SCHEMA, Config, home
+from vlmtune.config.schema import SCHEMA, Config, defaults, home
 from vlmtune.config.strict import strict, unreadable
 from vlmtune.errors import CheckpointError, ConfigError, UsageError, nearest
 
@@ -26,6 +27,7 @@ OmegaConf.register_new_resolver("package", lambda path: str(PACKAGE / path), rep
 OmegaConf.register_new_resolver("or_plain", lambda name: name if name not in (None, "None") else "plain", replace=True)
 OmegaConf.register_new_resolver("home", lambda: str(home()), replace=True)
 OmegaConf.register_new_resolver("typed", typed, replace=True)
+ConfigStore.instance().store("defaults", defaults())  # what conf/train.yaml starts from, so that --help shows it too
 
 
 @functools.cache

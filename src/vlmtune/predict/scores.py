@@ -7,7 +7,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from vlmtune.config.schema import Config
-from vlmtune.data.records import Split
+from vlmtune.data.splits import Split
 from vlmtune.predict.predictor import Predictor
 from vlmtune.predict.rows import inputs_of, of_test_rows
 from vlmtune.record.outputs import ANSWER, SCORE, Rows, Scored, output_file, refuse_columns, tell_formulas

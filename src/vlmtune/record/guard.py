@@ -63,7 +63,7 @@ def _prepare(folder: Path, config: Config) -> None:
 @contextmanager
 def failure_written(folder: Path, world: World) -> Iterator[None]:
     """What ends a run early becomes its result.json, unless one stands there already."""
-    from vlmtune.data.table import BadRowsError, write_quarantine
+    from vlmtune.data.bad_rows import BadRowsError, write_quarantine
     from vlmtune.record import runfolder
 
     try:

@@ -1,0 +1,20 @@
+"""Large grids: `make test` runs a sample that proves something different each, `make test-slow` the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import pytest
+
+
+def sampled(values: Iterable[Any], quick: Collection[Any]) -> list[Any]:
+    """The values as parameters, those outside `quick` marked slow. A value is one argument, or a tuple of them."""
+    found = [*values]
+    assert {*quick} <= {*found}, "no such values"
+    return [
+        pytest.param(
+            *(value if isinstance(value, tuple) else (value,)), marks=[] if value in quick else pytest.mark.slow
+        )
+        for value in found
+    ]

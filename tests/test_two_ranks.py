@@ -1,0 +1,157 @@
+"""Two ranks on a CPU: they train and evaluate what one process does, end on a signal, and resume bit by bit.
+
+Two launches do it all, since each start costs seconds of imports: `torchrun src/train.py`, which is sent a signal, and
+one process group that resumes that run and trains the others, one after the other.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+import tiny
+import vlmtune
+
+pytestmark = pytest.mark.xdist_group("two ranks")  # one worker, one pair of launches
+
+STEPS = 10
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+PROGRAM = """
+import json, sys
+import vlmtune
+from vlmtune.cli.main import leave
+for words in json.loads(sys.argv[1]):
+    vlmtune.train(words)
+leave(0)
+"""
+
+
+@contextmanager
+def started(words: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Two processes in a group of their own, as a scheduler starts them; none is left behind."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with (
+        log.open("wb") as out,
+        subprocess.Popen(
+            [*TORCHRUN, *words], env=environment, stdout=out, stderr=out, start_new_session=True
+        ) as process,
+    ):
+        try:
+            yield process
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("two_ranks")
+
+
+@pytest.fixture(scope="module")
+def overrides(checkpoint_of: Callable[[str], Path], folder: Path) -> Callable[..., list[str]]:
+    """22 rows about 8 images in steps of 8 over all ranks: the last step of an epoch is short of rows."""
+    rows = [(f"what is number {i}?", ("red", "blue", "a green circle")[i % 3]) for i in range(22)]
+    table = tiny.write_csv(folder, rows, per_image=3)
+
+    def make(name: str, *more: str, size: int = 4) -> list[str]:
+        model = ["model=auto", f"model.path={checkpoint_of('qwen2_vl')}", "generation.max_new_tokens=4"]
+        data = ["data=csv", f"data.train={table}", f"data.validation={table}", "data.max_eval_rows=5", "tracker=none"]
+        steps = [f"trainer.batch_size={size}", f"trainer.max_steps={STEPS}", "trainer.learning_rate=1e-2"]
+        logged = ["trainer.log_every=1", "trainer.eval_baseline=false", f"hydra.run.dir={folder / name}"]
+        return [*model, *data, *steps, *logged, *more]
+
+    return make
+
+
+DROPOUT = "adapter.lora_dropout=0.1"
+
+
+@pytest.fixture(scope="module")
+def stopped(overrides: Callable[..., list[str]], folder: Path) -> tuple[int, dict[str, Any]]:
+    """Exit code and result.json of a run whose processes were sent SIGTERM after the first step."""
+    run = folder / "resumed"
+    curve, end = run / "metrics.jsonl", time.monotonic() + 120
+    with started(["src/train.py", *overrides("resumed", DROPOUT)], folder / "stopped.log") as process:
+        while not (curve.exists() and "train/loss" in curve.read_text()):
+            assert process.poll() is None, (folder / "stopped.log").read_text()[-3000:]
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGTERM)
+        code = process.wait(timeout=60)
+    return code, json.loads((run / "result.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def runs(stopped: Any, overrides: Callable[..., list[str]], folder: Path) -> dict[str, dict[str, Any]]:
+    """result.json of each run of two ranks, the stopped one's after it was resumed."""
+    jobs = [
+        [f"resume={folder / 'resumed'}"],
+        overrides("straight", DROPOUT),
+        *(overrides(f"share_{share}", f"trainer.share_prefix={share}") for share in ("on", "off")),
+    ]
+    (folder / "program.py").write_text(PROGRAM)
+    with started([str(folder / "program.py"), json.dumps(jobs)], folder / "runs.log") as process:
+        code = process.wait(timeout=240)
+    assert code == 0, (folder / "runs.log").read_text()[-3000:]
+    names = ("resumed", "straight", "share_on", "share_off")
+    return {name: json.loads((folder / name / "result.json").read_text()) for name in names}
+
+
+def weights(run: Path) -> dict[str, Any]:
+    return load_file(run / "model" / "adapter_model.safetensors")
+
+
+def losses(run: Path) -> list[float]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row["train/loss"] for row in rows if "train/loss" in row]
+
+
+def answers(run: Path) -> list[str]:
+    with (run / "predictions.csv").open() as file:
+        return [row["answer_predictions"] for row in csv.DictReader(file)]
+
+
+def test_a_signal_ends_both_after_the_step(stopped: tuple[int, dict[str, Any]], folder: Path) -> None:
+    code, result = stopped
+    assert code != 0
+    assert result["status"] == "interrupted", (folder / "stopped.log").read_text()[-3000:]
+    assert 0 < result["steps"] < STEPS
+
+
+def test_the_stopped_run_is_resumed_bit_by_bit(runs: dict[str, dict[str, Any]], folder: Path) -> None:
+    """With dropout, which each rank draws for itself."""
+    assert runs["resumed"]["steps"] == STEPS
+    assert runs["resumed"]["metrics"] == runs["straight"]["metrics"]
+    assert losses(folder / "resumed") == losses(folder / "straight")
+    found, expected = weights(folder / "resumed"), weights(folder / "straight")
+    assert found.keys() == expected.keys()
+    assert all(found[name].equal(expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("share", ["on", "off"])
+def test_two_ranks_train_and_evaluate_what_one_process_does(
+    runs: dict[str, dict[str, Any]], overrides: Callable[..., list[str]], folder: Path, share: str
+) -> None:
+    """Up to float32's order of sums; five rows to evaluate are no multiple of two."""
+    two, name = runs[f"share_{share}"], f"one_{share}"
+    one = vlmtune.train(overrides(name, f"trainer.share_prefix={share}", size=8))
+    assert two["examples"] == one["examples"]
+    assert losses(folder / f"share_{share}") == pytest.approx(losses(folder / name), abs=1e-4)
+    assert two["metrics"] == pytest.approx(one["metrics"], abs=1e-4)
+    assert answers(folder / f"share_{share}") == answers(folder / name)
+    expected, found = weights(folder / name), weights(folder / f"share_{share}")
+    assert all((expected[key] - found[key]).abs().max() < 1e-4 for key in expected)
+    assert not (folder / "None").exists()
