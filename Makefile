@@ -36,7 +36,7 @@ bench: install .venv-trl/installed ## compare speeds with the plain Trainer and 
 	$(PYTHON) -m venv .venv-trl
 	.venv-trl/bin/pip install --quiet --upgrade pip
 	.venv-trl/bin/pip install --quiet $(TORCH) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
-	.venv-trl/bin/pip install --quiet --constraint constraints.txt trl==1.16.0 --editable '.[datasets]'
+	.venv-trl/bin/pip install --quiet --constraint constraints.txt trl==1.16.0 --editable '.[hub]'
 	@touch $@
 
 lint: install ## ruff, types, and the order of imports

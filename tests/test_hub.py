@@ -18,6 +18,8 @@ from vlmtune.data.images import open_image
 from vlmtune.data.sources.hub_rows import HubRows
 from vlmtune.data.table import load
 from vlmtune.errors import DataError
+from vlmtune.predict.files import predict_file
+from vlmtune.predict.scores import evaluate_run
 from vlmtune.record import runfolder
 from vlmtune.record.tracking import read_metrics
 
@@ -162,10 +164,10 @@ def test_a_run(saved: Path, tmp_path: Path, checkpoint_of: Callable[[str], Path]
     assert "shared, each image once" in (tmp_path / "run" / "train.log").read_text()
 
     config.data.test = f"{saved}:validation"
-    assert api.predict_file(str(tmp_path / "run"), config, str(tmp_path / "out.csv")) == 0
+    assert predict_file(str(tmp_path / "run"), config, str(tmp_path / "out.csv")) == 0
     answered = pd.read_csv(tmp_path / "out.csv")
     assert answered["answer_predictions"].tolist() == table["answer_predictions"].tolist()
-    assert "4 test rows" in api.evaluate_run(str(tmp_path / "run"), config, None)
+    assert "4 test rows" in evaluate_run(str(tmp_path / "run"), config, None)
 
 
 # ---------------------------------------------------------------- streams
