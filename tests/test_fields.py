@@ -389,7 +389,7 @@ def test_a_nonfinite_step_stops_the_run_or_is_left_out(train: Train, monkeypatch
     def spoilt(model: Any, batch: Any) -> Any:
         return real(model, batch) * (math.nan if next(calls) == 0 else 1.0)
 
-    monkeypatch.setattr(loss, "summed_loss", spoilt)
+    monkeypatch.setattr(page, "summed_loss", spoilt)
     assert train({"trainer.nonfinite": "skip"}).result["skipped_steps"] == 1
     calls = iter(range(99))
     with pytest.raises(TrainingError, match=r"trainer\.nonfinite=skip"):
