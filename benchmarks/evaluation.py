@@ -40,12 +40,8 @@ def main() -> None:
 
     def evaluated() -> list[str]:
         STORES.clear()  # each round computes its features
-        encoder.image_cache = Features(model, find_parts(model), encoder.processor, data, engine)
-        try:
-            found = evaluate(model, encoder, rows, config, engine, title="", share=True, share_answers=True)
-        finally:
-            encoder.image_cache = None
-        return found.predictions
+        keeping = encoder.keeping(Features(model, find_parts(model), encoder.processor, data, engine))
+        return evaluate(model, keeping, rows, config, engine, title="", share=True, share_answers=True).predictions
 
     ways: dict[str, Callable[[], list[str]]] = {
         "generate, row by row": lambda: generated(1, False),

@@ -13,20 +13,20 @@ from PIL import Image, ImageDraw, ImageFilter
 from transformers import CLIPImageProcessorPil
 from transformers import Qwen2VLImageProcessorPil as QwenImages
 
-from vlmtune.data.images import Enough, open_image
+from vlmtune.data.images import NeededSize, open_image
 
 PROCESSORS = {
     "Qwen2-VL, 1280 tokens": (
         QwenImages(size={"shortest_edge": 3136, "longest_edge": 1280 * 28 * 28}),
-        Enough(pixels=1280 * 28 * 28),
+        NeededSize(pixels=1280 * 28 * 28),
     ),
     "Qwen2-VL, 256 tokens": (
         QwenImages(size={"shortest_edge": 3136, "longest_edge": 256 * 28 * 28}),
-        Enough(pixels=256 * 28 * 28),
+        NeededSize(pixels=256 * 28 * 28),
     ),
     "LLaVA-1.5, 336 pixels": (
         CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}),
-        Enough(side=336),
+        NeededSize(side=336),
     ),
 }
 
@@ -39,13 +39,13 @@ def main() -> None:
     print("| image | processor | images/s whole | reduced | ratio | mean difference, of 255 | largest 1 % above |")
     print("|---|---|---|---|---|---|---|")
     for kind, data in (("12-megapixel photo", photo()), ("scanned page, 300 dpi", page())):
-        for name, (processor, enough) in PROCESSORS.items():
+        for name, (processor, needed) in PROCESSORS.items():
             seconds: dict[bool, list[float]] = {True: [], False: []}
             made = {}
             for _ in range(options.rounds):
                 for reduced in (False, True):
                     began = time.perf_counter()
-                    picture = open_image(data, 100_000_000, enough if reduced else None)
+                    picture = open_image(data, 100_000_000, needed if reduced else None)
                     made[reduced] = processor(picture, return_tensors="pt")["pixel_values"]
                     seconds[reduced].append(time.perf_counter() - began)
             whole, fast = statistics.median(seconds[False]), statistics.median(seconds[True])

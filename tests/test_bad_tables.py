@@ -19,7 +19,8 @@ import pytest
 from PIL import Image
 
 from vlmtune.config.schema import DataConfig, TaskConfig
-from vlmtune.data.table import BadRowsError, load
+from vlmtune.data.bad_rows import BadRowsError
+from vlmtune.data.table import load
 from vlmtune.errors import DataError
 
 HEADER = b"image_path,question,answer\n"

@@ -19,7 +19,8 @@ from vlmtune.config.schema import GenerationConfig
 from vlmtune.data.records import Record
 from vlmtune.evaluation.generate import generate
 from vlmtune.objectives.next_token import summed_loss
-from vlmtune.prompt.encode import IGNORE, Encoder
+from vlmtune.prompt.encode import Encoder
+from vlmtune.prompt.labels import IGNORE
 from vlmtune.proof.probes import layouts_agree
 
 FAMILIES = [*tiny.FAMILIES]

@@ -12,8 +12,11 @@ import pytest
 
 import tiny
 from vlmtune.config.schema import ColumnsConfig, DataConfig, TaskConfig
-from vlmtune.data.records import Record, Split, Turn
-from vlmtune.data.table import BadRowsError, audit_frame, load
+from vlmtune.data.audit import audit_frame
+from vlmtune.data.bad_rows import BadRowsError
+from vlmtune.data.records import Record, Turn
+from vlmtune.data.splits import Split
+from vlmtune.data.table import load
 from vlmtune.errors import DataError
 
 CHAT = ColumnsConfig(image="images", conversation="messages")
@@ -122,7 +125,7 @@ def test_what_is_left_unread_on_purpose(folder: Path, caplog: pytest.LogCaptureF
 
 
 def test_what_is_read_can_not_be_ignored() -> None:
-    from vlmtune.config.strict import combinations
+    from vlmtune.config.together import combinations
 
     config = tiny.config("somewhere")
     config.data = DataConfig(ignore=["question", "bbox"])

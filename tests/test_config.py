@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import ast
-import dataclasses
-import inspect
+import copy
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import yaml
 from omegaconf import OmegaConf
 
 import vlmtune
-from vlmtune.config import compose
-from vlmtune.config import fields as signatures
+from vlmtune.config import compose, installed
+from vlmtune.config import fields as known_fields
 from vlmtune.config import schema as config
 from vlmtune.errors import ConfigError
+from vlmtune.models.peft_config import peft_config
+from vlmtune.models.quantization import quantization_config
 
 ROOT = config.home()
 OPTIONS = [(group, option) for group, options in compose.groups().items() for option in options]
@@ -50,6 +54,30 @@ def test_every_sweep_composes_and_its_values_are_valid(name: str) -> None:
     for key, values in (composed.hydra.sweeper.get("params") or {}).items():
         for value in compose.parse([f"{key}={values}"])[0].sweep_string_iterator():
             read(f"sweeps={name}", f"{key}={value}", multirun=True)
+
+
+@pytest.mark.parametrize(("group", "option"), [pair for pair in OPTIONS if pair[0] in config.SCHEMA])
+def test_no_option_repeats_a_default(group: str, option: str) -> None:
+    """The schema is their only place. What an option is named for stays in its file, whatever the default."""
+    values = yaml.safe_load((ROOT / "conf" / group / f"{option}.yaml").read_text()) or {}
+    if group in values:  # a file that sets keys of several groups
+        values = values[group]
+    own = {"name", "_target_", "method", "metrics", "temperature"}
+    defaults = config.defaults()[group]
+    assert [key for key, value in values.items() if key not in own and repeats(value, defaults.get(key, ...))] == []
+
+
+def repeats(value: Any, default: Any) -> bool:
+    if isinstance(value, dict) and isinstance(default, dict):
+        return any(repeats(inner, default.get(key, ...)) for key, inner in value.items())
+    return bool(value == default)
+
+
+def test_the_composed_run_shows_every_key() -> None:
+    """`--help` and `--cfg job` print it."""
+    composed = OmegaConf.to_container(compose.compose("train", ["model=auto"]))
+    for group, defaults in config.defaults().items():
+        assert not isinstance(defaults, dict) or defaults.keys() <= composed[group].keys()
 
 
 def test_every_option_starts_with_what_it_is() -> None:
@@ -233,7 +261,7 @@ def test_keys_of_the_schema_can_be_set_where_no_yaml_file_names_them() -> None:
     assert found.model.freeze == ["vision"]
     assert found.trainer.share_prefix == "off"
     assert found.trainer.learning_rate_of == {"vision": 1e-5}
-    assert read("adapter.use_dora=true").adapter["use_dora"] is True
+    assert read("adapter.use_dora=true").adapter.fields["use_dora"] is True
     assert read("model.image.min_tokens=4").model.image.min_tokens == 4
 
 
@@ -244,8 +272,8 @@ def test_learning_rates_without_a_dot_are_numbers() -> None:
 
 def test_the_readme_line_of_the_guide_composes() -> None:
     found = read("model=qwen2vl_7b", "adapter=lora", "quantization=nf4", "data=csv", "data.train=vqa.csv")
-    assert (found.model.path, found.adapter["r"]) == ("Qwen/Qwen2-VL-7B-Instruct", 16)
-    assert found.quantization["bnb_4bit_quant_type"] == "nf4"
+    assert (found.model.path, found.adapter.fields["r"]) == ("Qwen/Qwen2-VL-7B-Instruct", 16)
+    assert found.quantization.fields["bnb_4bit_quant_type"] == "nf4"
 
 
 # ---------------------------------------------------------------- PEFT's and transformers' own fields
@@ -269,26 +297,39 @@ def test_a_wrong_field_is_answered_without_importing_what_defines_it() -> None:
     assert imported == "[]"
 
 
-def test_adapter_fields_are_those_of_peft() -> None:
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-
-    real = {
-        kind.value.lower(): [f.name for f in dataclasses.fields(cls) if f.name not in signatures.NOT_FOR_USERS]
-        for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()
-    }
-    found = signatures.adapter_fields()
-    assert set(found) == set(real)
-    assert {method: sorted(set(fields)) for method, fields in found.items()} == {m: sorted(f) for m, f in real.items()}
+def test_the_table_of_fields_is_that_of_the_installed_versions() -> None:
+    """After another PEFT or transformers is pinned: python -m vlmtune.config.installed > .../known_fields.json."""
+    if any(version(known["package"]) != known["version"] for known in known_fields.table().values()):
+        pytest.skip("made from other versions than those that are installed")
+    assert known_fields.TABLE.read_text(encoding="utf-8") == installed.written(installed.table())
 
 
-def test_quantization_fields_are_those_of_transformers() -> None:
-    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+def test_a_field_that_another_version_has_is_looked_up_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table of a PEFT without DoRA and VeRA, read beside the installed one."""
+    old = copy.deepcopy(known_fields.table())
+    old["adapter"]["version"] = "0.1"
+    old["adapter"]["methods"]["lora"].remove("use_dora")
+    del old["adapter"]["methods"]["vera"]
+    monkeypatch.setattr(known_fields, "table", lambda: old)
+    read("adapter.r=4")
+    assert known_fields.installed.cache_info().currsize == 0, "asked without need, which takes seconds"
+    assert read("adapter=dora").adapter.fields["use_dora"] is True
+    assert read("adapter=vera").adapter.method == "vera"
+    assert problems("adapter.use_dorra=true")[0].startswith(
+        "adapter.use_dorra: lora has no such field; did you mean use_d"
+    )
+    assert problems("adapter.method=lorra")[0].startswith("adapter.method=lorra: did you mean lora")
 
-    found = signatures.quantization_fields()
-    assert set(found) == set(AUTO_QUANTIZATION_CONFIG_MAPPING)
-    for method in ("bitsandbytes_4bit", "bitsandbytes_8bit"):
-        parameters = inspect.signature(AUTO_QUANTIZATION_CONFIG_MAPPING[method]).parameters.values()
-        assert found[method] == [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
+
+def test_a_field_that_another_version_lacks_is_refused_when_the_class_is_built() -> None:
+    with pytest.raises(ConfigError, match=r"adapter\.gone: lora of the installed PEFT \(.+\) has no such field"):
+        peft_config("lora", {"r": 4, "gone": 1})
+    with pytest.raises(ConfigError, match=r"adapter\.method=gone: the installed PEFT \(.+\) has no such method"):
+        peft_config("gone", {})
+    with pytest.raises(ConfigError, match=r"quantization\.gone: bitsandbytes_4bit of the installed transformers"):
+        quantization_config(config.MethodConfig("bitsandbytes_4bit", fields={"gone": 1}), [], torch.float32)
+    with pytest.raises(ConfigError, match=r"quantization\.method=gone: the installed transformers"):
+        quantization_config(config.MethodConfig("gone"), [], torch.float32)
 
 
 def test_a_task_without_metrics_is_refused() -> None:

@@ -15,11 +15,13 @@ import pytest
 import tiny
 from vlmtune import api
 from vlmtune.config.schema import ColumnsConfig, DataConfig, TaskConfig
+from vlmtune.data.bad_rows import BadRowsError
 from vlmtune.data.conversations import parse, placed
 from vlmtune.data.records import Record, Turn
-from vlmtune.data.table import BadRowsError, load
+from vlmtune.data.table import load
 from vlmtune.errors import DataError
-from vlmtune.prompt.encode import IGNORE, Encoder
+from vlmtune.prompt.encode import Encoder
+from vlmtune.prompt.labels import IGNORE
 from vlmtune.proof.checks import check_labels
 from vlmtune.proof.rows import Limits, Look
 
@@ -293,7 +295,7 @@ def test_the_last_answer_or_all_of_them(encoder_of: Callable[[str], Encoder], fa
     text = encoder.tokenizer.decode([i for i in labels if i != IGNORE], skip_special_tokens=True)
     assert "".join(text.split()) == "".join({"last": "threesmall", "all": "Red42threesmall"}[supervise])
     check_labels(encoder, [row])
-    ends = sum(i in encoder.end_ids for i in labels)
+    ends = sum(i in encoder.answers.end_ids for i in labels)
     assert ends == (1 if supervise == "last" else 3), (
         "LLaVA-1.5's template ends none, so the tokenizer's end is written"
     )

@@ -19,6 +19,7 @@ import pytest
 import yaml
 
 from vlmtune.config import compose
+from vlmtune.config import fields as known_fields
 from vlmtune.config import schema as config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -114,7 +115,7 @@ def check_overrides(command: str, words: list[str]) -> None:
 def write_run(folder: Path) -> None:
     found, _ = compose.read("train", [])
     folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(found)))
+    (folder / "config.yaml").write_text(yaml.safe_dump(config.plain(found)))
 
 
 @pytest.mark.parametrize("block", ALL_PYTHON)
@@ -157,7 +158,7 @@ def is_key(span: str) -> bool:
 def key_exists(key: str) -> bool:
     group, *rest = key.split(".")
     if group in config.OPEN_GROUPS:
-        known = {field for fields in config.OPEN_GROUPS[group]().values() for field in fields}
+        known = {field for fields in known_fields.known(group).values() for field in fields}
         return rest[0] in known | {"method", "parts"}
     schema = config.nested_schema(config.SCHEMA[group])
     for name in rest:

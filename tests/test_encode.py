@@ -15,9 +15,10 @@ import tiny
 import tiny_families
 from vlmtune.batching.layout import padded
 from vlmtune.errors import DataError, ModelError
-from vlmtune.prompt.encode import IGNORE, Encoder
+from vlmtune.prompt.encode import Encoder
 from vlmtune.prompt.feature_tokens import Shortened
-from vlmtune.prompt.rendering import ONE
+from vlmtune.prompt.labels import IGNORE
+from vlmtune.prompt.rendering import ONE_QUESTION
 from vlmtune.prompt.template import with_stand_ins
 
 FAMILIES = [*tiny.FAMILIES, *tiny_families.FAMILIES]
@@ -102,14 +103,14 @@ def test_supervised_is_the_answer_and_its_end_once(encoder: Encoder, answer: str
     assert answer.strip() in written
     if "gemma3" not in type(encoder.processor).__name__.lower():  # whose template strips texts
         assert answer in written
-    assert labels[-1] in encoder.end_ids
+    assert labels[-1] in encoder.answers.end_ids
     assert specials(encoder, ids[len(prompt) :]) == [labels[-1]], "a marker in the answer ends nothing"
 
 
 def test_an_answer_ends_as_the_template_ends_it_or_with_the_tokenizers_end(encoder_of: Any) -> None:
     """LLaVA-1.5's template writes no end; without one the model never learns to stop."""
-    assert encoder_of("qwen2_vl").prompt.ending(ONE).marker == "<|im_end|>"
-    assert encoder_of("llava").prompt.ending(ONE).marker == ""
+    assert encoder_of("qwen2_vl").prompt.ending(ONE_QUESTION).marker == "<|im_end|>"
+    assert encoder_of("llava").prompt.ending(ONE_QUESTION).marker == ""
     assert encoder_of("llava").supervised_texts(tiny.record(answer="Red")) == [" Red</s>"]
 
 
@@ -135,7 +136,7 @@ def test_only_the_last_answer_is_supervised(encoder: Encoder) -> None:
     earlier = [("What shape?", "a <|im_end|> </s> square"), ("Is it large?", "no")]
     ids, labels = one(encoder, tiny.record("What color?", "blue", earlier=earlier))
     answer = encoder.tokenizer.decode([i for i in labels if i != IGNORE])
-    assert answer.strip() == f"blue{encoder.prompt.ending(ONE).marker or '</s>'}"
+    assert answer.strip() == f"blue{encoder.prompt.ending(ONE_QUESTION).marker or '</s>'}"
     text = encoder.tokenizer.decode(ids)
     assert [text.count(t) for t in ("What shape?", "a <|im_end|> </s> square", "Is it large?", "no")] == [1] * 4
 
@@ -218,9 +219,9 @@ def test_equal_to_the_processors_own_template_and_call(encoder: Encoder, images:
 def test_runs_of_feature_tokens_are_tokenized_once(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
     row = tiny.record("What color is it?", "Red", [tiny.image(56, 56, 0), tiny.image(112, 56, 1)])
     token = encoder.family.feature_token
-    assert encoder._shortened(token * 9) == Shortened(token, [9])
+    assert encoder.features.shortened(token * 9) == Shortened(token, [9])
     short = encoder.encode([row], answered=True)
-    monkeypatch.setattr(encoder, "_shortened", lambda expansion: Shortened(expansion, []))
+    monkeypatch.setattr(encoder.features, "shortened", lambda expansion: Shortened(expansion, []))
     long = encoder.encode([row], answered=True)
     assert (short.input_ids, short.labels, short.token_types) == (long.input_ids, long.labels, long.token_types)
 
@@ -229,10 +230,10 @@ def test_as_many_places_as_runs_of_feature_tokens(encoder_of: Any) -> None:
     encoder = encoder_of("qwen2_vl")
     [token] = encoder.tokenizer(encoder.family.feature_token)["input_ids"]
     ids, labels = [5, token, 6, token], [IGNORE, IGNORE, 6, IGNORE]
-    encoder._repeat(ids, labels, [3, 1])
+    encoder.features.repeat(ids, labels, [3, 1])
     assert (ids, labels) == ([5, token, token, token, 6, token], [*[IGNORE] * 4, 6, IGNORE])
     with pytest.raises(ModelError, match="1 places for image features in a prompt that shows 2 runs"):
-        encoder._repeat([5, token], [IGNORE, IGNORE], [3, 1])
+        encoder.features.repeat([5, token], [IGNORE, IGNORE], [3, 1])
 
 
 def test_a_bos_that_the_template_writes_is_not_doubled(encoder_of: Any) -> None:

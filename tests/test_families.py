@@ -194,7 +194,7 @@ def test_batched_answers_are_those_of_single_rows(
         pad = re.escape(encoder.tokenizer.pad_token)
         return [re.sub(f"({pad})*$", "", encoder.tokenizer.decode(row)) for row in ids]
 
-    monkeypatch.setattr(encoder, "decode", everything)
+    monkeypatch.setattr(encoder.answers, "decode", everything)
     records = rows(encoder)
     ask = {"generation": GenerationConfig(max_new_tokens=6), "autocast": torch.no_grad}
     together = generate(model, encoder, records, batch_size=4, **ask)
@@ -205,8 +205,8 @@ def test_batched_answers_are_those_of_single_rows(
 def test_no_answer_holds_an_image_token(model: Any, encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
     """An untrained head that likes nothing more: the next step would look for a feature that isn't there."""
     seen: list[list[int]] = []
-    monkeypatch.setattr(encoder, "decode", lambda ids: seen.extend(ids) or [""] * len(ids))
-    head, wanted = model.get_output_embeddings(), encoder.image_ids
+    monkeypatch.setattr(encoder.answers, "decode", lambda ids: seen.extend(ids) or [""] * len(ids))
+    head, wanted = model.get_output_embeddings(), encoder.answers.image_ids
     head.register_forward_hook(lambda module, args, out: out.index_fill(-1, torch.tensor(wanted), 1e4))
     generate(model, encoder, rows(encoder), GenerationConfig(max_new_tokens=4), batch_size=4, autocast=torch.no_grad)
     assert seen

@@ -643,7 +643,7 @@ def answers(model_of: Any, encoder_of: Any, monkeypatch: pytest.MonkeyPatch) -> 
         ids.extend(found)
         return [""] * len(found)
 
-    monkeypatch.setattr(encoder, "decode", decode)
+    monkeypatch.setattr(encoder.answers, "decode", decode)
 
     def answer(**generation: Any) -> list[list[int]]:
         ids.clear()

@@ -21,6 +21,7 @@ from vlmtune.batching.loader import Loader
 from vlmtune.batching.order import plan
 from vlmtune.config.schema import GenerationConfig
 from vlmtune.data.records import Record, Turn
+from vlmtune.data.splits import RecordList
 from vlmtune.errors import TrainingError, memory_advice
 from vlmtune.evaluation.generate import generate
 from vlmtune.models import adapters
@@ -121,9 +122,10 @@ def test_an_adapter_that_these_rows_reach_must_get_a_gradient(
 
 def loader_of(encoder: Encoder, records: list[Record], *, share: bool = False, **trainer: Any) -> Loader:
     chosen = tiny.config(None, **trainer).trainer
-    lengths = encoder.lengths(records) if chosen.batch_tokens else []
-    steps = plan(chosen, groups_of(records, encoder), lengths, processes=1, streamed=False, by_group=share)
-    return Loader(encoder, records, steps, Layout(share), chosen, ENGINE)
+    rows = RecordList(records)
+    lengths = encoder.lengths(rows) if chosen.batch_tokens else []
+    steps = plan(chosen, groups_of(rows, encoder), lengths, processes=1, streamed=False, by_group=share)
+    return Loader(encoder, rows, steps, Layout(share), chosen, ENGINE)
 
 
 def test_the_longest_row_goes_first(encoder_of: Callable[[str], Encoder], model_of: Callable[[str], Any]) -> None:
@@ -252,7 +254,7 @@ def test_each_kind_of_row_is_probed(encoder_of: Callable[[str], Encoder]) -> Non
     behind = [dataclasses.replace(MIXED[n % 2], group=f"b{n // 2}") for n in range(4)]
     system = [dataclasses.replace(MIXED[5 + n], group="c") for n in range(2)]
     rows = [*usual, *behind, *system]
-    found = pairs(encoder, rows, groups_of(rows, encoder), 6)
+    found = pairs(encoder, rows, groups_of(RecordList(rows), encoder), 6)
     assert {(encoder.prompt.shape(part[0]), part[0].system) for part in found} == {
         ((False, ("it",)), None),
         ((False, ("ti",)), None),

@@ -118,7 +118,7 @@ def test_a_run_does_not_read_the_environment(run: Path, monkeypatch: pytest.Monk
     change(run, "adapter", target_modules=[text])
     config = strict(compose.saved_config(run, []))
     assert config.model.system_prompt == config.task.caption_prompt == text
-    assert config.adapter["target_modules"] == [text]
+    assert config.adapter.fields["target_modules"] == [text]
 
 
 def test_a_dollar_sign_in_a_value_survives_the_run_folder(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def test_the_model_takes_what_the_budget_leaves(checkpoint_of: Callable[[str], P
     """LLaVA-NeXT's model cuts features by the same list of grids as its processor."""
     config = ModelConfig(path=str(checkpoint_of(family)), image=ImageConfig(*BUDGETS[family][0]))
     fp32 = {"dtype": torch.float32, "compute_dtype": torch.float32, "device": torch.device("cpu")}
-    model, processor = load(config, tiny.NONE, **fp32)
+    model, processor = load(config, tiny.method({}), **fp32)
     rows = [tiny.record(images=[tiny.image(*size)]) for size in SIZES]
     assert torch.isfinite(summed_loss(model, padded(Encoder(processor), rows)))
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from vlmtune.data.images import Enough, image_size, open_image
+from vlmtune.data.images import NeededSize, image_size, open_image
 from vlmtune.errors import DataError
 
 MOST = 10_000
@@ -245,20 +245,20 @@ def smooth(width: int, height: int) -> Image.Image:
 
 
 @pytest.mark.parametrize(
-    ("enough", "size"),
+    ("needed", "size"),
     [
-        (Enough(pixels=200 * 150), (400, 300)),  # a quarter has 4 times the pixels, an eighth just as many
-        (Enough(side=400), (800, 600)),
-        (Enough(side=450), (1600, 1200)),
-        (Enough(pixels=1600 * 1200), (1600, 1200)),
-        (Enough(), (200, 150)),
+        (NeededSize(pixels=200 * 150), (400, 300)),  # a quarter has 4 times the pixels, an eighth just as many
+        (NeededSize(side=400), (800, 600)),
+        (NeededSize(side=450), (1600, 1200)),
+        (NeededSize(pixels=1600 * 1200), (1600, 1200)),
+        (NeededSize(), (200, 150)),
         (None, (1600, 1200)),
     ],
 )
-def test_a_large_jpeg_is_decoded_as_small_as_its_use_allows(enough: Enough | None, size: tuple[int, int]) -> None:
+def test_a_large_jpeg_is_decoded_as_small_as_its_use_allows(needed: NeededSize | None, size: tuple[int, int]) -> None:
     file = io.BytesIO()
     smooth(1600, 1200).save(file, "JPEG", quality=95)
-    found = open_image(file.getvalue(), 10**8, enough)
+    found = open_image(file.getvalue(), 10**8, needed)
     assert found.size == size
     target = (100, 75)
     whole = open_image(file.getvalue(), 10**8).resize(target, Image.Resampling.BICUBIC)
@@ -272,5 +272,5 @@ def test_a_turned_jpeg_is_reduced_and_upright_and_other_formats_stay_whole() -> 
     file, other = io.BytesIO(), io.BytesIO()
     smooth(800, 400).save(file, "JPEG", exif=turned)
     smooth(800, 400).save(other, "PNG")
-    assert open_image(file.getvalue(), 10**8, Enough(side=100)).size == (200, 400)
-    assert open_image(other.getvalue(), 10**8, Enough(side=100)).size == (800, 400)
+    assert open_image(file.getvalue(), 10**8, NeededSize(side=100)).size == (200, 400)
+    assert open_image(other.getvalue(), 10**8, NeededSize(side=100)).size == (800, 400)

@@ -185,7 +185,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def opened(folder: Path, **quantization: Any) -> tuple[Any, Any]:
     dtypes = {"dtype": torch.float32, "compute_dtype": torch.float32, "device": torch.device("cpu")}
-    model, processor = load(ModelConfig(path=str(folder)), quantization or tiny.NONE, **dtypes)
+    model, processor = load(ModelConfig(path=str(folder)), tiny.method(quantization), **dtypes)
     return model.eval(), processor
 
 
@@ -421,7 +421,7 @@ def test_the_prompt_is_the_originals(folder: Path) -> None:
     ids = encoder.encode([tiny.record("What color?", "Red", [tiny.image(100, 60)])], answered=True).input_ids[0]
     assert ids[0] == 1
     assert 1 not in ids[1:]
-    assert encoder.end_ids == [2, 420]
+    assert encoder.answers.end_ids == [2, 420]
 
 
 def test_the_models_own_system_prompt_can_be_replaced(folder: Path) -> None:

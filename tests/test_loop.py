@@ -13,12 +13,12 @@ from accelerate.optimizer import AcceleratedOptimizer
 
 import tiny
 from vlmtune.batching.layout import padded
-from vlmtune.config.schema import SchedulerConfig
 from vlmtune.errors import ConfigError
 from vlmtune.launch import session
 from vlmtune.models.parts import find_parts
 from vlmtune.training import loop
-from vlmtune.training.optim import build_optimizer, build_scheduler
+from vlmtune.training.optim import build_optimizer
+from vlmtune.training.schedule import Schedule
 
 CONSTANT = tiny.CONSTANT
 
@@ -126,7 +126,7 @@ def fit(steps: list[list[Numbers]], **options: Any) -> tuple[Quadratic, list[loo
     trainer, engine = config.trainer, session.engine(config)
     model = Quadratic()
     plain = torch.optim.SGD(model.parameters(), lr=1.0)
-    scheduler = build_scheduler(plain, trainer, 100)
+    scheduler = Schedule(plain, trainer, 100)
     optimizer = AcceleratedOptimizer(plain, scaler=options.pop("scaler", None))
     reports: list[loop.StepReport] = []
     progress = loop.Progress()
@@ -216,28 +216,6 @@ def test_gradients_are_there_before_they_are_cleared() -> None:
     seen: list[int] = []
     fit([[Numbers(1.0)]] * 3, hooks={"before_zero_grad": seen.append})
     assert seen == [1, 2, 3]
-
-
-@pytest.mark.parametrize(
-    ("name", "warmup", "wanted"),
-    [
-        ("constant", 0.2, [0.0, 0.5, 1, 1, 1, 1, 1, 1, 1, 1]),
-        ("linear", 0.2, [0.0, 0.5, 1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8]),
-        ("cosine", 0.2, [0.0, 0.5, *((1 + math.cos(math.pi * n / 8)) / 2 for n in range(8))]),
-        ("cosine", 0.0, [(1 + math.cos(math.pi * n / 10)) / 2 for n in range(10)]),
-    ],
-)
-def test_the_learning_rate_of_each_step(name: str, warmup: float, wanted: list[float]) -> None:
-    weight = torch.nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.SGD([weight], lr=2.0)
-    trainer = tiny.config(None, scheduler=SchedulerConfig(name, warmup)).trainer
-    scheduler = build_scheduler(optimizer, trainer, 10)
-    found = []
-    for _ in range(10):
-        found.append(scheduler.get_last_lr()[0])
-        optimizer.step()
-        scheduler.step()
-    assert found == pytest.approx([2.0 * share for share in wanted])
 
 
 # ---------------------------------------------------------------- what moves

@@ -12,6 +12,7 @@ import tiny
 from cells import CELLS, FAMILIES, answers, outcome, table
 from grids import sampled
 from vlmtune.config import compose
+from vlmtune.config.schema import plain
 from vlmtune.launch import session
 from vlmtune.models import adapters
 from vlmtune.models.load import load_trained
@@ -66,7 +67,7 @@ def test_every_adapter_file_fits_every_family(
     checkpoint_of: Callable[[str], Path], tmp_path: Path, family: str, file: str
 ) -> None:
     composed = compose.read("train", [f"adapter={file}", "model=auto", f"model.path={checkpoint_of(family)}"])[0]
-    config = tiny.config(checkpoint_of(family), adapter=composed.adapter, learning_rate=1e-2, max_steps=6)
+    config = tiny.config(checkpoint_of(family), adapter=plain(composed.adapter), learning_rate=1e-2, max_steps=6)
     rows = tiny.records(4)
     run = tiny.assemble(config, rows)
     before = answers(run.model, run.encoder, rows)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 import tiny
 from vlmtune.config.schema import ModelConfig
-from vlmtune.config.strict import is_commit
+from vlmtune.config.together import is_commit
 from vlmtune.errors import ModelError
 from vlmtune.models.adapters import adapt
 from vlmtune.models.explain import check_names
@@ -32,7 +32,7 @@ def refusal(path: Path | str) -> str:
     with pytest.raises(ModelError) as caught:
         load(
             ModelConfig(path=str(path)),
-            tiny.NONE,
+            tiny.method({}),
             dtype=torch.float32,
             compute_dtype=torch.float32,
             device=torch.device("cpu"),
@@ -88,7 +88,7 @@ def test_a_run_that_trained_the_whole_model(copied: Path, tmp_path: Path) -> Non
 def test_a_path_from_home(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(copied.parent))
     config = ModelConfig(path="~/llava")
-    load(config, tiny.NONE, dtype=torch.float32, compute_dtype=torch.float32, device=torch.device("cpu"))
+    load(config, tiny.method({}), dtype=torch.float32, compute_dtype=torch.float32, device=torch.device("cpu"))
     assert config.path == str(copied)
     assert refusal("~/nowhere") == f"model.path={copied.parent}/nowhere: no such folder"
 

@@ -206,11 +206,12 @@ def test_formulas_are_told_and_left_as_they_are(tmp_path: Path, caplog: pytest.L
 
 def test_a_runs_own_predictions_keep_the_inputs_columns(tmp_path: Path) -> None:
     """Training goes on whatever the table's columns are called."""
-    from vlmtune.data.records import Record, Split, Turn
+    from vlmtune.data.records import Record, Turn
+    from vlmtune.data.splits import RecordList, Split
     from vlmtune.evaluation.evaluate import Evaluation
 
     frame = pd.DataFrame({"question": ["a"], "score": [7], "answer_predictions": ["old"]})
-    split = Split([Record((Turn("a", ("b",)),))], frame)
+    split = Split(RecordList([Record((Turn("a", ("b",)),))]), frame)
     runfolder.write_predictions(tmp_path / "p.csv", split, Evaluation({}, ["new"], [{"m": 1.0}]), "m")
     [row] = pd.read_csv(tmp_path / "p.csv").to_dict("records")
     assert row == {

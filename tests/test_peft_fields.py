@@ -15,8 +15,8 @@ from peft.tuners.lora.layer import Linear
 from peft.utils import PeftType
 
 import tiny
+from vlmtune.config import fields as known_fields
 from vlmtune.config import peft_fields
-from vlmtune.config.fields import adapter_fields
 from vlmtune.errors import ConfigError
 from vlmtune.models import adapters, peft_config
 from vlmtune.models.parts import find_parts
@@ -67,8 +67,9 @@ LORA: dict[str, dict[str, Any]] = {
     "pissa": {**LINEAR, "init_lora_weights": "pissa"},
     "velora": {**LINEAR, "velora_config": {}},
 }
-REFUSED = [m for m, f in adapter_fields().items() if m in peft_fields.METHODS or "num_virtual_tokens" in f]
-METHODS = [method for method in adapter_fields() if method not in REFUSED]
+ADAPTER_FIELDS = known_fields.known("adapter")
+REFUSED = [m for m, f in ADAPTER_FIELDS.items() if m in peft_fields.METHODS or "num_virtual_tokens" in f]
+METHODS = [method for method in ADAPTER_FIELDS if method not in REFUSED]
 
 
 def fields_of(method: str) -> dict[str, Any]:
@@ -202,7 +203,7 @@ def test_more_fields_step_as_plain_peft(
 
 def test_a_method_that_saves_too_little_to_go_on_from_is_refused() -> None:
     fields = {"method": "vblora", "parts": ["language"], "save_only_topk_weights": True}
-    (problem,) = peft_fields.problems(fields, bits=None)
+    (problem,) = peft_fields.problems(tiny.method(fields), bits=None)
     assert problem == "adapter.save_only_topk_weights: saves too little of VB-LoRA to go on from; leave it out"
 
 
@@ -294,13 +295,13 @@ def test_one_step_is_taken_and_steps_aside(model_of: Callable[[str], Any], batch
 
 @pytest.mark.parametrize("method", REFUSED)
 def test_methods_that_need_more_are_refused_at_the_start(method: str) -> None:
-    (problem,) = peft_fields.problems({"method": method, "parts": ["language"]}, bits=None)
+    (problem,) = peft_fields.problems(tiny.method({"method": method, "parts": ["language"]}), bits=None)
     assert problem.startswith(f"adapter.method={method}: ")
     assert problem.endswith("use another method, for instance lora")
 
 
 def test_nothing_else_is_refused() -> None:
-    assert not [m for m in METHODS if peft_fields.problems(fields_of(m), bits=None)]
+    assert not [m for m in METHODS if peft_fields.problems(tiny.method(fields_of(m)), bits=None)]
     assert len(METHODS) > 30
     assert "prefix_tuning" in REFUSED
 
@@ -339,7 +340,7 @@ def test_a_field_without_effect_is_refused(
 
 def test_off_is_no() -> None:
     """PEFT takes any text for true."""
-    assert peft_config.peft_config({"method": "lora", "use_dora": "off"}).use_dora is False
+    assert peft_config.peft_config("lora", {"use_dora": "off"}).use_dora is False
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -347,7 +348,7 @@ def test_every_default_of_peft_is_of_its_fields_type(method: str) -> None:
     cls = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(method.upper())]
     defaults = {f.name: f.default for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING}
     wrong: list[str] = []
-    for key in adapter_fields()[method]:
+    for key in ADAPTER_FIELDS[method]:
         if key in defaults:
             peft_config._typed(cls, key, defaults[key], wrong)
     assert wrong == []
@@ -363,7 +364,7 @@ def test_every_default_of_peft_is_of_its_fields_type(method: str) -> None:
     ],
 )
 def test_fields_that_a_run_can_not_follow(fields: dict[str, Any], wanted: str) -> None:
-    assert wanted in peft_fields.problems({"method": "lora", **fields}, bits=None)[-1]
+    assert wanted in peft_fields.problems(tiny.method({"method": "lora", **fields}), bits=None)[-1]
 
 
 def test_a_part_that_the_model_lacks(model_of: Callable[[str], Any]) -> None:

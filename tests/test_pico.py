@@ -8,7 +8,7 @@ import pytest
 
 from vlmtune.config.schema import DataConfig, GenerationConfig, ModelConfig
 from vlmtune.data.records import Record, Turn
-from vlmtune.data.sources.drawn import drawn
+from vlmtune.data.sources.drawn import courses
 from vlmtune.data.sources.drawn.scenes import Course, labelled_scene
 from vlmtune.models import pico
 
@@ -34,14 +34,14 @@ def test_scenes_ask_nothing_that_easy_vqa_asks() -> None:
     assert not ours & theirs
 
 
-@pytest.mark.parametrize("load", [drawn.load, drawn.load_see, drawn.load_compare])
+@pytest.mark.parametrize("load", [courses.load, courses.load_see, courses.load_compare])
 def test_rows_of_a_scene_share_its_image_and_held_out_ones_are_never_trained_on(load: object) -> None:
     splits = load(DataConfig())  # type: ignore[operator]
     train, held_out = splits["train"], splits["validation"]
     rows = train[: train.rows]
     assert {row.group for row in rows} == {rows[0].group}
     assert train[train.rows].group != rows[0].group
-    assert train.groups[: train.rows + 1] == [0] * train.rows + [1]
+    assert train.groups()[: train.rows + 1] == [0] * train.rows + [1]
     assert train[len(train) - 1].group < held_out[0].group
     with pytest.raises(IndexError):
         train[len(train)]
@@ -63,7 +63,7 @@ def test_the_weights_that_ship_are_small_safe_and_see() -> None:
     )
     right: dict[str, list[bool]] = {}
     rows, asked = [], []
-    for seed in range(drawn.FIRST_HELD_OUT, drawn.FIRST_HELD_OUT + 30):
+    for seed in range(courses.FIRST_HELD_OUT, courses.FIRST_HELD_OUT + 30):
         picture, questions = labelled_scene(seed, 9, "compare")
         rows += [Record((Turn(question.text),), (picture,)) for question in questions[1:]]
         asked += questions[1:]

@@ -14,8 +14,9 @@ import tiny_families
 from grids import sampled
 from vlmtune.data.records import Record, Turn
 from vlmtune.errors import DataError
-from vlmtune.prompt.encode import IGNORE, Encoder
+from vlmtune.prompt.encode import Encoder
 from vlmtune.prompt.families import Family
+from vlmtune.prompt.labels import IGNORE
 from vlmtune.proof.checks import check_inputs, check_labels
 
 FAMILIES = [*tiny.FAMILIES, *tiny_families.FAMILIES]
@@ -158,7 +159,7 @@ def test_all_answers_are_found_where_images_differ_between_questions(
     turns = (Turn("a?", ("one",), (0,)), Turn("b?", (" two",)), Turn("c?", ("",), (2,)), Turn("d?", ("four",)))
     row = Record(turns, (PICTURES[0], PICTURES[1]))
     labels = encoder.encode([row], answered=True).labels[0]
-    assert sum(i in encoder.end_ids for i in labels) == 4, "each answer learns to stop"
+    assert sum(i in encoder.answers.end_ids for i in labels) == 4, "each answer learns to stop"
     found = encoder.supervised_texts(row)
     assert ["".join(text.split()).removesuffix("</s>").split("<")[0] for text in found] == ["one", "two", "", "four"]
     alone = encoder.supervised_texts(Record(turns[:1], (PICTURES[0],)))[0]
@@ -242,7 +243,7 @@ def test_a_models_own_tokens_in_answers_are_these_tokens(
     assert encoded.input_ids[0].count(numbers[2]) == 1
     check_labels(encoder, [row])
     answer = [i for i in encoded.labels[0] if i != IGNORE]
-    [text] = encoder.decode([answer])
+    [text] = encoder.answers.decode([answer])
     assert "".join(text.split()) == "<|object_ref_start|>cat<|object_ref_end|><|quad_start|>(1,2)", "and read back"
 
 

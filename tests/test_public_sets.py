@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from vlmtune.config.schema import ColumnsConfig, DataConfig, TaskConfig
-from vlmtune.data.records import Split
+from vlmtune.data.splits import Split
 from vlmtune.data.table import load
 from vlmtune.errors import DataError
 

@@ -111,17 +111,19 @@ def test_a_quantized_model_is_near_the_full_one(
 
 
 def test_null_means_the_type_that_the_run_computes_in() -> None:
-    found = quantization_config({**tiny.QUANTIZED["nf4"], "bnb_4bit_quant_storage": None}, ["visual"], torch.bfloat16)
+    found = quantization_config(
+        tiny.method({**tiny.QUANTIZED["nf4"], "bnb_4bit_quant_storage": None}), ["visual"], torch.bfloat16
+    )
     assert found.bnb_4bit_compute_dtype == torch.bfloat16
     assert found.bnb_4bit_quant_storage == torch.uint8
     chosen = {**tiny.QUANTIZED["nf4"], "bnb_4bit_compute_dtype": "float16", "llm_int8_skip_modules": ["mine"]}
-    found = quantization_config(chosen, ["visual"], torch.bfloat16)
+    found = quantization_config(tiny.method(chosen), ["visual"], torch.bfloat16)
     assert (found.bnb_4bit_compute_dtype, found.llm_int8_skip_modules) == (torch.float16, ["mine", "visual"])
 
 
 def test_a_value_that_the_class_refuses_is_a_config_error() -> None:
     with pytest.raises(ConfigError, match="quantization: "):
-        quantization_config({**tiny.QUANTIZED["nf4"], "load_in_4bit": "many"}, [], torch.float32)
+        quantization_config(tiny.method({**tiny.QUANTIZED["nf4"], "load_in_4bit": "many"}), [], torch.float32)
 
 
 def test_bitsandbytes_sets_its_compiled_functions_up_when_they_are_called() -> None:

@@ -26,7 +26,6 @@ from vlmtune.errors import CheckpointError, ConfigError
 from vlmtune.launch import lock
 from vlmtune.training import checkpoint
 from vlmtune.training.checkpoint import load_checkpoint, save_checkpoint
-from vlmtune.training.optim import build_scheduler, go_to
 from vlmtune.training.resume import KINDS, Kind, changes, kind_of, values
 
 FOLDER = Path("runs/mine/checkpoints/step_000004")
@@ -158,24 +157,6 @@ def test_hyper_parameters_are_those_of_the_resumed_config(weights: Path, tmp_pat
     old, new = first.optimizer.state_dict()["state"], second.optimizer.state_dict()["state"]
     assert old.keys() == new.keys()
     assert all(torch.equal(old[n][key], new[n][key]) for n in old for key in old[n] if torch.is_tensor(old[n][key]))
-
-
-@pytest.mark.parametrize("name", ["cosine", "linear", "constant"])
-def test_the_learning_rate_of_a_step_does_not_depend_on_how_it_was_reached(name: str) -> None:
-    trainer = tiny.config(None, learning_rate=0.3).trainer
-    trainer.scheduler = dataclasses.replace(trainer.scheduler, name=name, warmup_fraction=0.3)
-
-    def scheduler() -> tuple[Any, Any]:
-        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.3)
-        return optimizer, build_scheduler(optimizer, trainer, 10)
-
-    optimizer, straight = scheduler()
-    for step in range(10):
-        resumed_optimizer, resumed = scheduler()
-        go_to(resumed, step)
-        assert resumed_optimizer.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
-        assert resumed.get_last_lr() == straight.get_last_lr()
-        straight.step()
 
 
 def test_a_process_more_than_there_were_draws_as_the_first(weights: Path, tmp_path: Path) -> None:

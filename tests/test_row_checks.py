@@ -18,8 +18,9 @@ from tokenizers import AddedToken
 import tiny
 import vlmtune
 from vlmtune.config.schema import DataConfig, GenerationConfig
-from vlmtune.data.records import Record, Split, Turn
-from vlmtune.data.table import BadRowsError
+from vlmtune.data.bad_rows import BadRowsError
+from vlmtune.data.records import Record, Turn
+from vlmtune.data.splits import RecordList, Split
 from vlmtune.errors import ModelError
 from vlmtune.prompt.encode import Encoder
 from vlmtune.proof import rows as row_checks
@@ -89,8 +90,8 @@ def test_among_many_sizes_only_the_extreme_are_tried(
 ) -> None:
     encoder = encoder_of("qwen2_vl")
     tried: list[Any] = []
-    real = encoder.image_tokens
-    monkeypatch.setitem(vars(encoder), "image_tokens", lambda sizes: tried.append(sizes) or real(sizes))
+    real = encoder.images.tokens
+    monkeypatch.setattr(encoder.images, "tokens", lambda sizes: tried.append(sizes) or real(sizes))
     records = [tiny.record(images=[Image.new("RGB", (30 + n, 50))]) for n in range(200)]
     records += [tiny.record(images=[Image.new("RGB", (1, 300 + n))]) for n in range(3)]
     assert sorted(looked(encoder, records)) == [200, 201, 202]
@@ -114,7 +115,7 @@ def test_a_token_without_an_embedding_names_both_numbers(encoder_of: Callable[[s
 
 def test_a_tokenizer_of_another_model_is_refused(encoder_of: Callable[[str], Encoder]) -> None:
     encoder = encoder_of("qwen2_vl")
-    split = {"train": Split([tiny.record()])}
+    split = {"train": Split(RecordList([tiny.record()]))}
     with pytest.raises(ModelError, match=r"the tokenizer has \d+ tokens and the model's embedding 100 rows"):
         check_rows(encoder, split, config(), Limits(None, 100))
 
@@ -128,7 +129,7 @@ def test_refused_rows_follow_the_policy(encoder_of: Callable[[str], Encoder]) ->
     def splits() -> dict[str, Split]:
         rows = [Record((Turn(f"{n}?", ("a",)),), (tiny.image(),), file="t.csv", row=n) for n in range(20)]
         strip = Record((Turn("strip?", ("a",)),), (Image.new("RGB", (4000, 8)),), file="t.csv", row=20)
-        return {"train": Split([*rows, strip]), "validation": Split([*rows[:9], strip])}
+        return {"train": Split(RecordList([*rows, strip])), "validation": Split(RecordList([*rows[:9], strip]))}
 
     with pytest.raises(BadRowsError, match=r"1 of 21 rows can't be used .*refuses the image") as caught:
         check_rows(encoder, splits(), config(), ROOMY)
@@ -193,11 +194,11 @@ def test_markers_and_long_references_are_told_once(
     encoder, made = encoder_of("qwen2_vl"), config()
     made.generation = GenerationConfig(max_new_tokens=4)
     rows = [tiny.record("<image>\nWhat?", "red"), tiny.record("a <|im_end|>", "b"), tiny.record("<image>", "c " * 9)]
-    check_rows(encoder, {"train": Split(rows), "validation": Split(rows)}, made, ROOMY)
+    check_rows(encoder, {name: Split(RecordList(rows)) for name in ("train", "validation")}, made, ROOMY)
     assert "<image> in 4 rows, <|im_end|> in 2 rows" in caplog.text
     assert "generation.max_new_tokens=4 is shorter than the references of 1 of 3 evaluated rows" in caplog.text
     caplog.clear()
-    check_rows(encoder, {"train": Split(rows[1:2] * 2)}, made, ROOMY)
+    check_rows(encoder, {"train": Split(RecordList(rows[1:2] * 2))}, made, ROOMY)
     assert [record.levelname for record in caplog.records] == ["INFO"]
 
 
@@ -207,7 +208,7 @@ def test_rows_of_unlike_form_are_all_proven(encoder_of: Callable[[str], Encoder]
         tiny.record("a?", "$1"),
         tiny.record("a?", "b", []),
     ]
-    assert row_checks.examples(encoder_of("qwen2_vl"), rows) == [rows[0], *rows[-3:]]
+    assert row_checks.examples(encoder_of("qwen2_vl"), RecordList(rows)) == [rows[0], *rows[-3:]]
 
 
 def test_a_stream_asks_the_model_for_each_row(encoder_of: Callable[[str], Encoder], tmp_path: Path) -> None:
@@ -219,6 +220,6 @@ def test_a_stream_asks_the_model_for_each_row(encoder_of: Callable[[str], Encode
     cells = [{"image_path": None, "question": q, "answer": "a"} for q in ("one?", "long " * 200, "three?")]
     data = DataConfig(on_bad_row="drop")
     stream = datasets.Dataset.from_list(cells).to_iterable_dataset()
-    rows = StreamedRows(stream, Reader(data, TaskConfig(), "set", True), data, 0)
-    check_rows(encoder_of("qwen2_vl"), {"train": Split(rows)}, config(on_bad_row="drop"), Limits(150, 100_000))
-    assert [rows[n].question for n in range(2)] == ["one?", "three?"]
+    split = Split(StreamedRows(stream, Reader(data, TaskConfig(), "set", True), data, 0))
+    check_rows(encoder_of("qwen2_vl"), {"train": split}, config(on_bad_row="drop"), Limits(150, 100_000))
+    assert [split.records[n].question for n in range(2)] == ["one?", "three?"]

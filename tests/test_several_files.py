@@ -13,8 +13,9 @@ from PIL import Image
 import tiny
 from vlmtune.config import compose
 from vlmtune.config.schema import ColumnsConfig, DataConfig, TaskConfig
+from vlmtune.data.bad_rows import BadRowsError
 from vlmtune.data.sources.files import read_table
-from vlmtune.data.table import BadRowsError, load, read_files
+from vlmtune.data.table import load, read_files
 from vlmtune.errors import ConfigError, DataError
 from vlmtune.launch import surroundings
 from vlmtune.predict.predictor import Predictor
@@ -266,7 +267,7 @@ def test_a_row_repeated_in_another_file_names_both(folder: Path) -> None:
 
 def test_repeats_of_records_are_not_looked_for_so_the_key_is_refused() -> None:
     with pytest.raises(DataError, match=r"data\.on_duplicate"):
-        load(DataConfig(_target_="vlmtune.data.sources.drawn.drawn.load", on_duplicate="drop"), TaskConfig(), 0)
+        load(DataConfig(_target_="vlmtune.data.sources.drawn.courses.load", on_duplicate="drop"), TaskConfig(), 0)
 
 
 # ---------------------------------------------------------------- lists in objects

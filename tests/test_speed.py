@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import platform
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -29,7 +30,7 @@ from vlmtune.data.records import Record
 from vlmtune.errors import ConfigError, DataError
 from vlmtune.evaluation.drafts import Draft
 from vlmtune.evaluation.generate import generate
-from vlmtune.models import adapters, lora
+from vlmtune.models import adapters, lora, rewrites
 from vlmtune.models import features as kept
 from vlmtune.models.adapters import adapt
 from vlmtune.models.features import Features
@@ -39,8 +40,9 @@ from vlmtune.models.rewrites import ATTENTION, PatchMatmul, QuickGELU, keep_free
 from vlmtune.objectives import next_token as losses
 from vlmtune.objectives.next_token import summed_loss, supervised_logits
 from vlmtune.prompt import image_cache
-from vlmtune.prompt.encode import IGNORE, Encoder
+from vlmtune.prompt.encode import Encoder
 from vlmtune.prompt.image_cache import Pixels, pixels_mark
+from vlmtune.prompt.labels import IGNORE
 from vlmtune.proof.probes import ImageCache, answers_agree, choose_cache
 
 FAMILIES = [*tiny.FAMILIES, *tiny_families.FAMILIES]
@@ -56,27 +58,13 @@ def empty() -> None:
 
 
 @pytest.fixture
-def family_encoder(encoder_of: Callable[[str], Encoder]) -> Any:
-    """An encoder by family that forgets its features after the test: encoders are shared by the session."""
-    used: list[Encoder] = []
-
-    def encoder(family: str) -> Encoder:
-        used.append(encoder_of(family))
-        return used[-1]
-
-    yield encoder
-    for each in used:
-        each.image_cache = None
-
-
-@pytest.fixture
 def adapted(checkpoint_of: Callable[[str], Path]) -> Callable[[str, str], Any]:
     """A family's model with LoRA, B drawn too: it starts as zero, and A would get no gradient."""
 
     def model(family: str, quantization: str) -> Any:
         config = tiny.config(checkpoint_of(family), adapter=tiny.LORA)
         types = {"dtype": torch.float32, "compute_dtype": torch.float32, "device": torch.device("cpu")}
-        opened, _ = load(config.model, {"none": tiny.NONE, **tiny.QUANTIZED}[quantization], **types)
+        opened, _ = load(config.model, tiny.method(tiny.QUANTIZED.get(quantization, {})), **types)
         made = adapt(opened, config, find_parts(opened)).eval()
         for parameter in made.parameters():
             if parameter.requires_grad:
@@ -114,15 +102,15 @@ def rows(encoder: Encoder) -> list[Record]:
 
 
 @pytest.mark.parametrize("family", sampled(FAMILIES, QUICK))
-def test_features_equal_pixels(family: str, family_encoder: Any, model_of: Callable[[str], Any]) -> None:
-    encoder, model = family_encoder(family), frozen(model_of(family))
+def test_features_equal_pixels(family: str, encoder_of: Any, model_of: Callable[[str], Any]) -> None:
+    encoder, model = encoder_of(family), frozen(model_of(family))
     if family in REFUSED:
         assert REFUSED[family] in str(kept.refusal(model, find_parts(model)))
         return
     assert kept.refusal(model, find_parts(model)) is None
     layouts = [padded, *([shared] if family in SHARED else [])]
     wanted = [loss_and_gradient(model, make(encoder, rows(encoder))) for make in layouts]
-    encoder.image_cache = features_of(model, encoder)
+    encoder = encoder.keeping(features_of(model, encoder))
     for _ in range(2):  # computed, then found
         for make, (loss, gradient) in zip(layouts, wanted, strict=True):
             batch = make(encoder, rows(encoder))
@@ -136,11 +124,11 @@ def test_features_equal_pixels(family: str, family_encoder: Any, model_of: Calla
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 @pytest.mark.parametrize("family", ["qwen2_vl", "llava"])
 def test_features_equal_pixels_under_lora(
-    family: str, quantization: str, family_encoder: Any, adapted: Callable[..., Any]
+    family: str, quantization: str, encoder_of: Any, adapted: Callable[..., Any]
 ) -> None:
-    encoder, model = family_encoder(family), adapted(family, quantization)
+    encoder, model = encoder_of(family), adapted(family, quantization)
     loss, gradient = loss_and_gradient(model, padded(encoder, rows(encoder)))
-    encoder.image_cache = features_of(model, encoder)
+    encoder = encoder.keeping(features_of(model, encoder))
     found, other = loss_and_gradient(model, padded(encoder, rows(encoder)))
     assert found == pytest.approx(loss, rel=1e-5)
     assert (other - gradient).norm() <= 1e-5 * gradient.norm()
@@ -204,8 +192,8 @@ def chosen(model: Any, encoder: Encoder, wish: str, *, seen_once: bool = False) 
     return choose_cache(model, find_parts(model), encoder, sample, config, Accelerator(cpu=True), seen_once=seen_once)
 
 
-def test_features_are_chosen_with_the_reason(family_encoder: Any, model_of: Callable[[str], Any]) -> None:
-    encoder, model = family_encoder("llava"), frozen(model_of("llava"))
+def test_features_are_chosen_with_the_reason(encoder_of: Any, model_of: Callable[[str], Any]) -> None:
+    encoder, model = encoder_of("llava"), frozen(model_of("llava"))
     assert "computed each time (data.cache_features=off)" in chosen(model, encoder, "off").sentence
     once = chosen(model, encoder, "auto", seen_once=True)
     assert "each image is needed once" in once.sentence
@@ -220,10 +208,8 @@ def test_features_are_chosen_with_the_reason(family_encoder: Any, model_of: Call
     assert "gives an image other features each time" in chosen(model, encoder, "auto").sentence
 
 
-def test_the_next_trial_finds_the_features_of_the_one_before(
-    family_encoder: Any, model_of: Callable[[str], Any]
-) -> None:
-    encoder = family_encoder("llava")
+def test_the_next_trial_finds_the_features_of_the_one_before(encoder_of: Any, model_of: Callable[[str], Any]) -> None:
+    encoder = encoder_of("llava")
     for trial in range(2):
         store = chosen(frozen(model_of("llava")), encoder, "auto").store
         assert store is not None
@@ -231,21 +217,19 @@ def test_the_next_trial_finds_the_features_of_the_one_before(
 
 
 def test_the_check_finds_features_of_another_image(
-    family_encoder: Any, model_of: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+    encoder_of: Any, model_of: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(image_cache, "_key", lambda source, opened: "one for all")
-    found = chosen(frozen(model_of("llava")), family_encoder("llava"), "auto")
+    found = chosen(frozen(model_of("llava")), encoder_of("llava"), "auto")
     assert "computed each time (loss differs by" in found.sentence
 
 
-def test_features_on_disk_come_back_bit_equal(
-    family_encoder: Any, model_of: Callable[[str], Any], tmp_path: Path
-) -> None:
-    encoder, model = family_encoder("qwen3_vl"), model_of("qwen3_vl")
+def test_features_on_disk_come_back_bit_equal(encoder_of: Any, model_of: Callable[[str], Any], tmp_path: Path) -> None:
+    encoder, model = encoder_of("qwen3_vl"), model_of("qwen3_vl")
     found = []
     for _ in range(2):
         image_cache.STORES.clear()
-        encoder.image_cache = features_of(model, encoder, cache_features="disk", cache_folder=str(tmp_path))
+        encoder = encoder.keeping(features_of(model, encoder, cache_features="disk", cache_folder=str(tmp_path)))
         found.append(padded(encoder, rows(encoder)).inputs)
     assert encoder.image_cache.computed == 0
     outputs = [vars(inputs["mm_encoder_outputs"]["image"]) for inputs in found]
@@ -254,8 +238,8 @@ def test_features_on_disk_come_back_bit_equal(
     assert torch.equal(found[0]["image_grid_thw"], found[1]["image_grid_thw"])
 
 
-def test_what_features_depend_on_is_in_their_fingerprint(family_encoder: Any, model_of: Callable[[str], Any]) -> None:
-    encoder, model, engine = family_encoder("llava"), model_of("llava"), Accelerator(cpu=True)
+def test_what_features_depend_on_is_in_their_fingerprint(encoder_of: Any, model_of: Callable[[str], Any]) -> None:
+    encoder, model, engine = encoder_of("llava"), model_of("llava"), Accelerator(cpu=True)
 
     def mark() -> str:
         return kept.fingerprint(model, find_parts(model), encoder.processor, engine)
@@ -292,17 +276,17 @@ def test_pictures_are_told_apart_by_their_pixels_as_opened() -> None:
 
 
 def test_a_file_that_vanished_is_told_with_its_row(
-    family_encoder: Any, model_of: Callable[[str], Any], tmp_path: Path
+    encoder_of: Any, model_of: Callable[[str], Any], tmp_path: Path
 ) -> None:
-    encoder = family_encoder("llava")
-    encoder.image_cache = features_of(model_of("llava"), encoder)
+    encoder = encoder_of("llava")
+    encoder = encoder.keeping(features_of(model_of("llava"), encoder))
     record = tiny.record("What?", "this", [tmp_path / "gone.png"])
     with pytest.raises(DataError, match=f"{record.place}: no such image: .*gone.png"):
         padded(encoder, [record])
 
 
-def test_one_mark_is_kept_at_a_time(family_encoder: Any, model_of: Callable[[str], Any]) -> None:
-    encoder, model = family_encoder("llava"), model_of("llava")
+def test_one_mark_is_kept_at_a_time(encoder_of: Any, model_of: Callable[[str], Any]) -> None:
+    encoder, model = encoder_of("llava"), model_of("llava")
     first = features_of(model, encoder)
     assert features_of(model, encoder).store is first.store
     with torch.no_grad():
@@ -316,14 +300,14 @@ def test_one_mark_is_kept_at_a_time(family_encoder: Any, model_of: Callable[[str
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_kept_pixels_equal_those_made_anew(family: str, family_encoder: Any, tmp_path: Path) -> None:
-    encoder = family_encoder(family)
+def test_kept_pixels_equal_those_made_anew(family: str, encoder_of: Any, tmp_path: Path) -> None:
+    encoder = encoder_of(family)
     layouts = [padded, *([shared] if family in SHARED else [])]
     wanted = [make(encoder, rows(encoder)) for make in layouts]
     for _ in range(2):  # written, then read
         image_cache.STORES.clear()
         config = DataConfig(cache_features="disk", cache_folder=str(tmp_path))
-        encoder.image_cache = Pixels(pixels_mark(encoder.processor, True), config)
+        encoder = encoder.keeping(Pixels(pixels_mark(encoder.processor, True), config))
         for _ in range(2):
             for make, plain in zip(layouts, wanted, strict=True):
                 batch = make(encoder, rows(encoder))
@@ -332,9 +316,9 @@ def test_kept_pixels_equal_those_made_anew(family: str, family_encoder: Any, tmp
 
 
 def test_pixels_are_kept_on_demand_where_the_tower_trains(
-    family_encoder: Any, model_of: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+    encoder_of: Any, model_of: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encoder, model = family_encoder("llava"), model_of("llava")
+    encoder, model = encoder_of("llava"), model_of("llava")
     assert "computed each time (the projector and the vision train)" in chosen(model, encoder, "auto").sentence
     kept = chosen(model, encoder, "memory")
     assert "but pixels are, in memory (bit-equal" in kept.sentence
@@ -448,23 +432,21 @@ def answers(model: Any, encoder: Encoder, records: list[Record], share: bool, lo
 
 
 @pytest.mark.parametrize("family", sorted(SHARED))
-def test_shared_answers_are_those_of_single_rows(
-    family: str, family_encoder: Any, model_of: Callable[[str], Any]
-) -> None:
-    encoder, model = family_encoder(family), model_of(family)
+def test_shared_answers_are_those_of_single_rows(family: str, encoder_of: Any, model_of: Callable[[str], Any]) -> None:
+    encoder, model = encoder_of(family), model_of(family)
     records = tiny.records(7, per_image=3, sizes=SIZES)
     assert answers(model, encoder, records, share=True) == answers(model, encoder, records, share=False)
     assert answers_agree(model, encoder, records, Accelerator(cpu=True))
 
 
 def test_shared_answers_end_each_at_its_own_end(
-    family_encoder: Any, model_of: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+    encoder_of: Any, model_of: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A head whose choice depends on the token seen, so that branches end after different counts of tokens."""
-    encoder, model = family_encoder("qwen2_vl"), model_of("qwen2_vl")
+    encoder, model = encoder_of("qwen2_vl"), model_of("qwen2_vl")
     seen: list[list[list[int]]] = []
-    monkeypatch.setattr(encoder, "decode", lambda ids: seen.append(ids) or [""] * len(ids))
-    end = encoder.end_ids[0]
+    monkeypatch.setattr(encoder.answers, "decode", lambda ids: seen.append(ids) or [""] * len(ids))
+    end = encoder.answers.end_ids[0]
     torch.manual_seed(0)
     nn.init.normal_(model.get_output_embeddings().weight, std=1.0)
     with torch.no_grad():
@@ -481,9 +463,9 @@ def test_shared_answers_end_each_at_its_own_end(
 
 
 def test_the_check_finds_answers_that_see_other_branches(
-    family_encoder: Any, model_of: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+    encoder_of: Any, model_of: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encoder, model = family_encoder("qwen2_vl"), model_of("qwen2_vl")
+    encoder, model = encoder_of("qwen2_vl"), model_of("qwen2_vl")
     nn.init.normal_(model.get_output_embeddings().weight, std=1.0)
     records = tiny.records(8, per_image=4)
     assert answers_agree(model, encoder, records, Accelerator(cpu=True))
@@ -498,7 +480,7 @@ def pico() -> tuple[Any, Encoder, list[Record]]:
     """The untuned model of the default run, which is right on some of its questions and wrong on others."""
     config, _ = compose.read("train", ["data.max_train_rows=1", "data.max_eval_rows=40"])
     types = {"dtype": torch.float32, "compute_dtype": torch.float32, "device": torch.device("cpu")}
-    model, processor = load(config.model, tiny.NONE, **types)
+    model, processor = load(config.model, tiny.method({}), **types)
     records = table.load(config.data, config.task, 0)["validation"].records
     return model.eval(), Encoder(processor), list(records)
 
@@ -518,10 +500,8 @@ def test_drafts_are_what_generation_writes(make: Any, pico: tuple[Any, Encoder, 
     assert never == [None] * len(records)
 
 
-def test_no_drafts_where_greedy_search_would_take_other_tokens(
-    family_encoder: Any, model_of: Callable[[str], Any]
-) -> None:
-    encoder, model = family_encoder("qwen2_vl"), model_of("qwen2_vl")
+def test_no_drafts_where_greedy_search_would_take_other_tokens(encoder_of: Any, model_of: Callable[[str], Any]) -> None:
+    encoder, model = encoder_of("qwen2_vl"), model_of("qwen2_vl")
     assert Draft(model, encoder, GenerationConfig()).usable
     assert not Draft(model, encoder, GenerationConfig(temperature=0.7)).usable
     model.generation_config.repetition_penalty = 1.05
@@ -589,9 +569,7 @@ def test_lora_is_left_to_peft_where_it_is_more_than_the_product(
 
 def test_a_convolution_of_single_patches_is_a_matmul() -> None:
     plain = nn.Conv3d(3, 8, (2, 14, 14), (2, 14, 14), bias=True)
-    fast = nn.Conv3d(3, 8, (2, 14, 14), (2, 14, 14), bias=True)
-    fast.load_state_dict(plain.state_dict())
-    fast.__class__ = PatchMatmul
+    fast = PatchMatmul.of(copy.deepcopy(plain))
     for shape in ((5, 3, 2, 14, 14), (2, 3, 4, 28, 14)):  # one patch each, and the general case
         pixels = torch.randn(shape)
         first, second = plain(pixels), fast(pixels)
@@ -603,7 +581,8 @@ def test_a_convolution_of_single_patches_is_a_matmul() -> None:
 
 
 def test_quick_gelu_in_one_step() -> None:
-    plain, fast = QuickGELUActivation(), QuickGELU()
+    plain = QuickGELUActivation()
+    fast = QuickGELU(plain)
     x, up = (8 * torch.randn(64, 32, dtype=torch.float64)).requires_grad_(), torch.randn(64, 32, dtype=torch.float64)
     first, second = plain(x), fast(x)
     torch.testing.assert_close(second, first, rtol=1e-12, atol=1e-12)
@@ -612,14 +591,12 @@ def test_quick_gelu_in_one_step() -> None:
     assert torch.autograd.gradcheck(fast, torch.randn(3, 4, dtype=torch.float64, requires_grad=True))
 
 
-def test_lengths_are_rounded_up_where_new_shapes_cost(family_encoder: Any, model_of: Callable[[str], Any]) -> None:
-    encoder, model, cpu = family_encoder("qwen2_vl"), model_of("qwen2_vl"), torch.device("cpu")
+def test_lengths_are_rounded_up_where_new_shapes_cost(encoder_of: Any, model_of: Callable[[str], Any]) -> None:
+    encoder, model, cpu = encoder_of("qwen2_vl"), model_of("qwen2_vl"), torch.device("cpu")
+    rounding = Encoder(encoder.processor, pad_to_multiple_of=length_multiple(cpu, torch.bfloat16))
     assert length_multiple(cpu, torch.float32) == length_multiple(torch.device("cuda"), torch.bfloat16) == 1
     for make in (padded, shared):
-        plain = make(encoder, rows(encoder))
-        encoder.pad_to_multiple_of = length_multiple(cpu, torch.bfloat16)
-        longer = make(encoder, rows(encoder))
-        encoder.pad_to_multiple_of = 1
+        plain, longer = make(encoder, rows(encoder)), make(rounding, rows(encoder))
         assert longer.input_ids.shape[1] % 16 == 0
         assert 0 < longer.input_ids.shape[1] - plain.input_ids.shape[1] < 16
         loss, gradient = loss_and_gradient(model, plain)
@@ -632,17 +609,15 @@ def test_freed_memory_is_kept_by_this_c_library() -> None:
     assert keep_freed_memory() == (platform.libc_ver()[0] == "glibc")
 
 
-def test_a_model_on_a_cpu_is_rewritten_and_equal(
-    checkpoint_of: Callable[[str], Path], family_encoder: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    encoder, cpu = family_encoder("qwen2_vl"), torch.device("cpu")
+def test_a_model_on_a_cpu_is_rewritten_and_equal(checkpoint_of: Callable[[str], Path], encoder_of: Any) -> None:
+    encoder, cpu = encoder_of("qwen2_vl"), torch.device("cpu")
     path = ModelConfig(path=str(checkpoint_of("qwen2_vl")))
 
     def opened(compute: torch.dtype) -> Any:
-        return load(path, tiny.NONE, dtype=compute, compute_dtype=compute, device=cpu)[0].eval()
+        return load(path, tiny.method({}), dtype=compute, compute_dtype=compute, device=cpu)[0].eval()
 
     fast, half = opened(torch.float32), opened(torch.bfloat16)
-    monkeypatch.setattr("vlmtune.models.load.rewrite", lambda *_: [])
+    path.rewrites = "off"
     plain, plain_half = opened(torch.float32), opened(torch.bfloat16)
     assert [type(m.model.visual.patch_embed.proj) for m in (fast, plain)] == [PatchMatmul, nn.Conv3d]
     assert [type(m.model.visual.blocks[0].mlp.act) for m in (fast, plain)] == [QuickGELU, QuickGELUActivation]
@@ -656,3 +631,33 @@ def test_a_model_on_a_cpu_is_rewritten_and_equal(
         halves = [summed_loss(model, batch).item() for model in (half, plain_half)]
         assert halves == pytest.approx([loss, loss], rel=1e-2)
         assert abs(halves[0] - loss) <= abs(halves[1] - loss) + 1e-3 * loss
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+def test_a_rewritten_model_computes_the_plain_way_for_a_comparison(
+    checkpoint_of: Callable[[str], Path], encoder_of: Any, compute: torch.dtype
+) -> None:
+    """Bit by bit what `model.rewrites=off` gives, and afterwards the fast way again."""
+    batch = padded(encoder_of("qwen2_vl"), rows(encoder_of("qwen2_vl")))
+
+    def opened(rewrites: str) -> Any:
+        config = tiny.config(checkpoint_of("qwen2_vl"), adapter=tiny.LORA, model={"rewrites": rewrites})
+        types = {"dtype": compute, "compute_dtype": compute, "device": torch.device("cpu")}
+        model = load(config.model, config.quantization, **types)[0]
+        torch.manual_seed(1)
+        return adapt(model, config, find_parts(model)).train()
+
+    fast, plain = opened("auto"), opened("off")
+    assert (rewrites.is_used(fast), rewrites.is_used(plain)) == (True, False)
+    before, (loss, gradient) = loss_and_gradient(fast, batch), loss_and_gradient(plain, batch)
+    with rewrites.plain(fast):
+        assert not rewrites.is_used(fast)
+        found, other = loss_and_gradient(fast, batch)
+    assert found == loss
+    assert torch.equal(other, gradient)
+    assert not torch.equal(before[1], gradient)
+    again = loss_and_gradient(fast, batch)
+    assert again[0] == before[0]
+    assert torch.equal(again[1], before[1])
+    rewrites.switch_off(fast)
+    assert torch.equal(loss_and_gradient(fast, batch)[1], gradient)

@@ -18,8 +18,11 @@ from PIL import Image
 import tiny
 from vlmtune.config.schema import ColumnsConfig, DataConfig, TaskConfig
 from vlmtune.data import audit
-from vlmtune.data.records import BadRow, Record, Split, Turn
-from vlmtune.data.table import BadRowsError, audit_frame, load, read_files, write_quarantine
+from vlmtune.data.audit import audit_frame
+from vlmtune.data.bad_rows import BadRowsError, write_quarantine
+from vlmtune.data.records import BadRow, Record, Turn
+from vlmtune.data.splits import Split
+from vlmtune.data.table import load, read_files
 from vlmtune.errors import ConfigError, DataError
 
 HEADER = "image_path,question,answer\n"
@@ -347,14 +350,14 @@ def test_held_out_images_are_whole_disjoint_and_the_same_for_a_seed(folder: Path
     assert (len(groups["train"]), len(groups["validation"])) == (7, 3)
     assert not groups["train"] & groups["validation"]
     assert len(first["train"]) + len(first["validation"]) == 60
-    assert first["validation"].records == again["validation"].records != other["validation"].records
+    assert first["validation"].records[:] == again["validation"].records[:] != other["validation"].records[:]
 
 
 def test_held_out_rows_do_not_train_when_only_train_is_asked_for(folder: Path) -> None:
     config = many(folder, validation_fraction=0.3)
     together = load(config, TaskConfig(), 0)
-    assert load(config, TaskConfig(), 0, ("train",))["train"].records == together["train"].records
-    assert load(config, TaskConfig(), 0, ("validation",))["validation"].records == together["validation"].records
+    assert load(config, TaskConfig(), 0, ("train",))["train"].records[:] == together["train"].records[:]
+    assert load(config, TaskConfig(), 0, ("validation",))["validation"].records[:] == together["validation"].records[:]
 
 
 def test_a_given_validation_file_holds_nothing_out(folder: Path) -> None:

@@ -18,9 +18,11 @@ import pytest
 
 import tiny
 from vlmtune.config.schema import ColumnsConfig, DataConfig, TaskConfig
+from vlmtune.data.audit import audit_frame
+from vlmtune.data.bad_rows import BadRowsError
 from vlmtune.data.cells import from_json, to_json
-from vlmtune.data.records import Split
-from vlmtune.data.table import BadRowsError, audit_frame, load
+from vlmtune.data.splits import Split
+from vlmtune.data.table import load
 from vlmtune.errors import DataError
 from vlmtune.record.runfolder import write_table
 

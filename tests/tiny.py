@@ -25,6 +25,7 @@ from vlmtune.config.schema import (
     Config,
     DataConfig,
     GenerationConfig,
+    MethodConfig,
     ModelConfig,
     OptimizerConfig,
     SchedulerConfig,
@@ -32,7 +33,8 @@ from vlmtune.config.schema import (
     TrackerConfig,
     TrainerConfig,
 )
-from vlmtune.data.records import Record, Split, Turn
+from vlmtune.data.records import Record, Turn
+from vlmtune.data.splits import RecordList, Split
 from vlmtune.models.parts import Parts
 from vlmtune.models.peft_config import peft_config
 from vlmtune.models.targets import narrow
@@ -285,7 +287,7 @@ def write_csv(folder: Path, rows: Iterable[tuple[str, str]], *, per_image: int =
 
 def targets(model: Any, parts: Parts, wanted: Any, scope: list[str]) -> list[str]:
     """Full names of the modules that LoRA takes for `target_modules=wanted` in the parts `scope`."""
-    config = peft_config({"method": "lora", "target_modules": wanted})
+    config = peft_config("lora", {"target_modules": wanted})
     narrow(config, model, parts, scope)
     return sorted(config.target_modules)
 
@@ -308,6 +310,12 @@ QUANTIZED: dict[str, dict[str, Any]] = {
 } | {"int8": {"method": "bitsandbytes_8bit", "parts": ["language"], "load_in_8bit": True, "llm_int8_threshold": 6.0}}
 
 
+def method(keys: dict[str, Any]) -> MethodConfig:
+    """`adapter` or `quantization` from its keys as YAML has them."""
+    rest = {key: value for key, value in keys.items() if key not in ("method", "parts")}
+    return MethodConfig(keys.get("method"), list(keys.get("parts", ["language"])), rest)
+
+
 def config(
     path: Path | str | None,
     *,
@@ -319,11 +327,12 @@ def config(
     **trainer: Any,
 ) -> Config:
     """A run's config: full fine-tuning of the model in `path` in fp32 unless said otherwise; `trainer` are its keys."""
-    steps = {"max_steps": 3, "batch_size": 4, "learning_rate": 1e-3, "precision": "fp32", "num_workers": 0, **trainer}
+    steps = {"max_steps": 3, "batch_size": 4, "learning_rate": 1e-3, "precision": "fp32", "num_workers": 0}
+    steps |= {"eval_every": None, "save_every": None, **trainer}
     return Config(
         ModelConfig(path=None if path is None else str(path), **(model or {})),
-        dict(adapter or NONE),
-        dict(quantization or NONE),
+        method(adapter or {}),
+        method(quantization or {}),
         TrainerConfig(**steps),
         DataConfig(),
         OptimizerConfig(**(optimizer or {})),
@@ -369,4 +378,4 @@ class Run(Setup):
 
 def assemble(config: Config, rows: Sequence[Record]) -> Run:
     """Build everything that training `rows` under `config` needs."""
-    return Run(**vars(run.build(config, {"train": Split(rows)}, None)))
+    return Run(**vars(run.build(config, {"train": Split(RecordList(rows))}, None)))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmtune.config.schema import Config, DataConfig
-from vlmtune.data.records import Split
+from vlmtune.data.splits import Records, Split
 from vlmtune.errors import ConfigError, DataError, TrainingError, VlmtuneError, memory_advice, storage_advice
 from vlmtune.predict.predictor import Predictor, audited, reasons_of
 from vlmtune.record.outputs import (
@@ -124,7 +124,7 @@ def _telling() -> Iterator[None]:
 @contextmanager
 def _failure_written(folder: Path) -> Iterator[None]:
     """What ends a run early becomes its result.json, unless one stands there already."""
-    from vlmtune.data.table import BadRowsError, write_quarantine
+    from vlmtune.data.bad_rows import BadRowsError, write_quarantine
     from vlmtune.launch import signals
     from vlmtune.record import runfolder
 
@@ -219,10 +219,11 @@ def predict_file(folder: str, config: Config, output: str) -> int:
     return len(answers.reasons)
 
 
-def _to_answer(config: Config) -> tuple[Answers, Sequence[Any], list[int]]:
+def _to_answer(config: Config) -> tuple[Answers, Records, list[int]]:
     """The table of `data.test`, its usable records, and the row of each."""
     from vlmtune.data.table import load as load_table
     from vlmtune.data.table import read_files
+    from vlmtune.record.runfolder import frame_of
 
     data = of_test_rows(config.data)
     if data._target_ == READ_FILES:
@@ -233,10 +234,10 @@ def _to_answer(config: Config) -> tuple[Answers, Sequence[Any], list[int]]:
         _refuse_none(answers, config)
         return answers, split.records, [record.row for record in split.records]
     # audited by itself: what can't be used is told by its policy
-    records: Any = load_table(data, config.task, config.trainer.seed, ("test",), answers_required=False)["test"].records
-    answers = Answers(records.frame())
+    split = load_table(data, config.task, config.trainer.seed, ("test",), answers_required=False)["test"]
+    answers = Answers(frame_of(split))
     refuse_columns(answers.frame.columns, (ANSWER, ERROR), str(data.test))
-    return answers, records, list(range(len(records)))
+    return answers, split.records, list(range(len(split)))
 
 
 def _refuse_none(answers: Answers, config: Config) -> None:

@@ -13,18 +13,20 @@ from typing import Any
 from vlmtune.batching.loader import Loader
 from vlmtune.batching.order import first_rows
 from vlmtune.config.schema import Config
-from vlmtune.data.records import Split
+from vlmtune.data.splits import Split
 from vlmtune.launch import session
-from vlmtune.models import adapters, load, rewrites
+from vlmtune.models import adapters, gradient_checkpointing, load, rewrites
 from vlmtune.models.parts import find_parts
 from vlmtune.objectives.next_token import summed_loss
 from vlmtune.prompt.encode import Encoder
 from vlmtune.proof import first_pass
 from vlmtune.proof.decision import decide
+from vlmtune.proof.probes import rewrites_agree
 from vlmtune.proof.prove import prove
 from vlmtune.proof.rows import check_rows, limits_of
 from vlmtune.training import Best, Finish, Journal, Saving, Scoring, Setup, Stopping, loop
-from vlmtune.training.optim import build_optimizer, build_scheduler
+from vlmtune.training.optim import build_optimizer
+from vlmtune.training.schedule import Schedule
 
 log = logging.getLogger("vlmtune")
 
@@ -45,15 +47,18 @@ def build(config: Config, splits: dict[str, Split], folder: Path | None) -> Setu
         load.make_fresh(config.model, folder / "base", config.trainer.seed, engine)
     model, processor = load.load(config.model, config.quantization, device=engine.device, **dtypes)
     parts = find_parts(model)
-    encoder = Encoder.of(processor, config, multiple=rewrites.length_multiple(engine.device, dtypes["compute_dtype"]))
+    multiple = rewrites.length_multiple(engine.device, dtypes["compute_dtype"])
+    encoder = Encoder.of(processor, config, pad_to_multiple_of=multiple)
     rows = check_rows(encoder, splits, config, limits_of(model))
     model = adapters.adapt(model, config, parts)
-    session.prepare_checkpointing(model, config.trainer)
+    gradient_checkpointing.prepare(model, config.trainer)
 
     # proof before time is spent, and what follows from it
     records = splits["train"].records
     sample = first_rows(records, config.trainer, most=8)
     prove(model, parts, encoder, sample, rows, config, engine)
+    if not rewrites_agree(model, encoder, sample, engine):
+        rewrites.switch_off(model)
     evaluated = bool(splits.keys() & {"validation", "test"})
     decision = decide(model, parts, encoder, records, sample, config, engine, evaluated=evaluated)
     encoder = encoder.keeping(decision.cache)
@@ -62,7 +67,7 @@ def build(config: Config, splits: dict[str, Split], folder: Path | None) -> Setu
 
     # what trains it
     optimizer = build_optimizer(model, parts, config.trainer, config.optimizer)
-    scheduler = build_scheduler(optimizer, config.trainer, loader.total_steps)
+    scheduler = Schedule(optimizer, config.trainer, loader.total_steps)
     adapters.set_total_steps(model, config, loader.total_steps)
     prepared, optimizer = engine.prepare(model, optimizer)
     return Setup(

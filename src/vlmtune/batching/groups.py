@@ -4,19 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 
-from vlmtune.data.records import Record
+from vlmtune.data.splits import Records
 from vlmtune.prompt.encode import Encoder
 
 
-def is_streamed(records: Sequence[Record]) -> bool:
-    """Whether rows are read when their turn comes."""
-    return bool(getattr(records, "in_order", False))
-
-
-def groups_of(records: Sequence[Record], encoder: Encoder) -> list[Hashable]:
+def groups_of(records: Records, encoder: Encoder) -> Sequence[Hashable]:
     """What each row shares with others: images and all that is written in front of them, or the images alone where
-    rows are read from disk. Nothing of a stream is known before it is read.
+    rows are read when asked for. Nothing of a stream is known before it is read.
     """
-    if is_streamed(records):
-        return []
-    return getattr(records, "groups", None) or [encoder.prompt.group(record) for record in records]
+    if records.on_demand:
+        return records.groups()
+    return [encoder.prompt.group(record) for record in records]

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from vlmtune.data.records import Record
-from vlmtune.prompt.encode import IGNORE, Encoded, Encoder
+from vlmtune.prompt.encode import Encoded, Encoder
+from vlmtune.prompt.labels import IGNORE
 
 PADDING = -1
 

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from vlmtune.batching.groups import is_streamed
 from vlmtune.batching.layout import Batch, Layout, lay_out
 from vlmtune.batching.order import Plan
 from vlmtune.config.schema import TrainerConfig
-from vlmtune.data import fingerprint
 from vlmtune.data.records import Record
+from vlmtune.data.splits import Records
 from vlmtune.errors import VlmtuneError
 from vlmtune.launch.signals import SIGNALS
 from vlmtune.prompt.encode import Encoder
@@ -30,7 +29,7 @@ class Loader:
     def __init__(
         self,
         encoder: Encoder,
-        records: Sequence[Record],
+        records: Records,
         plan: Plan,
         layout: Layout,
         trainer: TrainerConfig,
@@ -60,7 +59,7 @@ class Loader:
     def _workers(self) -> int:
         """Processes that prepare ahead. None for a stream, of which each would read a part, or beside a cache of
         images, of which each would keep its own."""
-        if is_streamed(self.records) or self.encoder.image_cache is not None:
+        if self.records.streamed or self.encoder.image_cache is not None:
             return 0
         if self.trainer.num_workers is not None:
             return self.trainer.num_workers
@@ -126,11 +125,11 @@ class Loader:
 
     @cached_property
     def fingerprint(self) -> str:
-        return fingerprint.fingerprint(self.records)
+        return self.records.fingerprint()
 
     @cached_property
     def image_fingerprint(self) -> str | None:
-        return fingerprint.image_fingerprint(self.records)
+        return self.records.image_fingerprint()
 
 
 class _Items(Dataset[Any]):

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vlmtune.batching.groups import is_streamed
 from vlmtune.config.schema import TrainerConfig
 from vlmtune.data.records import Record
+from vlmtune.data.splits import Records
 from vlmtune.errors import ConfigError
 
 
@@ -250,12 +250,12 @@ def plan(
     return Plan(order, trainer.max_steps or order.steps_in(trainer.epochs))
 
 
-def first_rows(records: Sequence[Record], trainer: TrainerConfig, *, most: int) -> list[Record]:
+def first_rows(records: Records, trainer: TrainerConfig, *, most: int) -> list[Record]:
     """Rows to look at before the steps are planned, no more than fit into one forward pass: those that a run by rows
     begins with, or a stream's first ones.
     """
     count = min(most, trainer.batch_size)
-    if is_streamed(records):
+    if records.streamed:
         return [records[row] for row in range(count)]
     epoch = Order(range(len(records)), Cut(count, 1), seed=trainer.seed, by_group=False)
     return [records[row] for row in epoch.step(0)]

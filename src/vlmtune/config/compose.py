@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vlmtune.config import paths, saved
 from vlmtune.config.paths import files_of
-from vlmtune.config.schema import SCHEMA, Config, home
+from vlmtune.config.schema import SCHEMA, Config, defaults, home
 from vlmtune.config.strict import strict, unreadable
 from vlmtune.errors import CheckpointError, ConfigError, UsageError, nearest
 
@@ -25,6 +26,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 OmegaConf.register_new_resolver("package", lambda path: str(PACKAGE / path), replace=True)
 OmegaConf.register_new_resolver("or_plain", lambda name: name if name not in (None, "None") else "plain", replace=True)
 os.environ.setdefault("VLMTUNE_HOME", str(home()))
+ConfigStore.instance().store("defaults", defaults())  # what conf/train.yaml starts from, so that --help shows it too
 
 
 @functools.cache

@@ -1,98 +1,64 @@
-"""Which fields PEFT's and transformers' own config classes take, read from their sources without importing them.
+"""Which fields PEFT's and transformers' own config classes take, known without importing them, which takes seconds.
 
-Importing either takes seconds; a typo deserves an answer at once. The classes themselves check again when a run
-builds them.
+`known_fields.json` was written by `installed` from the versions that it names. Where another version is installed, a
+method or field that the table lacks is looked up in the classes themselves; one that the installed version lacks is
+refused when a run builds its class, before a model loads.
 """
 
 from __future__ import annotations
 
-import ast
 import functools
-import importlib.util
-from collections.abc import Iterator
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-Fields = dict[str, list[str]]
-NOT_FOR_USERS = {
-    "peft_type",
-    "auto_mapping",
-    "peft_version",
-    "base_model_name_or_path",
-    "revision",
-    "inference_mode",
-    "task_type",
-}
+from vlmtune.errors import ConfigError
 
-
-def _folder(package: str) -> Path:
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError(f"{package} is not installed; run `make install`")
-    return Path(spec.submodule_search_locations[0])
-
-
-def _classes(files: list[Path]) -> dict[str, ast.ClassDef]:
-    trees = (ast.parse(file.read_text(encoding="utf-8")) for file in files)
-    return {node.name: node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)}
-
-
-def _calls(tree: ast.AST, name: str) -> Iterator[dict[str, ast.expr]]:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == name:
-            yield {keyword.arg: keyword.value for keyword in node.keywords if keyword.arg}
-
-
-def _dataclass_fields(name: str, classes: dict[str, ast.ClassDef]) -> list[str]:
-    """Fields of a dataclass and of its bases, as far as those are in `classes`."""
-    if name not in classes:
-        return []
-    node = classes[name]
-    inherited = [
-        field for base in node.bases if isinstance(base, ast.Name) for field in _dataclass_fields(base.id, classes)
-    ]
-    own = [
-        item.target.id for item in node.body if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
-    ]
-    return [*inherited, *own]
+Methods = dict[str, list[str]]
+TABLE = Path(__file__).with_name("known_fields.json")
 
 
 @functools.cache
-def adapter_fields() -> Fields:
-    """Fields a user may set, per PEFT method (`lora`, `ia3`, ...), from PEFT's registry calls and dataclasses."""
-    folder = _folder("peft")
-    packages = [file.parent for file in sorted(folder.glob("tuners/*/__init__.py"))]
-    classes = _classes([folder / "config.py", *folder.glob("tuners/*.py"), *folder.glob("tuners/*/config.py")])
-    methods: Fields = {}
-    for package in packages:
-        for call in _calls(ast.parse((package / "__init__.py").read_text(encoding="utf-8")), "register_peft_method"):
-            name, config = call.get("name"), call.get("config_cls")
-            if isinstance(name, ast.Constant) and isinstance(config, ast.Name):
-                fields = _dataclass_fields(config.id, classes)
-                methods[str(name.value)] = [field for field in fields if field not in NOT_FOR_USERS]
+def table() -> dict[str, Any]:
+    """`known_fields.json`."""
+    found: dict[str, Any] = json.loads(TABLE.read_text(encoding="utf-8"))
+    return found
+
+
+def known(group: str) -> Methods:
+    """The methods of `adapter` or `quantization` with their fields, as the table has them."""
+    methods: Methods = table()[group]["methods"]
     return methods
 
 
+def methods(group: str, method: str, fields: Iterable[str]) -> Methods:
+    """The methods of a group with their fields: the table's, or the installed package's where the table lacks `method`
+    or one of `fields` and was written from another version.
+    """
+    known_ones, made_from = known(group), table()[group]
+    if method in known_ones and set(fields) <= set(known_ones[method]):
+        return known_ones
+    if version(made_from["package"]) == made_from["version"]:
+        return known_ones
+    installed_ones: Methods = installed()[group]["methods"]
+    return installed_ones
+
+
 @functools.cache
-def quantization_fields() -> Fields:
-    """Parameters of each quantization config class, by transformers' registry name (`bitsandbytes_4bit`, ...)."""
-    folder = _folder("transformers")
-    classes = _classes([folder / "utils" / "quantization_config.py"])
-    mapping = _dict_literal(folder / "quantizers" / "auto.py", "AUTO_QUANTIZATION_CONFIG_MAPPING")
-    return {method: _init_parameters(classes[name]) for method, name in mapping.items() if name in classes}
-
-
-def _dict_literal(file: Path, name: str) -> dict[str, str]:
-    for node in ast.parse(file.read_text(encoding="utf-8")).body:
-        if not (isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict)):
-            continue
-        if any(isinstance(target, ast.Name) and target.id == name for target in node.targets):
-            pairs = zip(node.value.keys, node.value.values, strict=True)
-            return {str(k.value): v.id for k, v in pairs if isinstance(k, ast.Constant) and isinstance(v, ast.Name)}
-    raise LookupError(f"{name} is not in {file.name} of this transformers version")
-
-
-def _init_parameters(node: ast.ClassDef) -> list[str]:
-    init = next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
-    if init is None:
-        return []
-    return [argument.arg for argument in init.args.args[1:] + init.args.kwonlyargs]
+def installed() -> dict[str, Any]:
+    """The table of the installed versions, made in a process of its own: PEFT imports bitsandbytes, which asks the
+    device what it can do, before a rank has its own.
+    """
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "vlmtune.config.installed"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode:
+        reason = next(reversed(done.stderr.strip().splitlines()), "no reason given")
+        raise ConfigError(f"adapter, quantization: the installed PEFT and transformers can't be imported: {reason}")
+    found: dict[str, Any] = json.loads(done.stdout[done.stdout.index("{\n") :])
+    return found

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from vlmtune.config.fields import adapter_fields
+from vlmtune.config import fields as known_fields
+from vlmtune.config.schema import MethodConfig
 
 METHODS = {
     "adaption_prompt": "knows the layers of text models alone",
@@ -29,16 +28,19 @@ STARTS = ("eva", "corda", "lora_ga")
 """Values of init_lora_weights that PEFT computes from a pass over the data before training."""
 
 
-def problems(adapter: dict[str, Any], *, bits: int | None) -> list[str]:
+def problems(adapter: MethodConfig, *, bits: int | None) -> list[str]:
     """What is known of `adapter` without its model. `bits`: of the weights under it, None where they are whole."""
-    method = adapter["method"]
-    if method in METHODS or "num_virtual_tokens" in adapter_fields().get(str(method), ()):
-        reason = METHODS.get(method, "puts tokens in front of the text, which labels and image positions don't count")
+    method = adapter.method
+    own = known_fields.methods("adapter", str(method), ()).get(str(method), ())
+    if method in METHODS or "num_virtual_tokens" in own:
+        reason = METHODS.get(
+            str(method), "puts tokens in front of the text, which labels and image positions don't count"
+        )
         return [f"adapter.method={method}: {reason}; use another method, for instance lora"]
-    found = [f"adapter.{key}: {why}; leave it out" for key, why in REFUSED_FIELDS.items() if adapter.get(key)]
-    if method == "trainable_tokens" and not adapter.get("token_indices"):
+    found = [f"adapter.{key}: {why}; leave it out" for key, why in REFUSED_FIELDS.items() if adapter.fields.get(key)]
+    if method == "trainable_tokens" and not adapter.fields.get("token_indices"):
         found.append("adapter.token_indices: missing; give the ids of the tokens whose embeddings train")
-    start = str(adapter.get("init_lora_weights", ""))
+    start = str(adapter.fields.get("init_lora_weights", ""))
     if start in STARTS:
         found.append(
             f"adapter.init_lora_weights={start}: needs a pass over the data before training, which vlmtune does not "
@@ -52,9 +54,9 @@ def problems(adapter: dict[str, Any], *, bits: int | None) -> list[str]:
     return found + quantized_problems(adapter, bits)
 
 
-def quantized_problems(adapter: dict[str, Any], bits: int | None) -> list[str]:
+def quantized_problems(adapter: MethodConfig, bits: int | None) -> list[str]:
     """What PEFT can't put over quantized weights."""
-    method, start = adapter["method"], str(adapter.get("init_lora_weights", ""))
+    method, start = adapter.method, str(adapter.fields.get("init_lora_weights", ""))
     found = []
     if method in ("loha", "lokr") and bits == 4:
         found.append(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from vlmtune.config.schema import MethodConfig
 
 OTHERS = {
     "bitsandbytes_4bit": ("load_in_8bit", "llm_int8_t", "llm_int8_h"),
@@ -11,18 +11,18 @@ OTHERS = {
 """Beginnings of the fields that transformers' one class of bitsandbytes only reads for the other method."""
 
 
-def problems(quantization: dict[str, Any]) -> list[str]:
+def problems(quantization: MethodConfig) -> list[str]:
     """What is known of `quantization` without a model: fields that would change nothing."""
-    method = quantization["method"]
+    method, fields = str(quantization.method), quantization.fields
     found = [
         f"quantization.{key}: {method} does not read it; leave it out"
-        for key in quantization
+        for key in fields
         if key.startswith(OTHERS.get(method, ())) or key == "llm_int8_enable_fp32_cpu_offload"
     ]
-    kind = quantization.get("bnb_4bit_quant_type", "nf4")
+    kind = fields.get("bnb_4bit_quant_type", "nf4")
     if kind not in ("nf4", "fp4"):
         found.append(f"quantization.bnb_4bit_quant_type={kind}: choose from: fp4, nf4")
     own = {"bitsandbytes_4bit": "load_in_4bit", "bitsandbytes_8bit": "load_in_8bit"}.get(method)
-    if own and quantization.get(own) is not True:
-        found.append(f"quantization.{own}={quantization.get(own)}: must be true with quantization.method={method}")
+    if own and fields.get(own) is not True:
+        found.append(f"quantization.{own}={fields.get(own)}: must be true with quantization.method={method}")
     return found

@@ -23,9 +23,9 @@ from vlmtune.errors import CheckpointError, ConfigError
 MOVED = {
     "vlmtune.data.hub.load": "vlmtune.data.sources.hub.load",
     "vlmtune.data.easy_vqa.load": "vlmtune.data.sources.easy_vqa.load",
-    "vlmtune.data.drawn.load": "vlmtune.data.sources.drawn.drawn.load",
-    "vlmtune.data.drawn.load_see": "vlmtune.data.sources.drawn.drawn.load_see",
-    "vlmtune.data.drawn.load_compare": "vlmtune.data.sources.drawn.drawn.load_compare",
+    "vlmtune.data.drawn.load": "vlmtune.data.sources.drawn.courses.load",
+    "vlmtune.data.drawn.load_see": "vlmtune.data.sources.drawn.courses.load_see",
+    "vlmtune.data.drawn.load_compare": "vlmtune.data.sources.drawn.courses.load_compare",
 }
 """Functions that runs of version 0.1 name in `data._target_`, and where they are now."""
 

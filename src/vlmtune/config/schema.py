@@ -1,19 +1,17 @@
-"""The schema of a run; strict.py reads Hydra's composed YAML into it.
+"""The schema of a run, and the only place of defaults; strict.py reads Hydra's composed YAML into it.
 
 Each field's sentence gives its unit and meaning. `adapter` and `quantization` carry, beside `method` and `parts`, the
-fields of PEFT's or transformers' own config class; they are read from those packages' sources, so that a wrong field
-is refused before anything heavy is imported.
+fields of PEFT's or transformers' own config class (fields.py).
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-from vlmtune.config import fields as known_fields
 
 PARTS = ("vision", "projector", "cross_attention", "language", "head")
 
@@ -59,6 +57,8 @@ class ModelConfig:
     """Type of the weights in memory; `auto`: the compute type where they are frozen, fp32 where they are trained."""
     attention: str = one_of("auto", "sdpa", "eager")
     """Attention implementation of transformers; `auto`: its own choice, sdpa where the family has it."""
+    rewrites: str = one_of("auto", "off")
+    """On a CPU: compute patch embeddings, quick GELU, bfloat16 attention and LoRA layers in faster, equal forms."""
     save_layout: str = one_of("native", "original")
     """Layout of the whole model that a run saves; `original`: as InternVL2's own code reads it."""
     freeze: list[str] = field(default_factory=list)
@@ -106,11 +106,11 @@ class TrainerConfig:
     """Recompute activations in the backward pass: less memory, about a third more time."""
     share_prefix: str = one_of("auto", "on", "off")
     """Put an image that several rows ask about into the batch once; `auto`: where an equality check allows it."""
-    eval_every: Any = None
+    eval_every: Any = "epoch"
     """Evaluate every N optimizer steps, or `epoch`; null: only before and after."""
     eval_baseline: bool = True
     """Evaluate the untrained model first."""
-    save_every: Any = None
+    save_every: Any = 500
     """Write a checkpoint every N optimizer steps, or `epoch`; null: never. The final model is always saved."""
     keep_checkpoints: int = number(2, least=1)
     """Newest checkpoints to keep; the best one is kept besides."""
@@ -265,26 +265,38 @@ class TrackerConfig:
 
 
 @dataclass
+class MethodConfig:
+    """A method of another package, `adapter` or `quantization`; in YAML its `fields` stand beside the other two."""
+
+    method: str | None = None
+    """The name in that package's own registry; null: none."""
+    parts: list[str] = field(default_factory=lambda: ["language"])
+    """The parts of the model that it goes on."""
+    fields: dict[str, Any] = field(default_factory=dict)
+    """Fields of that package's own config class, as far as they are set."""
+
+
+@dataclass
 class Config:
     """One run."""
 
-    model: ModelConfig
+    model: ModelConfig = field(default_factory=ModelConfig)
     """What is fine-tuned."""
-    adapter: dict[str, Any]
+    adapter: MethodConfig = field(default_factory=MethodConfig)
     """`method`, a name of PEFT's registry or null for none; `parts` that it goes on; and that PEFT config's fields."""
-    quantization: dict[str, Any]
+    quantization: MethodConfig = field(default_factory=MethodConfig)
     """`method`, a name of transformers' registry or null for none; `parts` stored so; and that class's fields."""
-    trainer: TrainerConfig
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
     """How long, how fast and with what care it trains."""
-    data: DataConfig
+    data: DataConfig = field(default_factory=DataConfig)
     """The rows."""
-    optimizer: OptimizerConfig
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """How a gradient changes the weights."""
-    task: TaskConfig
+    task: TaskConfig = field(default_factory=TaskConfig)
     """What counts as a good answer."""
-    generation: GenerationConfig
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
     """How answers are written."""
-    tracker: TrackerConfig
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
     """Where curves and samples are shown."""
     resume: str | None = None
     """A run folder to resume, from its newest sound checkpoint."""
@@ -293,18 +305,34 @@ class Config:
 
     @property
     def uses_adapter(self) -> bool:
-        return self.adapter["method"] is not None
+        return self.adapter.method is not None
 
     @property
     def is_quantized(self) -> bool:
-        return self.quantization["method"] is not None
+        return self.quantization.method is not None
 
 
-OPEN_GROUPS = {"adapter": known_fields.adapter_fields, "quantization": known_fields.quantization_fields}
+OPEN_GROUPS = ("adapter", "quantization")
+"""Groups whose keys are another package's."""
 SCHEMA = {f.name: f for f in dataclasses.fields(Config)}
 
 
 def nested_schema(spec: dataclasses.Field[Any]) -> type | None:
-    """The dataclass that a field holds, if it holds one."""
+    """The dataclass of ours that a field holds, if it holds one."""
     found = globals().get(str(spec.type))
-    return found if dataclasses.is_dataclass(found) and isinstance(found, type) else None
+    ours = dataclasses.is_dataclass(found) and isinstance(found, type) and found is not MethodConfig
+    return found if ours else None
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """A `Config`, or a group of it, in the form of its YAML."""
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    found = {name: plain(v) if dataclasses.is_dataclass(v) else copy.deepcopy(v) for name, v in values.items()}
+    if isinstance(config, MethodConfig):
+        found |= found.pop("fields")
+    return found
+
+
+def defaults() -> dict[str, Any]:
+    """Every key with the value that it has where no YAML file and no override sets it."""
+    return plain(Config())

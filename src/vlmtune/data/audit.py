@@ -21,8 +21,9 @@ from vlmtune.data.conversations import PLACE, media_mark, parse, placed
 from vlmtune.data.images import Source, content_key, image_size, open_image
 from vlmtune.data.located import Locator
 from vlmtune.data.meanings import AUDIO, COLUMNS, VIDEO, Unread, meaning_of, refusal
-from vlmtune.data.records import Record, Split, Turn
+from vlmtune.data.records import Record, Turn
 from vlmtune.data.rows import places
+from vlmtune.data.splits import RecordList, Split
 from vlmtune.errors import DataError
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def audit_frame(
         each.tell()
     reader.tell_images(good, frame.columns)
     bad = [record.refused("; ".join(found)) for record, found in zip(records, faults, strict=True) if found]
-    return Split(good, frame, bad, repeats_of(good) if answers_required else [])
+    return Split(RecordList(good), frame, bad, repeats_of(good) if answers_required else [])
 
 
 def _cells(frame: pd.DataFrame, name: str) -> list[Any]:

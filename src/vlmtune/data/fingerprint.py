@@ -13,10 +13,7 @@ from vlmtune.errors import DataError
 
 
 def fingerprint(records: Sequence[Record]) -> str:
-    """A hash of all rows' texts and image names; a source that makes its rows on the fly says its own."""
-    own = getattr(records, "fingerprint", None)
-    if own is not None:
-        return str(own)
+    """A hash of all rows' texts and image names."""
     digest, seen = hashlib.blake2b(digest_size=12), dict[Hashable, int]()
     for record in records:
         images = [image.name for image in record.images if isinstance(image, Path)]  # the folder may move
@@ -26,14 +23,12 @@ def fingerprint(records: Sequence[Record]) -> str:
     return digest.hexdigest()
 
 
-def image_fingerprint(records: Sequence[Record]) -> str | None:
-    """A hash of what all rows' images hold, in order; None for a source that says its own `fingerprint`.
+def image_fingerprint(records: Sequence[Record]) -> str:
+    """A hash of what all rows' images hold, in order.
 
     Of a file's bytes the first, middle and last 16 KiB count, and their number: headers, and small images in full.
     Images that a function makes count by their number alone. Raises DataError where a file can't be read.
     """
-    if getattr(records, "fingerprint", None) is not None:
-        return None
     digest, seen = hashlib.blake2b(digest_size=12), set[Path]()
     for record in records:
         for image in record.images:

@@ -52,7 +52,7 @@ T = TypeVar("T")
 
 
 @dataclass
-class Enough:
+class NeededSize:
     """How large an image must stay for a processor that will scale it down further."""
 
     pixels: int = 0
@@ -82,10 +82,10 @@ class Enough:
         self.told = True
 
 
-def open_image(source: Source | str, max_pixels: int, enough: Enough | None = None) -> Image.Image:
+def open_image(source: Source | str, max_pixels: int, needed: NeededSize | None = None) -> Image.Image:
     """Decode `source` to an upright RGB image of its own, which the caller may change.
 
-    `enough`: what its user needs of it; a much larger JPEG is then decoded at a half, a quarter or an eighth of its
+    `needed`: what its user needs of it; a much larger JPEG is then decoded at a half, a quarter or an eighth of its
     size, which takes a fraction of the time.
 
     Raises DataError when it is missing, not an image, damaged, or has more than `max_pixels` pixels (width x height,
@@ -93,8 +93,8 @@ def open_image(source: Source | str, max_pixels: int, enough: Enough | None = No
     """
 
     def decoded(image: Image.Image) -> Image.Image:
-        if enough is not None and image.format == "JPEG" and (scale := enough.reduction(*image.size)) > 1:
-            enough.tell(_name(source), *image.size, scale)
+        if needed is not None and image.format == "JPEG" and (scale := needed.reduction(*image.size)) > 1:
+            needed.tell(_name(source), *image.size, scale)
             image.draft(None, (-(-image.width // scale), -(-image.height // scale)))
         return _rgb(_upright(image))
 

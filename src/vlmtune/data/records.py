@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import pandas as pd
     from PIL import Image
 
 
@@ -83,17 +82,3 @@ class BadRow:
     def place(self) -> str:
         """Where a person finds this row in its file."""
         return f"{f'line {self.line}, ' if self.line else ''}row {self.row}"
-
-
-@dataclass
-class Split:
-    """Rows of one split, in order. `frame` holds the input's own columns, for predictions.csv."""
-
-    records: Sequence[Record]
-    frame: pd.DataFrame | None = None
-    bad: list[BadRow] = field(default_factory=list)
-    repeats: list[tuple[int, int]] = field(default_factory=list)
-    """Positions in `records` of rows that say the same as an earlier one, each with that one's."""
-
-    def __len__(self) -> int:
-        return len(self.records)

@@ -7,21 +7,20 @@ import random
 from collections.abc import Hashable, Sequence
 
 from vlmtune.config.schema import DataConfig
-from vlmtune.data.records import Record, Split
+from vlmtune.data.splits import Split
 from vlmtune.errors import ConfigError, DataError
 
 
 def hold_out(train: Split, fraction: float, seed: int) -> tuple[Split, Split]:
     """Split off `fraction` of the images (at least one, never all). A row of no group counts as an image of its own."""
-    groups_of = getattr(train.records, "groups", None) or [record.group for record in train.records]
-    keys = _joined([("row", i) if group is None else group for i, group in enumerate(groups_of)])
+    keys = _joined([("row", i) if group is None else group for i, group in enumerate(train.records.groups())])
     groups = list(dict.fromkeys(keys))
     if len(groups) < 2:
         raise DataError(f"data.validation_fraction={fraction:g}: all rows show one image; set data.validation instead")
     count = min(max(1, round(fraction * len(groups))), len(groups) - 1)
     held_out = set(random.Random(seed).sample(groups, count))
-    kept = chosen(train.records, [i for i, key in enumerate(keys) if key not in held_out])
-    taken = chosen(train.records, [i for i, key in enumerate(keys) if key in held_out])
+    kept = train.records.select([i for i, key in enumerate(keys) if key not in held_out])
+    taken = train.records.select([i for i, key in enumerate(keys) if key in held_out])
     return Split(kept, train.frame, train.bad), Split(taken, train.frame)
 
 
@@ -41,17 +40,11 @@ def _joined(groups: Sequence[Hashable]) -> list[Hashable]:
     return [root(group[0] if isinstance(group, tuple) else group) for group in groups]
 
 
-def chosen(records: Sequence[Record], rows: Sequence[int]) -> Sequence[Record]:
-    """These of the records; what reads them from disk goes on doing so."""
-    select = getattr(records, "select", None)
-    return select(rows) if select else [records[row] for row in rows]
-
-
 def limited(split: Split, name: str, config: DataConfig, seed: int) -> Split:
     most = config.max_train_rows if name == "train" else config.max_eval_rows
     if most is None or len(split) <= most:
         return split
-    if getattr(split.records, "in_order", False):
+    if split.records.streamed:
         raise ConfigError("data.max_train_rows: a stream is as long as trainer.max_steps asks for")
     rows = sorted(random.Random(seed).sample(range(len(split)), most)) if name == "train" else range(most)
-    return dataclasses.replace(split, records=chosen(split.records, rows))
+    return dataclasses.replace(split, records=split.records.select(rows))

@@ -11,7 +11,8 @@ from vlmtune.batching.layout import Batch
 from vlmtune.config.schema import GenerationConfig
 from vlmtune.data.records import Record
 from vlmtune.evaluation.generate import generation_arguments, is_plain_greedy
-from vlmtune.prompt.encode import IGNORE, Encoder
+from vlmtune.prompt.encode import Encoder
+from vlmtune.prompt.labels import IGNORE
 
 
 class Draft:
@@ -52,4 +53,4 @@ class Draft:
         whole = len(record.turns) == 1 and len(targets) <= self.longest and targets[-1] in self.ends
         if not whole or self.ends & set(targets[:-1]) or any(target != token for target, token in pairs):
             return None
-        return self.encoder.decode([targets])[0]
+        return self.encoder.answers.decode([targets])[0]

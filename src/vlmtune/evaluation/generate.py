@@ -18,14 +18,14 @@ from vlmtune.prompt.encode import Encoder
 def generation_arguments(generation: GenerationConfig, encoder: Encoder, model: Any) -> dict[str, Any]:
     """Arguments of `model.generate` for our generation config; temperature 0 is greedy."""
     own = base_of(model).generation_config.eos_token_id
-    ends = set(encoder.end_ids) | set(own if isinstance(own, list) else [own] if own is not None else [])
+    ends = set(encoder.answers.end_ids) | set(own if isinstance(own, list) else [own] if own is not None else [])
     pad = encoder.tokenizer.pad_token_id
     arguments: dict[str, Any] = {
         "max_new_tokens": generation.max_new_tokens,
         "eos_token_id": sorted(ends),
         "pad_token_id": pad if pad is not None else min(ends),
         "do_sample": generation.temperature > 0,
-        "suppress_tokens": encoder.image_ids,  # an image in an answer would want features that no one gave
+        "suppress_tokens": encoder.answers.image_ids,  # an image in an answer would want features that no one gave
     }
     if generation.temperature > 0:
         arguments |= {"temperature": generation.temperature, "top_p": generation.top_p, "top_k": 0}
@@ -95,7 +95,7 @@ def generate(
                 inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, **batch.inputs}
                 made = model.generate(use_cache=True, **inputs, **arguments)
                 out = made[:, batch.input_ids.shape[1] :].tolist()
-        answers += encoder.decode(out)
+        answers += encoder.answers.decode(out)
         advance(len(rows))
     model.train(was_training)
     return answers

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from vlmtune import display
-from vlmtune.config.schema import Config, TrainerConfig
+from vlmtune.config.schema import Config
 from vlmtune.errors import ConfigError, VlmtuneError
 from vlmtune.launch import surroundings
 
@@ -37,7 +37,7 @@ def engine(config: Config) -> Any:
     GradientState._reset_state()  # or a loop that was left half way in this process decides whether a step counts
     set_seed(config.trainer.seed)
     # a tower, or a module trained beside an adapter, gets no gradient from rows without images
-    beside = config.adapter["parts"] != ["language"] or bool(config.adapter.get("modules_to_save"))
+    beside = config.adapter.parts != ["language"] or bool(config.adapter.fields.get("modules_to_save"))
     unused = not config.uses_adapter or beside
     with surroundings.without_accelerate_settings(decided):
         accelerator = Accelerator(
@@ -151,10 +151,3 @@ def all_ranks(yes: bool, engine: Any) -> bool:
     if engine.num_processes == 1:
         return yes
     return bool(engine.reduce(torch.tensor(float(yes), device=engine.device), "sum").item() == engine.num_processes)
-
-
-def prepare_checkpointing(model: Any, trainer: TrainerConfig) -> None:
-    """Turn gradient checkpointing on if asked for, so that it works over frozen embeddings too."""
-    if trainer.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.enable_input_require_grads()

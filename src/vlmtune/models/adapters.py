@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 
-from vlmtune.config.fields import adapter_fields
 from vlmtune.config.peft_fields import quantized_problems
-from vlmtune.config.schema import Config
+from vlmtune.config.schema import Config, MethodConfig
 from vlmtune.errors import CheckpointError, ConfigError
 from vlmtune.models.lora import in_one_step
 from vlmtune.models.parts import Parts, check_parts
+from vlmtune.models.peft_config import field_names, refusals
 from vlmtune.models.peft_config import peft_config as build_config
-from vlmtune.models.peft_config import refusals
 from vlmtune.models.quantization import quantized_bits
+from vlmtune.models.rewrites import Fast
 from vlmtune.models.targets import ALL_LINEAR, names_as_lists, narrow
 
 
@@ -38,40 +38,41 @@ def adapt(model: Any, config: Config, parts: Parts) -> Any:
         return model
     from peft import get_peft_model
 
-    method, scope = config.adapter["method"], config.adapter["parts"]
+    method, scope = str(config.adapter.method), config.adapter.parts
     if found := quantized_problems(config.adapter, bits):
         raise ConfigError(found)
     check_parts(model, parts, scope, "adapter.parts")
     on_cpu = next(model.parameters()).device.type == "cpu"
-    if config.adapter.get("use_dora") and bits == 8 and on_cpu:
+    if config.adapter.fields.get("use_dora") and bits == 8 and on_cpu:
         raise ConfigError(
             "adapter.use_dora: PEFT and bitsandbytes lose the scales of int8 weights after the first pass on a CPU; "
             "use quantization=nf4 or none, or adapter=lora"
         )
-    fields = with_some_length(names_as_lists(config.adapter))
-    peft_config = build_config(with_default_targets(fields, model))
+    fields = with_some_length(config.adapter)
+    peft_config = build_config(method, with_default_targets(method, fields, model))
     narrow(peft_config, model, parts, scope)
     model.requires_grad_(False)
     with refusals(method):
         adapted = get_peft_model(model, peft_config)
     freeze_other_biases(adapted, parts, scope)
     check_saved(adapted)
-    return with_lora_in_one_step(adapted)
+    return with_lora_in_one_step(adapted) if config.model.rewrites == "auto" else adapted
 
 
 def check(config: Config) -> None:
     """Raise ConfigError where PEFT refuses the values of `adapter`, before a model is loaded for them."""
     if config.uses_adapter:
-        build_config(with_some_length(names_as_lists(config.adapter)))
+        build_config(str(config.adapter.method), with_some_length(config.adapter))
 
 
-def with_some_length(fields: dict[str, Any]) -> dict[str, Any]:
-    """`fields`, for AdaLoRA with a length of the run, which it wants before the steps are counted."""
-    unknown = fields["method"] == "adalora" and fields.get("total_step") is None
+def with_some_length(adapter: MethodConfig) -> dict[str, Any]:
+    """PEFT's fields, for AdaLoRA with a length of the run, which it wants before the steps are counted."""
+    fields = names_as_lists(adapter.fields)
+    unknown = adapter.method == "adalora" and fields.get("total_step") is None
     return {**fields, "total_step": 10**9} if unknown else fields
 
 
-def with_default_targets(fields: dict[str, Any], model: Any) -> dict[str, Any]:
+def with_default_targets(method: str, fields: dict[str, Any], model: Any) -> dict[str, Any]:
     """`fields` with PEFT's own targets for this kind of model where none are given.
 
     Raises ConfigError where PEFT has none.
@@ -79,8 +80,7 @@ def with_default_targets(fields: dict[str, Any], model: Any) -> dict[str, Any]:
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
     from peft.utils import PeftType
 
-    method = fields["method"]
-    if "target_modules" not in adapter_fields()[method] or fields.get("target_modules") is not None:
+    if "target_modules" not in field_names(method) or fields.get("target_modules") is not None:
         return fields
     if method == "trainable_tokens":
         embedding = model.get_input_embeddings()
@@ -125,14 +125,17 @@ def check_saved(model: Any) -> None:
 
 
 def with_lora_in_one_step(model: Any) -> Any:
-    """`model`, whose plain LoRA layers compute as `models.lora` does on a CPU, wherever that is the same."""
+    """`model`, whose plain LoRA layers compute as `models.lora` does on a CPU, wherever that is the same.
+
+    A layer changes its class in place: PEFT makes its layers by itself, and one made anew would draw its weights again.
+    """
     if next(model.parameters()).device.type != "cpu":
         return model
     from peft.tuners.lora.layer import Linear
 
-    class OneStep(Linear):  # type: ignore[misc]
+    class OneStep(Fast, Linear):  # type: ignore[misc]
         def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            out = None if args or kwargs else in_one_step(self, x)
+            out = None if self.plain or args or kwargs else in_one_step(self, x)
             return super().forward(x, *args, **kwargs) if out is None else out
 
     for module in model.modules():
@@ -147,8 +150,8 @@ def set_total_steps(model: Any, config: Config, steps: int) -> None:
     Raises ConfigError where so few steps leave none between `tinit` and `tfinal`.
     """
     allocator = getattr(getattr(model, "base_model", None), "rankallocator", None)
-    if allocator is not None and config.adapter.get("total_step") is None:
-        build_config({**names_as_lists(config.adapter), "total_step": steps})
+    if allocator is not None and config.adapter.fields.get("total_step") is None:
+        build_config("adalora", {**names_as_lists(config.adapter.fields), "total_step": steps})
         allocator.set_total_step(steps)
 
 
@@ -175,7 +178,7 @@ def load_adapter(model: Any, folder: Path) -> Any:
         homeless = sorted(set(file.keys()) - set(get_peft_model_state_dict(adapted)))
     if homeless:
         raise CheckpointError(f"{folder}: the adapter does not fit this model: no place for {', '.join(homeless[:3])}")
-    return with_lora_in_one_step(adapted)
+    return adapted
 
 
 def _refuse_code(folder: Path) -> None:

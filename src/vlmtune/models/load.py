@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from vlmtune import durable
-from vlmtune.config.schema import Config, ModelConfig
+from vlmtune.config.schema import Config, MethodConfig, ModelConfig
 from vlmtune.errors import CheckpointError, ConfigError, ModelError
 from vlmtune.models.explain import check_names, check_place, explained, looks_local
 from vlmtune.models.parts import find_parts
@@ -35,7 +35,7 @@ log = logging.getLogger("vlmtune")
 
 def load(
     config: ModelConfig,
-    quantization: dict[str, Any],
+    quantization: MethodConfig,
     *,
     dtype: torch.dtype,
     compute_dtype: torch.dtype,
@@ -54,7 +54,7 @@ def load(
         model = _load_model(config, quantization, dtype, compute_dtype, device, processor)
     if device.type == "cpu":
         keep_trainable_on_cpu(model)
-    if rewritten := rewrite(model, device, compute_dtype):
+    if config.rewrites == "auto" and (rewritten := rewrite(model, device, compute_dtype)):
         log.info("on a CPU: %s", ", ".join(rewritten))
     return model, processor
 
@@ -78,7 +78,7 @@ def ask_hub(config: ModelConfig) -> None:
 
 def _load_model(
     config: ModelConfig,
-    quantization: dict[str, Any],
+    quantization: MethodConfig,
     dtype: torch.dtype,
     compute_dtype: torch.dtype,
     device: torch.device,
@@ -90,12 +90,12 @@ def _load_model(
     if config.attention != "auto":
         options["attn_implementation"] = config.attention
     stored = use_stored(architecture, quantization, compute_dtype)
-    if quantization["method"] is not None:
+    if quantization.method is not None:
         with torch.device("meta"):
             skeleton = cls._from_config(architecture) if hasattr(cls, "_from_config") else cls.from_config(architecture)
         skip = whole_modules(skeleton, find_parts(skeleton), quantization)
         options["quantization_config"] = quantization_config(quantization, skip, compute_dtype)
-        check_method(options["quantization_config"], quantization["method"], device)
+        check_method(options["quantization_config"], quantization.method, device)
     model, report = cls.from_pretrained(
         config.path,
         config=architecture,
@@ -111,8 +111,8 @@ def _load_model(
         if names:
             what = "missing from its files" if problem == "missing" else "of another shape in its files"
             raise ModelError(f"{config.path}: {len(names)} weights are {what}, among them {', '.join(names[:3])}")
-    if quantization["method"] is not None:
-        check_quantized(model, find_parts(model), quantization["parts"])
+    if quantization.method is not None:
+        check_quantized(model, find_parts(model), quantization.parts)
     if stored:
         check_stored(model)
         log.info("the checkpoint is stored in %d bits, and stays so", quantized_bits(model))
@@ -162,7 +162,7 @@ def load_trained(
 
     Raises CheckpointError where the run saved none.
     """
-    from vlmtune.models.adapters import load_adapter
+    from vlmtune.models.adapters import load_adapter, with_lora_in_one_step
 
     saved = durable.existing(folder / "model")
     if not saved.is_dir():
@@ -176,4 +176,5 @@ def load_trained(
         base = dataclasses.replace(config.model, path=str(folder / "base")) if config.model.fresh else config.model
         model, processor = load(base, config.quantization, device=device, **types)
         model = load_adapter(model, saved)
+        model = with_lora_in_one_step(model) if config.model.rewrites == "auto" else model
     return model.eval(), processor

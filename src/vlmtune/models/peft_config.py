@@ -1,4 +1,4 @@
-"""A PEFT config object from the keys of `adapter`."""
+"""A PEFT config object from the fields of `adapter`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import typing
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from typing import Any
 
 from vlmtune.errors import ConfigError, nearest
@@ -17,23 +18,39 @@ IGNORED = re.compile(r"ignored|no effect|only supported|Setting .+ to (False|Non
 """How PEFT warns of a field that it passes over."""
 
 
-def peft_config(adapter: dict[str, Any]) -> Any:
-    """PEFT's config object for `adapter`, each value in the type that its field is declared with.
+def peft_config(method: str, fields: dict[str, Any]) -> Any:
+    """PEFT's config object for `method`, each of the `fields` in the type that it is declared with.
 
-    Raises ConfigError: a value of another type, one that PEFT refuses, or a field that PEFT says it would ignore.
+    Raises ConfigError: a method or field that the installed PEFT lacks, a value of another type, one that PEFT refuses,
+    or a field that PEFT says it would ignore.
     """
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-    from peft.utils import PeftType
-
-    method = adapter["method"]
-    cls = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(method.upper())]
-    given = {key: value for key, value in adapter.items() if key not in ("method", "parts")}
-    wrong: list[str] = []
-    fields = {key: _typed(cls, key, value, wrong) for key, value in given.items()}
+    cls = config_class(method)
+    wrong = [f"adapter.{key}: {method} of {_installed()} has no such field" for key in fields if key not in _hints(cls)]
+    typed = {key: _typed(cls, key, value, wrong) for key, value in fields.items() if key in _hints(cls)}
     if wrong:
         raise ConfigError(wrong)
     with refusals(method):
-        return cls(**fields)
+        return cls(**typed)
+
+
+def config_class(method: str) -> Any:
+    """PEFT's config class of a method. Raises ConfigError where the installed PEFT has no such method."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+    from peft.utils import PeftType
+
+    try:
+        return PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(method.upper())]
+    except (ValueError, KeyError) as error:
+        raise ConfigError(f"adapter.method={method}: {_installed()} has no such method") from error
+
+
+def field_names(method: str) -> set[str]:
+    """The fields of a method's config class."""
+    return {field.name for field in dataclasses.fields(config_class(method))}
+
+
+def _installed() -> str:
+    return f"the installed PEFT ({version('peft')})"
 
 
 def _typed(cls: type, key: str, value: Any, wrong: list[str]) -> Any:

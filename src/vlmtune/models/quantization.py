@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from vlmtune.config.schema import MethodConfig
 from vlmtune.errors import ConfigError, ModelError, nearest
 
 if TYPE_CHECKING:
@@ -18,17 +20,14 @@ SKIP_FIELDS = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules"
 """What transformers' classes call the list of modules that stay whole."""
 
 
-def quantization_config(quantization: dict[str, Any], skip: list[str], compute_dtype: torch.dtype) -> Any:
+def quantization_config(quantization: MethodConfig, skip: list[str], compute_dtype: torch.dtype) -> Any:
     """transformers' config object for `quantization`, which leaves the modules `skip` as they are.
 
     The list replaces transformers' own (which spares the head alone and quantizes vision tower and projector); names
     that the user gives are added to it. Raises ConfigError where the class refuses a value, or has no such list.
     """
-    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
-
-    method = quantization["method"]
-    cls = AUTO_QUANTIZATION_CONFIG_MAPPING[method]
-    fields = {k: v for k, v in quantization.items() if k not in ("method", "parts")}
+    method, fields = str(quantization.method), dict(quantization.fields)
+    cls = _config_class(method, fields)
     if fields.get("bnb_4bit_compute_dtype", "") is None:
         fields["bnb_4bit_compute_dtype"] = compute_dtype
     if "bnb_4bit_quant_storage" in fields and fields["bnb_4bit_quant_storage"] is None:
@@ -41,6 +40,19 @@ def quantization_config(quantization: dict[str, Any], skip: list[str], compute_d
         return cls(**fields)
     except (TypeError, ValueError, ImportError, AttributeError) as error:
         raise ConfigError(f"quantization: {error}") from error
+
+
+def _config_class(method: str, fields: dict[str, Any]) -> Any:
+    """transformers' class for `method`. Raises ConfigError where the installed version lacks it or one of `fields`."""
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    installed = f"the installed transformers ({version('transformers')})"
+    cls = AUTO_QUANTIZATION_CONFIG_MAPPING.get(method)
+    if cls is None:
+        raise ConfigError(f"quantization.method={method}: {installed} has no such method")
+    if unknown := sorted(fields.keys() - inspect.signature(cls).parameters.keys()):
+        raise ConfigError([f"quantization.{key}: {method} of {installed} has no such field" for key in unknown])
+    return cls
 
 
 def check_method(config: Any, method: str, device: torch.device) -> None:
@@ -62,14 +74,14 @@ def check_method(config: Any, method: str, device: torch.device) -> None:
         raise ConfigError(f"quantization.method={method}: adapters can't be trained over it; use nf4, fp4 or int8")
 
 
-def whole_modules(model: Any, parts: Parts, quantization: dict[str, Any]) -> list[str]:
+def whole_modules(model: Any, parts: Parts, quantization: MethodConfig) -> list[str]:
     """Names of the outermost modules of `model` that hold no layer of `quantization.parts`: these stay whole.
 
     transformers takes a name for everything under it, so a module around a wanted one can't be named itself. The
     output embedding counts as `head`, tied to the input's or not.
     Raises ConfigError where a wanted part has no layer that can be quantized, or a skipped name means none.
     """
-    wanted = quantization["parts"]
+    wanted = quantization.parts
     layers = dict(linear_layers(model, parts))
     lost = [part for part in wanted if part not in layers.values()]
     if "head" in wanted and parts.head and parts.of(parts.head) != "head":
@@ -83,7 +95,7 @@ def whole_modules(model: Any, parts: Parts, quantization: dict[str, Any]) -> lis
     return outside + skipped_by_user(names, quantization)
 
 
-def skipped_by_user(names: list[str], quantization: dict[str, Any]) -> list[str]:
+def skipped_by_user(names: list[str], quantization: MethodConfig) -> list[str]:
     """Full names of the modules that the user has stay whole, by endings as everywhere or by transformers' own rule.
 
     Raises ConfigError where one means none of `names`.
@@ -92,7 +104,7 @@ def skipped_by_user(names: list[str], quantization: dict[str, Any]) -> list[str]
 
     found: list[str] = []
     for key in SKIP_FIELDS:
-        for wanted in quantization.get(key) or []:
+        for wanted in quantization.fields.get(key) or []:
             hits = [n for n in names if n.endswith(f".{wanted}") or not should_convert_module(n, [wanted])]
             if not hits:
                 endings = {name.rsplit(".", 1)[-1] for name in names}
@@ -143,7 +155,7 @@ def keep_trainable_on_cpu(model: torch.nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
-def use_stored(architecture: Any, quantization: dict[str, Any], compute_dtype: torch.dtype) -> bool:
+def use_stored(architecture: Any, quantization: MethodConfig, compute_dtype: torch.dtype) -> bool:
     """True for a checkpoint that is stored quantized; 4-bit weights of bitsandbytes then compute in `compute_dtype`.
 
     Raises ConfigError where the run would quantize it once more.
@@ -155,7 +167,7 @@ def use_stored(architecture: Any, quantization: dict[str, Any], compute_dtype: t
         return False
     if not isinstance(stored, dict) or not AutoHfQuantizer.supports_quant_method(stored):
         raise ModelError(f"config.json: this transformers can't read its quantization_config: {stored}")
-    if quantization["method"] is not None:
+    if quantization.method is not None:
         raise ConfigError(
             f"quantization: the checkpoint is stored in {stored_bits(stored)} bits already; use quantization=none, "
             "which leaves it so"

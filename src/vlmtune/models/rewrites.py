@@ -1,7 +1,12 @@
-"""Exact rewrites of what torch or transformers compute slowly on a CPU; measured in docs/results.md."""
+"""Exact rewrites of what torch or transformers compute slowly on a CPU; measured in docs/results.md.
+
+`model.rewrites=off` leaves them out, with the fused LoRA layers of `lora`; `plain` is what they are compared with.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,33 +14,80 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from vlmtune.models.parts import base_of
+
 ATTENTION = "sdpa_in_float32"
 
 
+class Fast:
+    """A module that gives what a plain one gives, faster. With `plain = True` it computes as the plain one does."""
+
+    plain: bool = False
+
+
 def rewrite(model: Any, device: torch.device, compute_dtype: torch.dtype) -> list[str]:
-    """Rewrite `model` in place where that is faster on `device`; returns what was done."""
+    """Replace in `model` what is faster in another form on `device`; returns what was done."""
     from transformers.activations import QuickGELUActivation
 
     if device.type != "cpu":
         return []
     done = ["freed memory kept"] if compute_dtype == torch.bfloat16 and keep_freed_memory() else []
-    patches = [module for module in model.modules() if type(module) is nn.Conv3d and _one_step(module)]
-    for module in patches:
-        module.__class__ = PatchMatmul
-    if patches:
+    if _replace(model, lambda module: type(module) is nn.Conv3d and _one_patch(module), PatchMatmul.of):
         done.append("patch embedding as one matmul")
-    activations = [module for module in model.modules() if type(module) is QuickGELUActivation]
-    for module in activations:
-        module.__class__ = QuickGELU
-    if activations:
+    if _replace(model, lambda module: type(module) is QuickGELUActivation, QuickGELU):
         done.append("quick GELU in one step")
-    if compute_dtype == torch.bfloat16 and getattr(model.config, "_attn_implementation", "") == "sdpa":
+    if compute_dtype == torch.bfloat16 and (using := _with_attention(model, "sdpa")):
         _register()
-        subs = {key: getattr(model.config, key) for key in model.config.sub_configs}
-        using = [key for key, own in subs.items() if own is not None and own._attn_implementation == "sdpa"]
-        model.set_attn_implementation(dict.fromkeys(["", *using], ATTENTION))
+        model.set_attn_implementation(dict.fromkeys(using, ATTENTION))
         done.append("attention in float32")
     return done
+
+
+def is_used(model: Any) -> bool:
+    """Whether `model` computes anything in a faster form than the plain one."""
+    fast = any(isinstance(module, Fast) and not module.plain for module in model.modules())
+    return fast or bool(_with_attention(base_of(model), ATTENTION))
+
+
+@contextmanager
+def plain(model: Any) -> Iterator[None]:
+    """While inside, `model` computes the plain way, which the faster forms are compared with."""
+    fast = [module for module in model.modules() if isinstance(module, Fast) and not module.plain]
+    using = _with_attention(base_of(model), ATTENTION)
+    switch_off(model)
+    try:
+        yield
+    finally:
+        for module in fast:
+            module.plain = False
+        if using:
+            base_of(model).set_attn_implementation(dict.fromkeys(using, ATTENTION))
+
+
+def switch_off(model: Any) -> None:
+    """Have `model` compute the plain way from here on."""
+    for module in model.modules():
+        if isinstance(module, Fast):
+            module.plain = True
+    if using := _with_attention(base_of(model), ATTENTION):
+        base_of(model).set_attn_implementation(dict.fromkeys(using, "sdpa"))
+
+
+def _replace(model: nn.Module, wanted: Callable[[nn.Module], bool], make: Callable[[Any], nn.Module]) -> bool:
+    """Put what `make` makes of it in the place of each wanted module; False where there is none."""
+    found = [name for name, module in model.named_modules() if wanted(module)]
+    for name in found:
+        module = model.get_submodule(name)
+        model.set_submodule(name, make(module).train(module.training))
+    return bool(found)
+
+
+def _with_attention(model: Any, name: str) -> list[str]:
+    """The configs of `model` (`""`: the whole one, then its parts') that use this attention; none where it doesn't."""
+    if getattr(model.config, "_attn_implementation", "") != name:
+        return []
+    parts = {key: getattr(model.config, key) for key in model.config.sub_configs}
+    return ["", *(key for key, own in parts.items() if own is not None and own._attn_implementation == name)]
 
 
 def length_multiple(device: torch.device, compute_dtype: torch.dtype) -> int:
@@ -59,24 +111,38 @@ def keep_freed_memory() -> bool:
     return bool(set_option(mmap_threshold, 2**25) and set_option(trim_threshold, 2**26))
 
 
-def _one_step(module: nn.Conv3d) -> bool:
-    return module.kernel_size == module.stride and module.groups == 1 and set(module.padding) == {0}
+def _one_patch(module: nn.Conv3d) -> bool:
+    whole = module.kernel_size == module.stride and set(module.padding) == {0}
+    return whole and module.groups == 1 and set(module.dilation) == {1}
 
 
-class PatchMatmul(nn.Conv3d):
+class PatchMatmul(Fast, nn.Conv3d):
     """A convolution of single patches [N, C, T, H, W], each of the kernel's size, as the product that it is."""
 
+    @classmethod
+    def of(cls, convolution: nn.Conv3d) -> PatchMatmul:
+        """The same convolution, with the weights of `convolution` themselves."""
+        kernel: Any = convolution.kernel_size
+        has_bias = convolution.bias is not None
+        made = cls(convolution.in_channels, convolution.out_channels, kernel, kernel, bias=has_bias, device="meta")
+        made.weight, made.bias = convolution.weight, convolution.bias
+        return made
+
     def forward(self, input: Tensor) -> Tensor:
-        if input.shape[2:] != self.kernel_size:
+        if self.plain or input.shape[2:] != self.kernel_size:
             return super().forward(input)
         return F.linear(input.flatten(1), self.weight.flatten(1), self.bias)[..., None, None, None]
 
 
-class QuickGELU(nn.Module):
+class QuickGELU(Fast, nn.Module):
     """x sigmoid(1.702 x), as silu(1.702 x) / 1.702."""
 
+    def __init__(self, original: nn.Module):
+        super().__init__()
+        self.original = original
+
     def forward(self, input: Tensor) -> Tensor:
-        out: Tensor = _QuickGELU.apply(input)
+        out: Tensor = self.original(input) if self.plain else _QuickGELU.apply(input)
         return out
 
 

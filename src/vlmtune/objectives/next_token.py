@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from vlmtune.batching.inputs import model_inputs
 from vlmtune.batching.layout import Batch
 from vlmtune.models.parts import base_of
-from vlmtune.prompt.encode import IGNORE
+from vlmtune.prompt.labels import IGNORE
 
 
 def summed_loss(model: Any, batch: Batch) -> Tensor:

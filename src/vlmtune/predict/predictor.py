@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmtune.config.schema import Config
-from vlmtune.data.records import Split
+from vlmtune.data.splits import Records, Split
 from vlmtune.errors import REFUSALS, DataError, memory_advice
 from vlmtune.record.outputs import ANSWER, ERROR, Answers, refuse_columns
 
@@ -71,7 +71,7 @@ class Predictor:
     def fill(
         self,
         answers: Answers,
-        records: Sequence[Any],
+        records: Records,
         rows: Sequence[int],
         done: Callable[[int], None] = lambda stop: None,
     ) -> None:
@@ -122,7 +122,7 @@ class Predictor:
             share=share,
         )
 
-    def shares_answers(self, records: Sequence[Any]) -> bool:
+    def shares_answers(self, records: Records) -> bool:
         """Whether neighbouring rows that show the same image are answered with the image once: where a few of them get
         the answers that they get one by one.
         """
@@ -146,7 +146,8 @@ def reason_of(error: Exception) -> str:
 
 def audited(frame: pd.DataFrame, config: Config) -> Split:
     """The frame's rows to be answered, each image decoded once: a bad one must not end the others."""
-    from vlmtune.data.table import audit_frame, image_root_of
+    from vlmtune.data.audit import audit_frame
+    from vlmtune.data.table import image_root_of
 
     file = str(frame.attrs.get("file", ""))  # relative paths start at the folder of a table that was read from one
     data = dataclasses.replace(config.data, image_root=image_root_of(config.data, "test"), check_images="decode")

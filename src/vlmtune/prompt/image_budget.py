@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 
 from vlmtune.config.schema import ImageConfig
-from vlmtune.data.images import Enough
+from vlmtune.data.images import NeededSize
 from vlmtune.errors import ConfigError
 
 
@@ -51,16 +51,16 @@ def tokens_of(processor: Any, width: int, height: int) -> int:
     return text.count(family.feature_token)
 
 
-def enough(processor: Any) -> Enough | None:
+def needed_size(processor: Any) -> NeededSize | None:
     """What this family's processor keeps of a large image at most; None where it cuts images into tiles."""
     images = processor.image_processor
     size = images.size
     if hasattr(images, "merge_size") and hasattr(images, "patch_size"):
-        return Enough(pixels=int(size["longest_edge"]))
+        return NeededSize(pixels=int(size["longest_edge"]))
     if any(hasattr(images, name) for name in ("max_patches", "image_grid_pinpoints", "max_image_size")):
         return None
     sides = [size[name] for name in ("shortest_edge", "height", "width") if size.get(name)]
-    return Enough(side=max(sides)) if sides else None
+    return NeededSize(side=max(sides)) if sides else None
 
 
 def fit_model(model_config: Any, processor: Any) -> None:

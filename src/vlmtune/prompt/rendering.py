@@ -20,7 +20,7 @@ from vlmtune.prompt.template import TEXT, Shape, content_of, conversation, with_
 
 Spans = list[tuple[int, int]]
 STAND_IN = TEXT.format("")
-ONE: Shape = (False, ("it",))
+ONE_QUESTION: Shape = (False, ("it",))
 """One question about one image."""
 
 
@@ -261,6 +261,25 @@ class Prompt:
             return head, None if trained else texts
 
         return found
+
+
+def expanded(text: str, spans: Spans, placeholder: str, expansions: Sequence[str]) -> tuple[str, Spans]:
+    """`text` with the text of each image in place of its placeholder, and `spans` where they then are."""
+    head, *rest = text.split(placeholder) if placeholder else [text]
+    starts, out = [], head
+    for expansion, part in zip(expansions, rest, strict=True):
+        starts.append(len(out))
+        out += expansion + part
+    growth = [len(expansion) - len(placeholder) for expansion in expansions]
+    return out, [(_moved(begin, starts, growth), _moved(end, starts, growth)) for begin, end in spans]
+
+
+def _moved(at: int, starts: list[int], growth: list[int]) -> int:
+    """Where a character is once placeholders have grown; `starts`: of the expansions, in the new text."""
+    for start, more in zip(starts, growth, strict=True):
+        if start < at:
+            at += more
+    return at
 
 
 def _message(role: str, content: Sequence[tuple[str, str]]) -> dict[str, Any]:

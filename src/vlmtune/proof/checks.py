@@ -12,8 +12,10 @@ from vlmtune.config.schema import ImageConfig
 from vlmtune.data.records import Record
 from vlmtune.errors import DataError, ModelError
 from vlmtune.models.parts import Parts, summary
-from vlmtune.prompt.encode import IGNORE, Encoder
+from vlmtune.prompt.encode import Encoder
 from vlmtune.prompt.families import Family
+from vlmtune.prompt.labels import IGNORE
+from vlmtune.prompt.reference import by_the_processor
 
 
 def check_labels(encoder: Encoder, records: Sequence[Record]) -> str:
@@ -29,13 +31,13 @@ def check_labels(encoder: Encoder, records: Sequence[Record]) -> str:
         runs = [list(run) for supervised, run in groupby(labels, IGNORE.__ne__) if supervised]
         texts = [encoder.tokenizer.decode(run, skip_special_tokens=False) for run in runs]
         wanted = encoder.supervised_texts(record)
-        if list(map(encoder.composed, texts)) != list(map(encoder.composed, wanted)):
+        if list(map(encoder.added_tokens.comparable, texts)) != list(map(encoder.added_tokens.comparable, wanted)):
             raise DataError(
                 f"{record.place}: would train on {texts!r} in place of {wanted!r}; this tokenizer can't write it"
             )
-        if set(labels) & set(encoder.image_ids):
+        if set(labels) & set(encoder.answers.image_ids):
             raise DataError(f"{record.place}: would train on the tokens of an image: {texts!r}")
-        if [added for run in runs for added in encoder.added(run)] != encoder.added_in(record):
+        if [i for run in runs for i in encoder.added_tokens.among(run)] != encoder.named_tokens(record):
             raise DataError(f"{record.place}: added tokens of the answer are not those tokens in {texts!r}")
         if len(runs) == 1 and (ids[: len(start)] != start or labels[len(start) :] != ids[len(start) :]):
             raise DataError(f"{record.place}: generation would start from other tokens than training on {texts!r}")
@@ -64,7 +66,7 @@ SHAPES = 16
 
 
 def _check_input(encoder: Encoder, record: Record) -> list[str]:
-    ours, theirs = padded(encoder, [record]), encoder.by_the_processor(record, answered=True)
+    ours, theirs = padded(encoder, [record]), by_the_processor(encoder, record, answered=True)
     name = type(encoder.processor).__name__
     made = {"input_ids", "attention_mask", *ours.inputs}
     if missing := sorted(set(theirs) - made):
@@ -74,7 +76,7 @@ def _check_input(encoder: Encoder, record: Record) -> list[str]:
         )
     [prompt] = encoder.encode([record], answered=False).input_ids
     [whole] = encoder.encode([record], answered=True).input_ids
-    alone = encoder.by_the_processor(record, answered=False)["input_ids"][0].tolist()
+    alone = by_the_processor(encoder, record, answered=False)["input_ids"][0].tolist()
     answered = theirs["input_ids"][0].tolist()
     merged = answered[: len(prompt)] != prompt  # a token across the answer's beginning, which generation never writes
     if alone != prompt or (not merged and encoder.prompt.supervise == "last" and answered != whole):

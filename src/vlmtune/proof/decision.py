@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vlmtune.batching.groups import groups_of, is_streamed
+from vlmtune.batching.groups import groups_of
 from vlmtune.batching.layout import Layout
 from vlmtune.batching.order import Plan, plan
 from vlmtune.config.schema import Config
 from vlmtune.data.records import Record
+from vlmtune.data.splits import Records
 from vlmtune.models.parts import Parts
 from vlmtune.prompt.encode import Encoder
 from vlmtune.prompt.image_cache import Pixels
@@ -35,7 +36,7 @@ def decide(
     model: Any,
     parts: Parts,
     encoder: Encoder,
-    records: Sequence[Record],
+    records: Records,
     sample: Sequence[Record],
     config: Config,
     engine: Any,
@@ -46,7 +47,7 @@ def decide(
 
     Raises ConfigError where a way is asked for that would change the result.
     """
-    trainer, streamed = config.trainer, is_streamed(records)
+    trainer, streamed = config.trainer, records.streamed
     groups = groups_of(records, encoder)
     alike = pairs(encoder, records, groups, most=min(6, trainer.batch_size))
     layout = choose_layout(model, encoder, alike, trainer, engine, evaluated=evaluated)

@@ -19,6 +19,7 @@ from vlmtune.data.records import Record
 from vlmtune.errors import ConfigError
 from vlmtune.evaluation.generate import generate
 from vlmtune.launch import session
+from vlmtune.models import rewrites
 from vlmtune.models.features import Features, refusal
 from vlmtune.models.parts import Parts
 from vlmtune.objectives.next_token import summed_loss
@@ -26,6 +27,8 @@ from vlmtune.prompt.encode import Encoder
 from vlmtune.prompt.image_cache import Pixels, pixels_mark
 
 log = logging.getLogger("vlmtune")
+REFUSALS = (ValueError, TypeError, RuntimeError, IndexError, KeyError, AttributeError)
+"""What a model raises where it can't take a form of its inputs."""
 
 
 def choose_layout(
@@ -63,7 +66,7 @@ def answers_agree(model: Any, encoder: Encoder, records: list[Record], engine: A
         answers = [generate(model, encoder, records, short, share=share, **options) for share in (False, True)]
     except torch.OutOfMemoryError:
         raise
-    except (ValueError, TypeError, RuntimeError, IndexError, KeyError) as error:
+    except REFUSALS as error:
         log.info("generation is not shared: this model refuses (%s)", str(error).splitlines()[0])
         return False
     return answers[0] == answers[1]
@@ -142,6 +145,25 @@ def _uncached(wish: str, reason: str) -> ImageCache:
     return ImageCache(None, f"features   computed each time ({reason})")
 
 
+def rewrites_agree(model: Any, encoder: Encoder, sample: Sequence[Record], engine: Any) -> bool:
+    """Whether the fast forms of modules (`models.rewrites`) give this model the loss and gradients of the plain ones.
+
+    True where it has none. The log says which are used.
+    """
+    if not rewrites.is_used(model):
+        return True
+    batch = partial(padded, encoder, sample)
+    with rewrites.plain(model):
+        plain = _passed(model, batch, engine)
+    try:
+        fits, evidence = _compared(plain, _passed(model, batch, engine), model, engine)
+    except REFUSALS as error:
+        fits, evidence = False, f"they fail on this model: {str(error).splitlines()[0]}"
+    fits = session.all_ranks(fits, engine)
+    log.info("rewrites   %s (%s)", "in use" if fits else "left out", evidence)
+    return fits
+
+
 def _same_inputs(plain: Callable[[], Batch], kept: Callable[[], Batch]) -> tuple[bool, str]:
     """Whether two forms of the same rows are bit-equal inputs of the model, and the evidence."""
     first = plain().inputs
@@ -156,22 +178,33 @@ def _same_inputs(plain: Callable[[], Batch], kept: Callable[[], Batch]) -> tuple
 def _agree(
     model: Any, engine: Any, plain: Callable[[], Batch], fast: Callable[[], Batch], name: str
 ) -> tuple[bool, str]:
-    """Whether two forms of the same rows give the same loss and gradients, and the evidence as a sentence.
+    """Whether two forms of the same rows give the same loss and gradients, and the evidence as a sentence."""
+    try:
+        first, second = _passed(model, plain, engine), _passed(model, fast, engine)
+    except torch.OutOfMemoryError:
+        raise
+    except REFUSALS as error:
+        return False, f"this model refuses {name} ({str(error).splitlines()[0]})"
+    return _compared(first, second, model, engine)
 
-    Run in evaluation mode, so that dropout does not tell them apart.
-    """
+
+Pass = tuple[float, torch.Tensor]
+"""A summed loss, and gradients in one vector."""
+
+
+def _passed(model: Any, batch: Callable[[], Batch], engine: Any) -> Pass:
+    """One forward and backward pass in evaluation mode, so that dropout doesn't tell two of them apart."""
     was_training = model.training
     model.eval()
     try:
-        first = _loss_and_gradient(model, plain(), engine)
-        second = _loss_and_gradient(model, fast(), engine)
-    except torch.OutOfMemoryError:
-        raise
-    except (ValueError, TypeError, RuntimeError, IndexError, KeyError, AttributeError) as error:
-        return False, f"this model refuses {name} ({str(error).splitlines()[0]})"
+        return _loss_and_gradient(model, batch(), engine)
     finally:
         model.train(was_training)
         model.zero_grad(set_to_none=True)
+
+
+def _compared(first: Pass, second: Pass, model: Any, engine: Any) -> tuple[bool, str]:
+    """Whether the second pass gave what the first did, but for rounding, and the evidence as a sentence."""
     halves = (torch.float16, torch.bfloat16)
     half = engine.mixed_precision != "no" or any(p.dtype in halves for p in model.parameters())
     allowed = 5e-2 if half else 1e-3
@@ -185,7 +218,7 @@ COMPARED = 20_000_000
 """Gradient entries that are compared at most: those of the smallest tensors, which all lie behind the attention."""
 
 
-def _loss_and_gradient(model: Any, batch: Batch, engine: Any) -> tuple[float, torch.Tensor]:
+def _loss_and_gradient(model: Any, batch: Batch, engine: Any) -> Pass:
     """Summed loss, and gradients in one vector on the CPU."""
     model.zero_grad(set_to_none=True)
     with engine.autocast():

@@ -13,14 +13,12 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from vlmtune.batching.groups import is_streamed
 from vlmtune.config.schema import Config
 from vlmtune.data.audit import keys_of
+from vlmtune.data.bad_rows import BadRowsError, refusals
 from vlmtune.data.conversations import PLACE
-from vlmtune.data.images import image_size
-from vlmtune.data.records import Record, Split
-from vlmtune.data.selection import chosen
-from vlmtune.data.table import BadRowsError, refusals
+from vlmtune.data.records import Record
+from vlmtune.data.splits import RecordList, Records, Split
 from vlmtune.errors import DataError, ModelError
 from vlmtune.models.parts import base_of
 from vlmtune.prompt.encode import Encoder
@@ -75,8 +73,8 @@ def check_rows(encoder: Encoder, splits: dict[str, Split], config: Config, limit
     look.at_template()
     problems, longest, count = [], [], 0
     for name, split in splits.items():
-        if is_streamed(split.records):
-            split.records.refuse = look.faults_of  # type: ignore[attr-defined]
+        if split.records.streamed:
+            split.records = split.records.refusing(look.faults_of)
             continue
         reasons, bounds = look.through(split.records)
         if name == "train":
@@ -88,7 +86,7 @@ def check_rows(encoder: Encoder, splits: dict[str, Split], config: Config, limit
         count += len(split.records)
     if problems:
         raise BadRowsError(problems, [row for split in splits.values() for row in split.bad])
-    train = splits["train"].records if "train" in splits and not is_streamed(splits["train"].records) else []
+    train = splits["train"].records if "train" in splits and not splits["train"].records.streamed else RecordList([])
     _tell_of_date(encoder)
     _tell_of_markers(encoder, splits)
     _tell_of_long_references(encoder, splits, config.generation.max_new_tokens)
@@ -98,12 +96,12 @@ def check_rows(encoder: Encoder, splits: dict[str, Split], config: Config, limit
     )
 
 
-def examples(encoder: Encoder, records: Sequence[Record]) -> list[Record]:
+def examples(encoder: Encoder, records: Records) -> list[Record]:
     """The first row of each shape of conversation and of each way to begin and end a text: what may meet the template
     and the tokenizer differently than other rows.
     """
     found: dict[Hashable, Record] = {}
-    for record in records if isinstance(records, list) else records[:1000]:  # others read each row from disk again
+    for record in records[:1000] if records.on_demand else records:
         key = (encoder.prompt.shape(record), *(_edges(text) for text in _texts(record)[-2:]))
         if key not in found and len(found) < EXAMPLES:
             found[key] = record
@@ -129,7 +127,7 @@ LONGEST = 8
 
 def _set_apart(split: Split, reasons: dict[int, str]) -> None:
     split.bad += [split.records[number].refused(reason) for number, reason in reasons.items()]
-    split.records = chosen(split.records, [n for n in range(len(split.records)) if n not in reasons])
+    split.records = split.records.select([n for n in range(len(split.records)) if n not in reasons])
 
 
 class Look:
@@ -148,7 +146,7 @@ class Look:
     def at_template(self) -> None:
         """Raise ModelError where what every row holds has no embedding."""
         base = self.encoder.tokenizer.vocab_size
-        end = max(self.encoder.end_ids)
+        end = max(self.encoder.answers.end_ids)
         if base > self.limits.embeddings or end >= self.limits.embeddings:
             raise ModelError(
                 f"the tokenizer has {max(base, end + 1)} tokens and the model's embedding {self.limits.embeddings} "
@@ -187,7 +185,7 @@ class Look:
 
     def _size(self, key: Hashable, source: Any) -> tuple[int, int]:
         """`key`: equal for images that are copies of each other, None where that isn't known."""
-        size = self.seen.get(key) or image_size(source, self.encoder.max_image_pixels)
+        size = self.seen.get(key) or self.encoder.images.size(source)
         if key is not None:
             self.seen[key] = size
         return size
@@ -220,7 +218,7 @@ class Look:
     def _refusal(self, sizes: Sizes) -> str | None:
         """Why the processor refuses images of these sizes, or None where it takes them."""
         try:
-            self.encoder.image_tokens(sizes)
+            self.encoder.images.tokens(sizes)
         except (ValueError, ZeroDivisionError) as error:
             shown = ", ".join(f"{width}x{height}" for width, height in sizes)
             return f"the model's processor refuses the image ({shown}): {str(error).splitlines()[0]}"
@@ -241,7 +239,7 @@ class Look:
                 if not (reason := self.refusal(sizes)):
                     break
                 refused[sizes] = reason
-        known = {sizes: self.encoder.image_tokens(sizes) for sizes in spread if sizes not in refused}
+        known = {sizes: self.encoder.images.tokens(sizes) for sizes in spread if sizes not in refused}
         dearest = max((-(-tokens // len(sizes)) for sizes, tokens in known.items()), default=0)
 
         def cost(sizes: Sizes) -> int:
@@ -303,7 +301,7 @@ def _tell_of_markers(encoder: Encoder, splits: dict[str, Split]) -> None:
     prompt, counts = encoder.prompt, Counter[str]()
     starts = re.compile("|".join(map(re.escape, {PLACE, *prompt.markers})))
     for split in splits.values():
-        for record in split.records if isinstance(split.records, list) else ():
+        for record in () if split.records.on_demand else split.records:
             texts = "\n".join(_texts(record))
             if starts.search(texts):
                 counts.update({*prompt.kept_as_text(texts), *([PLACE] if PLACE in texts else [])})

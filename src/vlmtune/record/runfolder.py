@@ -7,15 +7,15 @@ import logging
 import os
 import signal
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from vlmtune import display
-from vlmtune.config.schema import Config
-from vlmtune.data.records import Split
+from vlmtune.config.schema import Config, plain
+from vlmtune.data.splits import Split
 from vlmtune.errors import CheckpointError
 from vlmtune.launch import signals
 from vlmtune.record import environment, tracking
@@ -100,7 +100,7 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 
 def write_config(path: Path, config: Config) -> None:
     """Write the resolved config as YAML that `resume=` and `predict.py` read back."""
-    write_whole(path, yaml.safe_dump(asdict(absolute(config)), sort_keys=False, allow_unicode=True))
+    write_whole(path, yaml.safe_dump(plain(absolute(config)), sort_keys=False, allow_unicode=True))
 
 
 def absolute(config: Config) -> Config:
@@ -149,11 +149,11 @@ def frame_of(split: Split) -> Any:
     """A frame of the split's usable rows: their own columns where they came from a table."""
     import pandas as pd
 
-    if hasattr(split.records, "frame"):
-        return split.records.frame()
+    if (own := split.records.frame()) is not None:
+        return own
     if split.frame is not None:
         return split.frame.iloc[[record.row for record in split.records]].copy()
-    rows = [(record.group, record.question, record.answers[0]) for record in split.records]
+    rows = [(record.group, record.question, next(iter(record.answers), None)) for record in split.records]
     return pd.DataFrame(rows, columns=["image_path", "question", "answer"])
 
 

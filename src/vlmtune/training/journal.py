@@ -6,11 +6,11 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from types import TracebackType
 
 from vlmtune import display
-from vlmtune.data import table
+from vlmtune.config.schema import plain
+from vlmtune.data import bad_rows
 from vlmtune.launch import signals
 from vlmtune.record import environment, runfolder, tracking
 from vlmtune.record.progress import Progress
@@ -35,7 +35,7 @@ class Journal:
             self._describe()
             resumed = self.progress.step if config.resume else None
             self.metrics_file = tracking.MetricsFile(folder / "metrics.jsonl", resume_step=resumed)
-            self.tracker = tracking.build(config.tracker, asdict(config), folder, resumed=bool(config.resume))
+            self.tracker = tracking.build(config.tracker, plain(config), folder, resumed=bool(config.resume))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
@@ -50,7 +50,7 @@ class Journal:
         """Write quarantine.csv and environment.json."""
         run, folder = self.run, self.run.folder
         if bad := [row for split in run.splits.values() for row in split.bad]:
-            table.write_quarantine(folder / "quarantine.csv", bad)
+            bad_rows.write_quarantine(folder / "quarantine.csv", bad)
             log.warning("left out %d rows: %s", len(bad), folder / "quarantine.csv")
         described = environment.describe(run.config.trainer.seed, run.loader.fingerprint, run.processor)
         described |= {"image_fingerprint": run.loader.image_fingerprint, "changes": self.progress.changes}

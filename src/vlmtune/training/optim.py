@@ -1,4 +1,4 @@
-"""Optimizer and schedule."""
+"""The optimizer over what trains."""
 
 from __future__ import annotations
 
@@ -93,20 +93,3 @@ class MuonAndAdamW(torch.optim.Optimizer):
             if optimizer is not None:
                 optimizer.param_groups, optimizer.state = groups, self.state
                 optimizer.step()
-
-
-def build_scheduler(optimizer: torch.optim.Optimizer, trainer: TrainerConfig, total_steps: int) -> Any:
-    """Learning rate per optimizer step: linear warmup, then the chosen shape down to 0 at `total_steps`."""
-    from transformers import get_scheduler
-
-    name = "constant_with_warmup" if trainer.scheduler.name == "constant" else trainer.scheduler.name
-    warmup = round(trainer.scheduler.warmup_fraction * total_steps)
-    scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=total_steps)
-    optimizer._opt_called = True  # type: ignore[attr-defined]  # or torch warns where a resumed run goes to its step
-    return scheduler
-
-
-def go_to(scheduler: Any, step: int) -> None:
-    """Set the learning rates of the step that follows `step` done ones: they depend on the step's number alone."""
-    scheduler.last_epoch = step - 1
-    scheduler.step()

@@ -14,7 +14,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from vlmtune.config.schema import OPEN_GROUPS, Config
+from vlmtune.config.schema import OPEN_GROUPS, Config, plain
 from vlmtune.errors import CheckpointError
 from vlmtune.record import runfolder
 
@@ -66,6 +66,7 @@ KINDS: dict[str, Kind] = {
     "model.name": Kind.FREE,
     "model.path": Kind.AROUND,
     "model.revision": Kind.SAME,
+    "model.rewrites": Kind.STEPS,
     "model.save_layout": Kind.AROUND,
     "model.system_prompt": Kind.SAME,
     "model.trust_remote_code": Kind.FREE,
@@ -142,10 +143,10 @@ def values(config: Any, prefix: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         key, value = f"{prefix}{field.name}", getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
+        if key in OPEN_GROUPS:
+            found |= {f"{key}.{name}": each for name, each in plain(value).items()}
+        elif dataclasses.is_dataclass(value):
             found |= values(value, f"{key}.")
-        elif key in OPEN_GROUPS:
-            found |= {f"{key}.{name}": each for name, each in value.items()}
         else:
             found[key] = value
     return found

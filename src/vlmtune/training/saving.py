@@ -12,7 +12,6 @@ from vlmtune.record import runfolder
 from vlmtune.record.progress import Progress
 from vlmtune.training import checkpoint, resume
 from vlmtune.training.loop import StepReport
-from vlmtune.training.optim import go_to
 from vlmtune.training.setup import Setup
 from vlmtune.training.stopping import Stopping
 
@@ -36,7 +35,7 @@ class Saving:
         progress = checkpoint.load_checkpoint(
             found, run.model, run.optimizer, engine.scaler, self.identity, engine.process_index
         )
-        go_to(run.scheduler, progress.step)
+        run.scheduler.go_to(progress.step)
         if run.writes:  # from here on the folder is this run's
             checkpoint.set_aside(found)
             runfolder.write_config(run.folder / "config.yaml", run.config)

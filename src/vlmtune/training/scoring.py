@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
 
 from vlmtune.data.images import open_image
 from vlmtune.data.records import Record
+from vlmtune.data.splits import Records
 from vlmtune.evaluation.evaluate import Evaluation, evaluate
 from vlmtune.record import tracking
 from vlmtune.training.journal import Journal
@@ -58,7 +58,7 @@ class Scoring:
             self._show_samples(records, found)
         return found
 
-    def _show_samples(self, records: Sequence[Record], found: Evaluation) -> None:
+    def _show_samples(self, records: Records, found: Evaluation) -> None:
         count = min(self.run.config.tracker.samples, len(records))
         if count:
             spread = [n * len(records) // count for n in range(count)]  # neighbours often show the same image

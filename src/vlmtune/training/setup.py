@@ -8,7 +8,7 @@ from typing import Any
 
 from vlmtune.batching.loader import Loader
 from vlmtune.config.schema import Config
-from vlmtune.data.records import Split
+from vlmtune.data.splits import Split
 from vlmtune.models.parts import Parts
 from vlmtune.prompt.encode import Encoder
 

@@ -18,8 +18,9 @@ from vlmtune.config.schema import DataConfig, TaskConfig
 from vlmtune.data.audit import Reader, keys_of
 from vlmtune.data.columns import SAMPLE, column_problems, columns_with_text, tell_unread
 from vlmtune.data.images import image_size, open_image
-from vlmtune.data.records import BadRow, Record, Split
+from vlmtune.data.records import BadRow, Record
 from vlmtune.data.sources.arrow import of_feature
+from vlmtune.data.splits import RecordList, Records, Split
 from vlmtune.errors import DataError, nearest
 from vlmtune.network import unreachable
 
@@ -133,7 +134,7 @@ def _of_images(feature: Any) -> bool:
     return isinstance(getattr(feature, "feature", feature), datasets.Image)
 
 
-class Rows(Reader):
+class HubReader(Reader):
     """Reads rows of a data set: their cells as the set's features say, for instance classes by name."""
 
     def __init__(self, dataset: Any, config: DataConfig, task: TaskConfig, name: str, answers_required: bool):
@@ -160,10 +161,10 @@ def _first_cells(dataset: Any) -> dict[str, list[Any]]:
     return {name: [row[name] for row in rows] for name in dataset.features}
 
 
-class Check:
+class CheckedReader:
     """Reads rows and opens each distinct image once, as `data.check_images` says."""
 
-    def __init__(self, reader: Rows, config: DataConfig):
+    def __init__(self, reader: Reader, config: DataConfig):
         self.reader, self.most = reader, config.max_image_pixels
         self.look = open_image if config.check_images == "decode" else image_size
         self.faults: dict[Hashable, list[str]] = {}
@@ -191,13 +192,13 @@ class HubTable:
         """Read every row once, its images as `data.check_images` says; keep the good ones for reading again."""
         from vlmtune import display
 
-        reader = Rows(self.dataset, config, task, self.name, answers_required)
-        check = Check(reader, config)
+        reader = HubReader(self.dataset, config, task, self.name, answers_required)
+        check = CheckedReader(reader, config)
         first: dict[Hashable, int] = {}
         digest = hashlib.sha256()
         good: list[int] = []
         groups: list[Hashable] = []
-        split = Split([], None)
+        split = Split(RecordList([]))
         with display.bar(f"checking {self.name}", len(self.dataset)) as advance:
             for row, cells in enumerate(self.dataset):
                 record, found = check(row, cells)
@@ -217,12 +218,24 @@ class HubTable:
         return split
 
 
-class HubRows(Sequence[Record]):
+class HubRows(Records):
     """The usable rows of a split, read from disk when asked for."""
 
-    def __init__(self, dataset: Any, reader: Rows, rows: list[int], groups: list[Hashable], fingerprint: str):
+    on_demand = True
+
+    def __init__(self, dataset: Any, reader: HubReader, rows: list[int], groups: list[Hashable], fingerprint: str):
         self.dataset, self.reader, self.rows = dataset, reader, rows
-        self.groups, self.fingerprint = groups, fingerprint
+        self._groups, self._fingerprint = groups, fingerprint
+
+    def groups(self) -> list[Hashable]:
+        return self._groups
+
+    def fingerprint(self) -> str:
+        """Of the rows' contents as they were when they were audited, images included."""
+        return self._fingerprint
+
+    def image_fingerprint(self) -> None:
+        return None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -242,8 +255,8 @@ class HubRows(Sequence[Record]):
 
     def select(self, indices: Sequence[int]) -> HubRows:
         """These rows of the same set."""
-        rows, groups = [self.rows[i] for i in indices], [self.groups[i] for i in indices]
-        return HubRows(self.dataset, self.reader, rows, groups, f"{self.fingerprint} {rows[:1]}+{len(rows)}")
+        rows, groups = [self.rows[i] for i in indices], [self._groups[i] for i in indices]
+        return HubRows(self.dataset, self.reader, rows, groups, f"{self._fingerprint} {rows[:1]}+{len(rows)}")
 
     def frame(self) -> pd.DataFrame:
         """The rows' columns without images, for predictions.csv."""
@@ -272,25 +285,42 @@ class HubStream:
         stream = self.dataset
         if config.shuffle_buffer > 1:
             stream = stream.shuffle(seed=seed, buffer_size=config.shuffle_buffer)
-        reader = Rows(self.dataset, config, task, self.name, answers_required)
+        reader = HubReader(self.dataset, config, task, self.name, answers_required)
         return Split(StreamedRows(stream, reader, config, seed))
 
 
-class StreamedRows(Sequence[Record]):
+class StreamedRows(Records):
     """Rows without an end: after the last comes the first again, shuffled anew. Bad ones stop the run, or are logged.
 
     Reading on is cheap; reading back starts from the beginning.
     """
 
-    in_order = True
-    """Rows are taken one after the other, since none can be picked."""
+    on_demand = streamed = True
 
-    def __init__(self, dataset: Any, reader: Rows, config: DataConfig, seed: int):
-        self.dataset, self.reader, self.config = dataset, reader, config
-        self.fingerprint = f"stream of {reader.file}, {config.shuffle_buffer} rows shuffled, seed {seed}"
-        self.refuse: Callable[[Record], list[str]] = lambda record: []
-        """What the model has against a row, set once it is known."""
+    def __init__(
+        self,
+        dataset: Any,
+        reader: Reader,
+        config: DataConfig,
+        seed: int,
+        faults_of: Callable[[Record], list[str]] = lambda record: [],
+    ):
+        self.dataset, self.reader, self.config, self.seed = dataset, reader, config, seed
+        self.faults_of = faults_of
+        """What the model has against a row."""
         self.next, self.rows = 0, self._rows()
+
+    def refusing(self, faults_of: Callable[[Record], list[str]]) -> StreamedRows:
+        return StreamedRows(self.dataset, self.reader, self.config, self.seed, faults_of)
+
+    def groups(self) -> list[Hashable]:
+        return []
+
+    def fingerprint(self) -> str:
+        return f"stream of {self.reader.file}, {self.config.shuffle_buffer} rows shuffled, seed {self.seed}"
+
+    def image_fingerprint(self) -> None:
+        return None
 
     def __len__(self) -> int:
         return sys.maxsize
@@ -311,9 +341,9 @@ class StreamedRows(Sequence[Record]):
             self.dataset.set_epoch(epoch)
             usable = 0
             for row, cells in enumerate(self.dataset):
-                record, faults = Check(self.reader, self.config)(row, cells)
+                record, faults = CheckedReader(self.reader, self.config)(row, cells)
                 self.reader.tell()
-                faults = faults or self.refuse(record)
+                faults = faults or self.faults_of(record)
                 if not faults:
                     usable += 1
                     yield record

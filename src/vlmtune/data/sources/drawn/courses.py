@@ -1,8 +1,7 @@
-"""Drawn scenes as training rows, made when they are asked for: what pico is pre-trained on."""
+"""Three courses of drawn scenes, one after the other: what pico is pre-trained on. Rows are made when asked for."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache, partial
 from itertools import cycle, islice
 from typing import overload
@@ -13,23 +12,27 @@ from vlmtune.config.schema import DataConfig
 from vlmtune.data.records import Record, Turn
 from vlmtune.data.sources.drawn.questions import Question
 from vlmtune.data.sources.drawn.scenes import Course, labelled_scene
+from vlmtune.data.splits import Records
 
 SCENES, HELD_OUT = 300_000, 200
 FIRST_HELD_OUT = 10_000_000
 """Seeds of held-out scenes start here; training never gets that far."""
 
 
-class Scenes(Sequence[Record]):
+class Scenes(Records):
     """`scenes` scenes with `rows` rows each: a caption and questions about the same image, one after the other."""
+
+    on_demand = True
 
     def __init__(self, first: int, scenes: int, rows: int, course: Course):
         self.first, self.scenes, self.rows, self.course = first, scenes, rows, course
 
-    @property
     def fingerprint(self) -> str:
         return f"scenes {self.first}+{self.scenes} of {self.rows} rows, {self.course}"
 
-    @property
+    def image_fingerprint(self) -> None:
+        return None
+
     def groups(self) -> list[int]:
         """The scene of each row."""
         return [row // self.rows for row in range(len(self))]

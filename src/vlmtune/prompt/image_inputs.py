@@ -1,0 +1,119 @@
+"""The images of some rows -> the model's image tensors, and the text that stands for each image in a prompt."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Hashable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from PIL import Image
+
+from vlmtune.data.images import NeededSize, image_size, open_image
+from vlmtune.data.records import Record
+from vlmtune.errors import DataError
+from vlmtune.prompt.families import Family
+
+if TYPE_CHECKING:
+    from vlmtune.prompt.image_cache import Pixels
+
+
+class ImageInputs(NamedTuple):
+    """What rows show, each distinct image once."""
+
+    tensors: dict[str, Any]
+    """What the family makes of all images in one call."""
+    expansions: list[str]
+    """The text that stands for each image."""
+    images_of: list[list[int]]
+    """Of each row the indices of its images."""
+
+
+class ImageProcessing:
+    """Opens images and has the family's processor work on them.
+
+    `needed`: how large an image must stay where a large JPEG is reduced while it is decoded; None: none is reduced.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        tokenizer: Any,
+        max_pixels: int,
+        needed: NeededSize | None,
+    ):
+        self.family, self.max_pixels, self.needed = family, max_pixels, needed
+        self.cache: Pixels | None = None
+        self.tokens = _token_counter(family, tokenizer)
+        """Tokens that images of given sizes, shown together, take in a prompt."""
+
+    def keeping(self, cache: Pixels | None) -> ImageProcessing:
+        """The same, but what images become is kept in `cache`; None: it is made anew each time."""
+        other = copy.copy(self)
+        other.cache = cache
+        return other
+
+    def open(self, source: Any) -> Image.Image:
+        """An image as the processor is given it. Raises DataError as `open_image` does."""
+        return open_image(source, self.max_pixels, self.needed)
+
+    def size(self, source: Any) -> tuple[int, int]:
+        """Width and height of what `open` would return, from the image's header."""
+        return image_size(source, self.max_pixels)
+
+    def of(self, records: Sequence[Record], groups: Sequence[Hashable]) -> ImageInputs:
+        """The images of `records`. Neighbours of one group share theirs; a group of None is shared with no row.
+
+        Raises DataError, with the row's place, for an image that can't be opened or that the processor refuses.
+        """
+        sources, images_of = _distinct_images(records, groups)
+        if not sources:
+            return ImageInputs({}, [], images_of)
+        row_of = {index: record for record, own in zip(records, images_of, strict=True) for index in own}
+        shown = list({tuple(own): None for own in images_of if own})
+
+        @functools.cache
+        def opened(index: int) -> Image.Image:
+            try:
+                return self.open(sources[index])
+            except DataError as error:
+                raise DataError(f"{row_of[index].place}: {error}") from error
+
+        try:
+            if self.cache is not None:
+                cached = [([sources[i] for i in own], [partial(opened, i) for i in own]) for own in shown]
+                return ImageInputs(*self.cache.of(cached, self.family.images), images_of)
+            return ImageInputs(*self.family.images([[opened(i) for i in own] for own in shown]), images_of)
+        except ValueError as error:  # a shape that the family can't take, such as a strip
+            pictures = map(opened, range(len(sources)))
+            sizes = [f"{row_of[i].place} ({p.width}x{p.height})" for i, p in enumerate(pictures)]
+            which = sizes[0] if len(sizes) == 1 else f"one of {', '.join(sizes[:8])}"
+            raise DataError(f"{which}: the model's processor refuses the image: {error}") from error
+
+
+def _token_counter(family: Family, tokenizer: Any) -> Any:
+    @functools.lru_cache(maxsize=100_000)
+    def count(sizes: tuple[tuple[int, int], ...]) -> int:
+        if not sizes:
+            return 0
+        _, expansions = family.images([[Image.new("RGB", size) for size in sizes]])
+        ids = tokenizer(expansions, add_special_tokens=False)["input_ids"]
+        return sum(map(len, ids))
+
+    return count
+
+
+def _distinct_images(records: Sequence[Record], groups: Sequence[Hashable]) -> tuple[list[Any], list[list[int]]]:
+    """All image sources of the rows in order, those of neighbours in a group only once; indices per row."""
+    sources: list[Any] = []
+    images_of: list[list[int]] = []
+    before = None
+    for record, group in zip(records, groups, strict=True):
+        if group is not None and group == before:
+            images_of.append(images_of[-1])
+        else:
+            images_of.append(list(range(len(sources), len(sources) + len(record.images))))
+            sources += record.images
+        before = group
+    return sources, images_of
