@@ -742,6 +742,7 @@ def read(
     path = str(checkpoint_of("qwen2_vl"))
     lora = tiny.config(path, adapter=tiny.LORA, max_steps=1, generation={"max_new_tokens": 2, "temperature": 1.0})
     lora.data = DataConfig(train=str(table), validation=str(table), test=str(table), max_eval_rows=1)
+    lora.data.cache_features = "off"  # beside a cache of images there are no workers
     full = tiny.config(path, max_steps=None, epochs=1.0, batch_size=3, optimizer={"name": "muon"}, save_every=1)
     full.trainer.best_metric, full.trainer.eval_every, full.generation.max_new_tokens = "eval/exact_match", 1, 1
     full.tracker.name = "wandb"
