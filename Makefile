@@ -6,7 +6,7 @@ BIN := .venv/bin
 TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-slow bench lint check format clean
+.PHONY: help install train test test-slow bench measure lint check format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -31,6 +31,9 @@ test-slow: install ## the slow proofs, in two processes
 
 bench: install .venv-trl/installed ## compare speeds with the plain Trainer and TRL
 	$(BIN)/python benchmarks/bench.py
+
+measure: install ## memory and speed of training steps, into benchmarks/measured.json
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/measure.py --write
 
 .venv-trl/installed:
 	$(PYTHON) -m venv .venv-trl
