@@ -199,6 +199,19 @@ def test_the_readme_lists_every_group_and_option() -> None:
     assert listed == groups
 
 
+def test_the_readmes_first_config_is_the_file_that_it_names() -> None:
+    [block] = blocks(ROOT / "README.md", "yaml")
+    assert block == (ROOT / "conf" / "experiment" / "one_gpu.yaml").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", named([page for page in PAGES if page.name not in ("config.md", "architecture.md")]))
+def test_lines_are_wrapped(page: Path) -> None:
+    """At 120 characters; tables, code and figures of a measurement, which are indented, keep their own shape."""
+    text = re.sub(r"^ *```.*?^ *```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    long = [line for line in text.splitlines() if len(line) > 120 and not line.startswith(("|", "    "))]
+    assert long == []
+
+
 def test_each_key_of_ludwigs_guide_is_in_the_tables() -> None:
     text = " ".join(spans(ROOT / "docs" / "ludwig.md"))
     assert [key for key in LUDWIG_KEYS.split() if not re.search(rf"(?<![\w-]){re.escape(key)}\b", text)] == []

@@ -97,6 +97,7 @@ def test_a_run_leaves_everything_in_its_folder(overrides: Overrides, tmp_path: P
     assert [*asked.columns, "answer_predictions", "score"] == list(written.columns)
     assert written["question"].tolist() == asked["question"].tolist()
     assert "<html" in (folder / "report.html").read_text()
+    assert "on the 6 validation rows" in (folder / "model" / "README.md").read_text()
     assert [p.name for p in sorted((folder / "checkpoints").iterdir())] == ["step_000002", "step_000004"]
     assert not (folder / "quarantine.csv").exists()
     assert not [p for p in folder.rglob("*") if ".partial" in p.name]

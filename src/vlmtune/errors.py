@@ -59,7 +59,7 @@ class StorageError(VlmtuneError):
 
 
 class TrainingError(VlmtuneError):
-    """The run can't go on."""
+    """The run can't continue."""
 
 
 class NonFinite(TrainingError):

@@ -29,7 +29,7 @@ MISSING = {
     "original checkpoint. A text-only model has none",
     "has no image processor": "has no image processor, so it is not a vision-language model",
     "Couldn't instantiate the backend tokenizer": "has no tokenizer.json; copy it from the original checkpoint",
-    "Unrecognized configuration class": "is of a type that reads no images, or that this transformers can't open",
+    "Unrecognized configuration class": "is of a type that doesn't read images, or that this transformers can't open",
     "Error while deserializing header": "its weights (*.safetensors) are cut or damaged; copy them again",
 }
 """Part of what transformers says -> what it means."""
@@ -83,9 +83,9 @@ def check_names(path: str, names: Collection[str]) -> None:
     pickled = sorted(name for name in names if Path(name).suffix == ".bin" and name != "training_args.bin")
     if pickled:
         raise ModelError(
-            f"{path}: has its weights in {pickled[0]} alone, which can run code when it is read; convert them once: "
+            f"{path}: has its weights in {pickled[0]} only, which can run code when it is loaded; convert them once: "
             f"python -c \"import transformers as t; t.AutoModelForImageTextToText.from_pretrained('{path}')"
-            f".save_pretrained('NEW')\", copy the tokenizer's and processor's files beside, and set model.path=NEW"
+            f".save_pretrained('NEW')\", copy the tokenizer and processor files next to them, and set model.path=NEW"
         )
     raise ModelError(f"{path}: can't be opened: has no weights (*.safetensors) in the hub's layout")
 

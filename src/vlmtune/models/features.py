@@ -113,13 +113,13 @@ def refusal(model: Any, parts: Parts) -> str | None:
     """Why features of this model can't be kept, or None where they can."""
     base = base_of(model)
     if "mm_encoder_outputs" not in inspect.signature(type(base).forward).parameters:
-        return f"{type(base).__name__} takes no features in place of pixels"
+        return f"{type(base).__name__} doesn't accept features in place of pixels"
     trained = {parts.of(name) for name, p in model.named_parameters() if p.requires_grad} & set(FROZEN)
     if trained:
         return f"the {' and the '.join(sorted(trained))} train"
     for name, module in base.named_modules():
         if parts.of(name) in FROZEN and _varies(module):
-            return f"{name} ({type(module).__name__}) gives an image other features each time"
+            return f"{name} ({type(module).__name__}) gives different features for one image each time"
     return None
 
 

@@ -112,7 +112,7 @@ def _load_model(
         check_quantized(model, find_parts(model), quantization.parts)
     if stored:
         check_stored(model)
-        log.info("the checkpoint is stored in %d bits, and stays so", quantized_bits(model))
+        log.info("the checkpoint is stored in %d bits and is used as it is", quantized_bits(model))
     return model
 
 
@@ -139,7 +139,9 @@ def _architecture(config: ModelConfig, processor: Any) -> tuple[Any, Any]:
         native = internvl2.native_config(original, processor.image_token_id)
         return internvl2.InternVL2ForConditionalGeneration, native
     if config.save_layout == "original":
-        raise ConfigError("model.save_layout=original: this checkpoint is no InternVL2 in its own layout; use native")
+        raise ConfigError(
+            "model.save_layout=original: this is not an InternVL2 checkpoint in its original layout; use native"
+        )
     return AutoModelForImageTextToText, AutoConfig.from_pretrained(config.path, **hub_options(config))
 
 

@@ -71,7 +71,7 @@ class MetricsFile:
     """metrics.jsonl: one JSON object per call, on disk when the call returns; NaN and infinities are null."""
 
     def __init__(self, path: Path, resume_step: int | None = None):
-        """Start an empty file, or go on with one from a checkpoint: lines after `resume_step` are cut."""
+        """Start an empty file, or continue one from a checkpoint: lines after `resume_step` are cut."""
         self.path = path
         last = -1 if resume_step is None else resume_step
         kept = [json.dumps(row) + "\n" for row in read_metrics(path) if row["step"] <= last]
@@ -119,7 +119,7 @@ def check(config: TrackerConfig) -> None:
 def build(config: TrackerConfig, run_config: Mapping[str, Any], folder: Path, *, resumed: bool = False) -> Tracker:
     """Open the tracker that `config` names, for the run in `folder`, and store `run_config` there without its secrets.
 
-    On one process of a run only. `resumed`: go on with the run that the folder's earlier process had opened. Raises
+    On one process of a run only. `resumed`: continue the run that the folder's earlier process opened. Raises
     ConfigError when it can't start: unknown WANDB_MODE, no login, no network.
     """
     mode = config.mode or os.environ.get("WANDB_MODE") or "offline"
@@ -156,7 +156,9 @@ class Surviving:
         try:
             yield
         except (Exception, SystemExit) as error:
-            log.warning("%s failed and is off for the rest of this run; metrics.jsonl goes on: %s", self.name, error)
+            log.warning(
+                "%s failed and is off for the rest of this run; metrics.jsonl is still written: %s", self.name, error
+            )
             self.tracker = Nothing()
 
 
@@ -164,7 +166,7 @@ class WandB:
     """Weights & Biases. Everything it writes, the images waiting for an upload too, lies in `folder`/wandb.
 
     Its variables (WANDB_PROJECT, WANDB_DIR, WANDB_RUN_GROUP, WANDB_NAME and all others) win over the defaults here,
-    and lose to a key that the user sets. A resumed run goes on under the id of the first start, which is kept in
+    and lose to a key that the user sets. A resumed run keeps the id of the first start, which is kept in
     `folder`/wandb/run_id.
     """
 
