@@ -199,6 +199,22 @@ def test_a_bad_row_of_a_stream_stops_or_is_left_out(tmp_path: Path, caplog: pyte
         streamed(tmp_path / "set", shuffle_buffer=1, on_bad_row="drop", max_image_pixels=10)[0]
 
 
+def test_each_process_reads_its_own_rows_of_a_stream(saved: Path, tmp_path: Path) -> None:
+    """Together they are the rows of one process. What another one takes is neither decoded nor checked: a row that
+    can't be used stops its own process alone.
+    """
+    whole = streamed(saved, shuffle_buffer=1)
+    parts = [whole.of_process(process, 2) for process in range(2)]
+    together = [parts[n % 2][n // 2].question for n in range(14)]
+    assert together == [whole[n].question for n in range(14)], "beyond the end of the first epoch"
+    assert [parts[1][n].question for n in range(3)] == together[1:6:2], "read again from the beginning"
+    rows(answer=["yes", "", "yes", "no", "yes", "no"]).save_to_disk(str(tmp_path / "bad"))
+    first, second = (streamed(tmp_path / "bad", shuffle_buffer=1).of_process(process, 2) for process in range(2))
+    assert first[2].question == "Is it 4?"
+    with pytest.raises(DataError, match="row 2: empty answer"):
+        second[0]
+
+
 def test_a_streamed_run_and_its_resumption(
     saved: Path, tmp_path: Path, checkpoint_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
