@@ -6,7 +6,7 @@ BIN := .venv/bin
 TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-slow bench lint check format clean
+.PHONY: help install train test test-slow bench measure lint check format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -32,11 +32,14 @@ test-slow: install ## the slow proofs, in two processes
 bench: install .venv-trl/installed ## compare speeds with the plain Trainer and TRL
 	$(BIN)/python benchmarks/bench.py
 
+measure: install ## memory and speed of training steps, into benchmarks/measured.json
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/measure.py --write
+
 .venv-trl/installed:
 	$(PYTHON) -m venv .venv-trl
 	.venv-trl/bin/pip install --quiet --upgrade pip
 	.venv-trl/bin/pip install --quiet $(TORCH) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
-	.venv-trl/bin/pip install --quiet --constraint constraints.txt trl==1.16.0 --editable '.[datasets]'
+	.venv-trl/bin/pip install --quiet --constraint constraints.txt trl==1.16.0 --editable '.[hub]'
 	@touch $@
 
 lint: install ## ruff, types, and the order of imports

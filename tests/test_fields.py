@@ -393,7 +393,7 @@ def test_a_nonfinite_step_stops_the_run_or_is_left_out(train: Train, monkeypatch
     def spoilt(model: Any, batch: Any) -> Any:
         return real(model, batch) * (math.nan if next(calls) == 0 else 1.0)
 
-    monkeypatch.setattr(loss, "summed_loss", spoilt)
+    monkeypatch.setattr(page, "summed_loss", spoilt)
     assert train({"trainer.nonfinite": "skip"}).result["skipped_steps"] == 1
     calls = iter(range(99))
     with pytest.raises(TrainingError, match=r"trainer\.nonfinite=skip"):
@@ -746,6 +746,7 @@ def read(
     path = str(checkpoint_of("qwen2_vl"))
     lora = tiny.config(path, adapter=tiny.LORA, max_steps=1, generation={"max_new_tokens": 2, "temperature": 1.0})
     lora.data = DataConfig(train=str(table), validation=str(table), test=str(table), max_eval_rows=1)
+    lora.data.cache_features = "off"  # beside a cache of images there are no workers
     full = tiny.config(path, max_steps=None, epochs=1.0, batch_size=3, optimizer={"name": "muon"}, save_every=1)
     full.trainer.best_metric, full.trainer.eval_every, full.generation.max_new_tokens = "eval/exact_match", 1, 1
     full.tracker.name = "wandb"

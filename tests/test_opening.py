@@ -74,7 +74,7 @@ def test_an_adapter_is_no_model(model_of: Any, encoder_of: Any, tmp_path: Path, 
     assert f"is an adapter of {base}, not a whole model" in text
     assert f"model.path={base}" in text
     assert "merge_and_unload" in text
-    assert "src/predict.py run=" in text
+    assert "To answer with it: vlmtune predict run=" in text
 
 
 def test_a_run_that_trained_the_whole_model(copied: Path, tmp_path: Path) -> None:

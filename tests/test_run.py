@@ -21,10 +21,10 @@ import tiny
 import vlmtune
 import wandb_offline
 from vlmtune import api
-from vlmtune.api import evaluate_run
 from vlmtune.config import compose
 from vlmtune.evaluation import generate
 from vlmtune.evaluation.branches import greedy_branches
+from vlmtune.predict.scores import evaluate_run
 from vlmtune.proof import probes
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # PEFT 0.21 asks for it

@@ -83,14 +83,14 @@ DROPOUT = "adapter.lora_dropout=0.1"
 def stopped(overrides: Callable[..., list[str]], folder: Path) -> tuple[int, dict[str, Any]]:
     """Exit code and result.json of a run whose processes were sent SIGTERM after the first step."""
     run = folder / "resumed"
-    curve, end = run / "metrics.jsonl", time.monotonic() + 120
+    curve, end = run / "metrics.jsonl", time.monotonic() + 300
     with started(["src/train.py", *overrides("resumed", DROPOUT)], folder / "stopped.log") as process:
         while not (curve.exists() and "train/loss" in curve.read_text()):
             assert process.poll() is None, (folder / "stopped.log").read_text()[-3000:]
             assert time.monotonic() < end
             time.sleep(0.02)
         os.killpg(process.pid, signal.SIGTERM)
-        code = process.wait(timeout=60)
+        code = process.wait(timeout=120)
     return code, json.loads((run / "result.json").read_text())
 
 
@@ -104,7 +104,7 @@ def runs(stopped: Any, overrides: Callable[..., list[str]], folder: Path) -> dic
     ]
     (folder / "program.py").write_text(PROGRAM)
     with started([str(folder / "program.py"), json.dumps(jobs)], folder / "runs.log") as process:
-        code = process.wait(timeout=240)
+        code = process.wait(timeout=600)
     assert code == 0, (folder / "runs.log").read_text()[-3000:]
     names = ("resumed", "straight", "share_on", "share_off")
     return {name: json.loads((folder / name / "result.json").read_text()) for name in names}

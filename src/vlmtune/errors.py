@@ -139,6 +139,15 @@ def storage_advice() -> Iterator[None]:
         raise
 
 
+EXTRAS = {"datasets": "hub", "pyarrow": "hub", "tensorboard": "tensorboard", "num2words": "smolvlm"}
+"""Packages that only some runs need, and the extra of vlmtune that brings each."""
+
+
+def to_install(package: str) -> str:
+    """The command that brings a missing package: `pip install 'vlmtune[hub]'`, or the package by its own name."""
+    return f"pip install 'vlmtune[{EXTRAS[package]}]'" if package in EXTRAS else f"pip install {package}"
+
+
 def nearest(word: str, candidates: Iterable[str], *, most: int = 12) -> str:
     """Say which candidates a mistyped word may have meant: `did you mean x?`, else the list of all."""
     names = sorted(map(str, candidates))

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlmtune import display
 from vlmtune.config.schema import DataConfig, TaskConfig
 from vlmtune.data.cells import column_values
 from vlmtune.data.columns import column_problems, columns_with_text, filled, sample_of, tell_unread
@@ -121,13 +122,11 @@ def keys_of(record: Record) -> tuple[Hashable, ...]:
     return record.group if isinstance(record.group, tuple) else (record.group,) * len(record.images)
 
 
-def _with_progress(results: Iterable[str | None], total: int) -> Iterable[str | None]:
-    if total < MANY:
-        return results
-    from tqdm import tqdm
-
-    progress: Iterable[str | None] = tqdm(results, "checking images", total, leave=False, disable=None)
-    return progress
+def _with_progress(results: Iterable[str | None], total: int) -> Iterator[str | None]:
+    with display.bar("checking images", total, show=total >= MANY) as advance:
+        for result in results:
+            yield result
+            advance()
 
 
 def repeats_of(records: Iterable[Record]) -> list[tuple[int, int]]:

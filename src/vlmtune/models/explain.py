@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,8 +11,9 @@ from pathlib import Path
 import torch
 
 from vlmtune import network as hub
+from vlmtune.commands import typed
 from vlmtune.config.schema import ModelConfig
-from vlmtune.errors import ModelError
+from vlmtune.errors import ModelError, to_install
 
 SETTINGS = (
     "config.json",
@@ -123,9 +125,17 @@ def adapter_error(path: str, base: str | None, run: str = "RUN") -> ModelError:
     whole = base or "BASE"
     return ModelError(
         f"model.path={path}: is an adapter{f' of {base}' if base else ''}, not a whole model. "
-        f"To answer with it: src/predict.py run={run}. To train another one: model.path={whole}. To train it further, "
-        f"merge it first: peft.PeftModel.from_pretrained(base, '{path}').merge_and_unload().save_pretrained('NEW')"
+        f"To answer with it: {typed('predict')} run={run}. To train another one: model.path={whole}. "
+        "To train it further, merge it first: "
+        f"peft.PeftModel.from_pretrained(base, '{path}').merge_and_unload().save_pretrained('NEW')"
     )
+
+
+def _missing_package(causes: list[BaseException]) -> str | None:
+    """The package that an import did not find, or that transformers says is required (SmolVLM's processor)."""
+    named = (re.search(r"Package `([\w-]+)` is required", str(cause)) for cause in causes)
+    required = next((match[1] for match in named if match), None)
+    return next((cause.name for cause in causes if isinstance(cause, ModuleNotFoundError)), required)
 
 
 @contextmanager
@@ -141,8 +151,8 @@ def explained(config: ModelConfig) -> Iterator[None]:
     except (*kinds, hub.http().HTTPError) as error:
         path, causes = config.path, list(hub.chain(error))
         text = " ".join(str(cause) for cause in causes)
-        if missing := next((cause.name for cause in causes if isinstance(cause, ModuleNotFoundError)), None):
-            raise ModelError(f"{path}: needs the package {missing} to be opened: pip install {missing}") from error
+        if missing := _missing_package(causes):
+            raise ModelError(f"{path}: needs the package {missing} to be opened: {to_install(missing)}") from error
         if "trust_remote_code" in text:
             raise ModelError(
                 f"{path}: carries Python code of its own; read it, then set model.trust_remote_code=true to run it"

@@ -6,6 +6,7 @@ what to do; one that fails later costs a warning and its own data, never the tra
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import math
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from vlmtune.errors import ConfigError, nearest
+from vlmtune.errors import ConfigError, nearest, to_install
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -105,6 +106,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if strange:
         log.warning("%s: left out %d lines that can't be read, the first is line %d", path, len(strange), strange[0])
     return rows
+
+
+def check(config: TrackerConfig) -> None:
+    """Raise ConfigError where the tracker's package is missing, before time is spent."""
+    if config.name == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
+        raise ConfigError(
+            f"tracker=tensorboard needs the package tensorboard: {to_install('tensorboard')}, or use tracker=none"
+        )
 
 
 def build(config: TrackerConfig, run_config: Mapping[str, Any], folder: Path, *, resumed: bool = False) -> Tracker:
@@ -248,10 +257,8 @@ class TensorBoard:
     """TensorBoard's event files in `folder`/tensorboard."""
 
     def __init__(self, config: dict[str, Any], folder: Path):
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ConfigError(f"tracker=tensorboard: {error}; pip install tensorboard, or use tracker=none") from error
+        from torch.utils.tensorboard import SummaryWriter
+
         self.writer = SummaryWriter(str(folder / "tensorboard"))
         self._text("config", config, 0)
 

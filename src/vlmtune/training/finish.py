@@ -86,6 +86,9 @@ class Finish:
                 runfolder.write_predictions(folder / "predictions.csv", rows, final, metric)
         with _standing("model/README.md"):
             card.write(folder, run.config, result, {name: len(split.records) for name, split in run.splits.items()})
+        with _standing("model/README.md"):
+            counts = {name: len(split) for name, split in run.splits.items() if not split.records.streamed}
+            card.write(folder, run.config, result, counts)
         with _standing("the tracker's result"):
             self.journal.tracker.finish(result)
         with _standing("report.html"):

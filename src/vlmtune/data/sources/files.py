@@ -17,7 +17,7 @@ from vlmtune.data.rows import FileRows, with_places
 from vlmtune.data.sources.arrow import values
 from vlmtune.data.sources.csv_files import read_csv
 from vlmtune.data.sources.json_files import read_json, read_json_lines
-from vlmtune.errors import DataError
+from vlmtune.errors import DataError, to_install
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -84,7 +84,7 @@ def read_parquet(path: Path) -> pd.DataFrame:
 
         table = parquet.ParquetFile(path).read()
     except ImportError:
-        raise DataError(f"{path}: reading Parquet needs pyarrow: pip install 'vlmtune[datasets]'") from None
+        raise DataError(f"{path}: reading Parquet needs pyarrow: {to_install('pyarrow')}") from None
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: is not a Parquet file: {str(error).splitlines()[0]}") from None
     if table.num_rows == 0:

@@ -9,7 +9,7 @@ from typing import Any
 from vlmtune.config.schema import DataConfig
 from vlmtune.data.sources.hub_rows import HubTable
 from vlmtune.data.sources.hub_stream import HubStream
-from vlmtune.errors import DataError, nearest
+from vlmtune.errors import DataError, nearest, to_install
 from vlmtune.network import unreachable
 
 SPLITS = ("train", "validation", "test")
@@ -33,7 +33,7 @@ def _open(path: str, split: str, subset: str | None, *, streaming: bool = False)
     try:
         import datasets
     except ImportError:
-        raise DataError("data=hub needs the package datasets: pip install 'vlmtune[datasets]'") from None
+        raise DataError(f"data=hub needs the package datasets: {to_install('datasets')}") from None
     datasets.disable_progress_bars()
     place, _, name = path.partition(":")
     wanted = name or split

@@ -54,14 +54,21 @@ class StreamedRows(Records):
         config: DataConfig,
         seed: int,
         faults_of: Callable[[Record], list[str]] = lambda record: [],
+        process: int = 0,
+        processes: int = 1,
     ):
         self.dataset, self.reader, self.config, self.seed = dataset, reader, config, seed
+        self.process, self.processes = process, processes
         self.faults_of = faults_of
         """What the model has against a row."""
         self.next, self.rows = 0, self._rows()
 
     def refusing(self, faults_of: Callable[[Record], list[str]]) -> StreamedRows:
-        return StreamedRows(self.dataset, self.reader, self.config, self.seed, faults_of)
+        return StreamedRows(self.dataset, self.reader, self.config, self.seed, faults_of, self.process, self.processes)
+
+    def of_process(self, process: int, processes: int) -> StreamedRows:
+        """Every `processes`-th row, from number `process` on: the others are neither decoded nor checked here."""
+        return StreamedRows(self.dataset, self.reader, self.config, self.seed, self.faults_of, process, processes)
 
     def groups(self) -> list[Hashable]:
         return []
@@ -87,10 +94,14 @@ class StreamedRows(Records):
                 return record
 
     def _rows(self) -> Iterator[Record]:
+        number = itertools.count()  # over all epochs, of which none need be a multiple of the processes
         for epoch in itertools.count():
             self.dataset.set_epoch(epoch)
-            usable = 0
+            usable = own = 0
             for row, cells in enumerate(self.dataset):
+                if next(number) % self.processes != self.process:
+                    continue
+                own += 1
                 record, faults = CheckedReader(self.reader, self.config)(row, cells)
                 self.reader.tell()
                 faults = faults or self.faults_of(record)
@@ -101,5 +112,5 @@ class StreamedRows(Records):
                     raise DataError(f"{record.place}: {'; '.join(faults)}; data.on_bad_row=drop leaves such rows out")
                 else:
                     log.warning("left out %s: %s", record.place, "; ".join(faults))
-            if not usable:
+            if own and not usable:
                 raise DataError(f"{self.reader.file}: the stream has no row that can be used")
