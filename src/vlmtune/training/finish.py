@@ -85,8 +85,6 @@ class Finish:
                 metric, rows = run.config.task.metrics[0], run.splits["validation"]
                 runfolder.write_predictions(folder / "predictions.csv", rows, final, metric)
         with _standing("model/README.md"):
-            card.write(folder, run.config, result, {name: len(split.records) for name, split in run.splits.items()})
-        with _standing("model/README.md"):
             counts = {name: len(split) for name, split in run.splits.items() if not split.records.streamed}
             card.write(folder, run.config, result, counts)
         with _standing("the tracker's result"):
