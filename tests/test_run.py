@@ -20,10 +20,10 @@ from safetensors.torch import load_file
 import tiny
 import vlmtune
 import wandb_offline
-from vlmtune import api
 from vlmtune.config import compose
 from vlmtune.evaluation import generate
 from vlmtune.evaluation.branches import greedy_branches
+from vlmtune.predict.files import predict_file
 from vlmtune.predict.scores import evaluate_run
 from vlmtune.proof import probes
 
@@ -111,7 +111,7 @@ def by_script_of(words: list[str]) -> None:
 def in_process(words: list[str]) -> None:
     """What the script does, without seconds of imports."""
     composed = compose.compose("predict", compose.normalise(words)[0])
-    assert api.predict_file(composed.run, compose.overlay(composed, words), composed.output) == 1
+    assert predict_file(composed.run, compose.overlay(composed, words), composed.output) == 1
 
 
 @pytest.mark.parametrize("kind", ["lora", "nf4", "full"])
