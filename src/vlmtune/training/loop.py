@@ -144,7 +144,7 @@ def _forward_backward(
         # gradients are averaged over the ranks, so a share of the sum is scaled up by their number
         share = counts["supervised"] / engine.num_processes
         _scale(parameters, expected_tokens / share)
-        total += _pass(model, batch, engine, summed_loss, share, penalty())
+        total += _pass(model, batch, engine, summed_loss, share, penalty)
         return Passed(float(engine.reduce(total / counts["supervised"], "sum")), counts, waited)
 
 
@@ -163,12 +163,13 @@ def _pass(
     engine: Engine,
     summed_loss: Callable[[Any, Any], torch.Tensor],
     divisor: float,
-    penalty: torch.Tensor | None = None,
+    penalty: Callable[[], torch.Tensor | None] = lambda: None,
 ) -> torch.Tensor:
     """Add the gradient of a micro-batch's summed loss over `divisor`, and of `penalty`; returns the summed loss."""
     with engine.autocast():
         loss = summed_loss(model, batch.to(engine.device))
-    engine.backward(loss / divisor + (penalty if penalty is not None else 0.0))
+    extra = penalty()
+    engine.backward(loss / divisor + (extra if extra is not None else 0.0))
     return loss.detach()
 
 
