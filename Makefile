@@ -39,7 +39,7 @@ measure: install ## memory and speed of training steps, into benchmarks/measured
 	$(PYTHON) -m venv .venv-trl
 	.venv-trl/bin/pip install --quiet --upgrade pip
 	.venv-trl/bin/pip install --quiet $(TORCH) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
-	.venv-trl/bin/pip install --quiet --constraint constraints.txt trl==1.16.0 --editable '.[datasets]'
+	.venv-trl/bin/pip install --quiet --constraint constraints.txt trl==1.16.0 --editable '.[hub]'
 	@touch $@
 
 lint: install ## ruff, types, and the order of imports

@@ -1,6 +1,6 @@
 """Answer the rows of a CSV file with a finished run: `python src/predict.py run=... data.test=... output=...`."""
 
-from vlmtune.cli import main as cli
+from vlmtune.cli.main import run
 
 if __name__ == "__main__":
-    cli.main("predict", cli.predict)
+    run("predict")

@@ -1,6 +1,6 @@
 """Fine-tune a vision-language model: `python src/train.py model=... adapter=... data=...`."""
 
-from vlmtune.cli import main as cli
+from vlmtune.cli.main import run
 
 if __name__ == "__main__":
-    cli.main("train", cli.train)
+    run("train")

@@ -49,7 +49,7 @@ def csv_with(folder: Path, *rows: str) -> Path:
 def test_help_lists_the_groups_and_imports_nothing_heavy(tmp_path: Path) -> None:
     done = script("train", "--help", folder=tmp_path, python=("-X", "importtime"))
     assert done.returncode == 0
-    assert "python src/train.py model=qwen2vl_7b adapter=lora quantization=nf4" in done.stdout
+    assert f"python {SOURCE}/train.py model=qwen2vl_7b adapter=lora quantization=nf4" in done.stdout
     lines = done.stdout.splitlines()
     for group in ("model", "adapter", "quantization", "trainer", "data", "optimizer", "task", "generation", "tracker"):
         assert any(line.startswith(f"{group}: ") for line in lines), group
@@ -63,7 +63,7 @@ def test_help_lists_the_groups_and_imports_nothing_heavy(tmp_path: Path) -> None
 def test_each_script_has_help(name: str, tmp_path: Path) -> None:
     done = script(name, "--help", folder=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    assert f"python src/{name}.py run=outputs/runs/STAMP" in done.stdout
+    assert f"python {SOURCE}/{name}.py run=outputs/runs/STAMP" in done.stdout
 
 
 def test_flags_may_follow_overrides(tmp_path: Path) -> None:
@@ -186,4 +186,38 @@ def test_predict_needs_a_run(tmp_path: Path) -> None:
 def test_predict_says_which_folder_is_no_run(tmp_path: Path) -> None:
     done = script("predict", "run=nowhere", "data.test=x.csv", folder=tmp_path)
     refused(done, 1, "error: nowhere: is not a run folder (it has no config.yaml)")
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------- the command vlmtune
+
+
+def command(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run `python -m vlmtune` in `folder`; tests/test_wheel.py runs the installed command."""
+    environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
+    line = [sys.executable, "-m", "vlmtune", *words]
+    return subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, timeout=GENEROUS_SECONDS)
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])
+def test_the_command_lists_its_commands(words: list[str], tmp_path: Path) -> None:
+    done = command(*words, folder=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    listed = [line.split()[3] for line in done.stdout.splitlines() if line.startswith("  python -m vlmtune ")]
+    assert listed == ["train", "predict", "evaluate"]
+
+
+def test_a_mistyped_command_is_answered(tmp_path: Path) -> None:
+    refused(command("trian", folder=tmp_path), 2, "usage error: trian: no such command; did you mean train?")
+
+
+@pytest.mark.parametrize("word", ["-m", "model=pico"])
+def test_the_command_comes_first(word: str, tmp_path: Path) -> None:
+    wanted = f"usage error: {word}: the command comes first, for instance: python -m vlmtune train {word}"
+    refused(command(word, "train", folder=tmp_path), 2, wanted)
+
+
+def test_the_command_refuses_as_the_script_does(tmp_path: Path) -> None:
+    done = command("train", "trainer.epoch=2", folder=tmp_path)
+    refused(done, 1, "config error: trainer.epoch: no such key; did you mean epochs?")
     assert list(tmp_path.iterdir()) == []

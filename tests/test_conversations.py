@@ -16,7 +16,8 @@ import tiny
 from vlmtune import api
 from vlmtune.config.schema import ColumnsConfig, DataConfig, TaskConfig
 from vlmtune.data.bad_rows import BadRowsError
-from vlmtune.data.conversations import parse, placed
+from vlmtune.data.conversations import parse
+from vlmtune.data.marks import placed
 from vlmtune.data.records import Record, Turn
 from vlmtune.data.table import load
 from vlmtune.errors import DataError

@@ -92,6 +92,8 @@ def test_every_command_is_one_that_works(
     elif script:
         assert (ROOT / script).is_file()
         check_overrides(Path(script).stem, words[words.index(script) + 1 :])
+    elif "vlmtune" in words[:-1]:  # the installed command, or -m vlmtune behind python or a launcher
+        check_overrides(words[words.index("vlmtune") + 1], words[words.index("vlmtune") + 2 :])
     else:
         assert words[0] in OTHER_COMMANDS, f"nothing checks the command {words[0]}"
 
@@ -195,6 +197,19 @@ def test_the_readme_lists_every_group_and_option() -> None:
     listed = {group: re.findall(r"`(\w+)`", options) for group, options in rows}
     groups = {group: options for group, options in compose.groups().items() if group not in ("sweeps", "experiment")}
     assert listed == groups
+
+
+def test_the_readmes_first_config_is_the_file_that_it_names() -> None:
+    [block] = blocks(ROOT / "README.md", "yaml")
+    assert block == (ROOT / "conf" / "experiment" / "one_gpu.yaml").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", named([page for page in PAGES if page.name not in ("config.md", "architecture.md")]))
+def test_lines_are_wrapped(page: Path) -> None:
+    """At 120 characters; tables, code and figures of a measurement, which are indented, keep their own shape."""
+    text = re.sub(r"^ *```.*?^ *```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    long = [line for line in text.splitlines() if len(line) > 120 and not line.startswith(("|", "    "))]
+    assert long == []
 
 
 def test_each_key_of_ludwigs_guide_is_in_the_tables() -> None:

@@ -18,8 +18,8 @@ from vlmtune.errors import DataError, ModelError
 from vlmtune.prompt.encode import Encoder
 from vlmtune.prompt.feature_tokens import Shortened
 from vlmtune.prompt.labels import IGNORE
+from vlmtune.prompt.markers import with_stand_ins
 from vlmtune.prompt.rendering import ONE_QUESTION
-from vlmtune.prompt.template import with_stand_ins
 
 FAMILIES = [*tiny.FAMILIES, *tiny_families.FAMILIES]
 ANSWERS = [
@@ -120,7 +120,10 @@ def test_a_question_injects_nothing(encoder: Encoder, question: str) -> None:
     ids, labels = one(encoder, row)
     usual, _ = one(encoder, tiny.record("Hello"))
     assert specials(encoder, ids) == specials(encoder, usual)
-    text, written = encoder.tokenizer.decode(ids), encoder.prompt.as_written(encoder.render(row, answered=True)[0])
+    text, written = (
+        encoder.tokenizer.decode(ids),
+        encoder.prompt.markers.as_written(encoder.render(row, answered=True)[0]),
+    )
     stripped = type(encoder.processor).__name__ in ("Gemma3Processor", "IdeficsProcessor")
     assert (question.strip() if stripped else question) in text
     written = written[written.rindex(question.strip()) :] if question.strip() else ""
@@ -260,7 +263,7 @@ def test_markers_that_match_after_normalization_stay_text_too() -> None:
 
 
 def test_stand_ins_leave_the_processors_tokenizer_alone(encoder: Encoder) -> None:
-    stand_in = next(iter(encoder.prompt.stand_ins.values()))
+    stand_in = next(iter(encoder.prompt.markers.stand_ins.values()))
     assert encoder.tokenizer is not encoder.processor.tokenizer
     text = {"add_special_tokens": False, "text": stand_in}
     assert encoder.tokenizer.decode(encoder.tokenizer(**text)["input_ids"]) == "<"

@@ -36,6 +36,7 @@ from vlmtune.config.schema import (
     Config,
     DataConfig,
     GenerationConfig,
+    MethodConfig,
     ModelConfig,
     OptimizerConfig,
     TaskConfig,
@@ -130,6 +131,9 @@ def change(config: Config, key: str, value: Any) -> None:
     """Set one key by its dotted name."""
     *groups, name = key.split(".")
     owner: Any = functools.reduce(getattr, groups, config)
+    value = tiny.method(value) if key in ("adapter", "quantization") else value
+    if isinstance(owner, MethodConfig) and not hasattr(owner, name):
+        owner = owner.fields
     if isinstance(owner, dict):
         owner[name] = value
     else:
@@ -214,7 +218,7 @@ def cached(checkpoint_of: Callable[[str], Path], tmp_path: Path, monkeypatch: py
 
 
 def test_a_revision_chooses_among_the_hubs_commits(cached: str) -> None:
-    opened = [load(ModelConfig(path=cached, revision=r), tiny.NONE, **FP32) for r in (None, "v2")]
+    opened = [load(ModelConfig(path=cached, revision=r), tiny.method({}), **FP32) for r in (None, "v2")]
     assert [model.config.model_type for model, _ in opened] == ["qwen2_vl", "llava"]
     assert [type(processor).__name__ for _, processor in opened] == ["Qwen2VLProcessor", "LlavaProcessor"]
 
@@ -230,9 +234,9 @@ def test_remote_code_runs_where_it_is_trusted(
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", [*sys.path])
     with pytest.raises(ModelError, match="trust_remote_code"):
-        load(ModelConfig(path=str(folder)), tiny.NONE, **FP32)
+        load(ModelConfig(path=str(folder)), tiny.method({}), **FP32)
     with pytest.raises(SystemExit, match="ran"):
-        load(ModelConfig(path=str(folder), trust_remote_code=True), tiny.NONE, **FP32)
+        load(ModelConfig(path=str(folder), trust_remote_code=True), tiny.method({}), **FP32)
 
 
 @pytest.mark.parametrize(("dtype", "stored"), [("auto", torch.float32), ("bf16", torch.bfloat16)])
@@ -244,7 +248,7 @@ def test_weights_are_kept_in_the_asked_type(train: Train, dtype: str, stored: to
 def test_attention_is_computed_as_asked(checkpoint_of: Callable[[str], Path]) -> None:
     path = str(checkpoint_of("qwen2_vl"))
     for attention in ("eager", "sdpa"):
-        model, _ = load(ModelConfig(path=path, attention=attention), tiny.NONE, **FP32)
+        model, _ = load(ModelConfig(path=path, attention=attention), tiny.method({}), **FP32)
         assert model.config._attn_implementation == attention
 
 
@@ -274,7 +278,7 @@ def test_a_field_of_pefts_own_reaches_it(train: Train) -> None:
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 def test_a_field_of_transformers_own_reaches_it(checkpoint_of: Callable[[str], Path], kind: str) -> None:
     quantization = {**tiny.QUANTIZED["nf4"], "bnb_4bit_quant_type": kind}
-    model, _ = load(ModelConfig(path=str(checkpoint_of("qwen2_vl"))), quantization, **FP32)
+    model, _ = load(ModelConfig(path=str(checkpoint_of("qwen2_vl"))), tiny.method(quantization), **FP32)
     states = [p.quant_state for p in model.parameters() if getattr(p, "quant_state", None)]
     assert {state.quant_type for state in states} == {kind}
 

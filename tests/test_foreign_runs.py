@@ -55,7 +55,7 @@ FOREIGN = [
     ("task", "metrics", ["vlmtune.api.load"]),  # ours, and no metric: an answer would be opened as a folder
     ("data", "_target_", "foreign.run"),
     ("data", "_target_", "os.system"),
-    ("data", "_target_", "vlmtune.cli.main.leave"),
+    ("data", "_target_", "vlmtune.cli.ending.leave"),
     ("model", "fresh", "foreign.run"),
     ("model", "fresh", "shutil.rmtree"),
     ("adapter", "megatron_core", "foreign"),

@@ -15,9 +15,11 @@ from vlmtune import api
 from vlmtune.config.schema import ColumnsConfig, DataConfig, TaskConfig
 from vlmtune.data.bad_rows import BadRowsError
 from vlmtune.data.images import open_image
-from vlmtune.data.sources import hub
+from vlmtune.data.sources.hub_rows import HubRows
 from vlmtune.data.table import load
 from vlmtune.errors import DataError
+from vlmtune.predict.files import predict_file
+from vlmtune.predict.scores import evaluate_run
 from vlmtune.record import runfolder
 from vlmtune.record.tracking import read_metrics
 
@@ -59,11 +61,11 @@ def test_rows_are_read_as_files_are(saved: Path) -> None:
 
 def test_rows_stay_on_disk(saved: Path) -> None:
     records = opened(saved)["train"].records
-    assert isinstance(records, hub.HubRows)
-    assert isinstance(records[1:3], hub.HubRows)
+    assert isinstance(records, HubRows)
+    assert isinstance(records[1:3], HubRows)
     assert [r.question for r in records.select([3, 0])] == ["Is it 3?", "Is it 0?"]
     limited = opened(saved, max_train_rows=2)["train"].records
-    assert isinstance(limited, hub.HubRows)
+    assert isinstance(limited, HubRows)
     held = opened(saved, validation_fraction=0.34)
     assert {r.group for r in held["train"].records}.isdisjoint({r.group for r in held["validation"].records})
 
@@ -162,10 +164,10 @@ def test_a_run(saved: Path, tmp_path: Path, checkpoint_of: Callable[[str], Path]
     assert "shared, each image once" in (tmp_path / "run" / "train.log").read_text()
 
     config.data.test = f"{saved}:validation"
-    assert api.predict_file(str(tmp_path / "run"), config, str(tmp_path / "out.csv")) == 0
+    assert predict_file(str(tmp_path / "run"), config, str(tmp_path / "out.csv")) == 0
     answered = pd.read_csv(tmp_path / "out.csv")
     assert answered["answer_predictions"].tolist() == table["answer_predictions"].tolist()
-    assert "4 test rows" in api.evaluate_run(str(tmp_path / "run"), config, None)
+    assert "4 test rows" in evaluate_run(str(tmp_path / "run"), config, None)
 
 
 # ---------------------------------------------------------------- streams
@@ -195,6 +197,22 @@ def test_a_bad_row_of_a_stream_stops_or_is_left_out(tmp_path: Path, caplog: pyte
     assert "row 2: empty answer" in caplog.text
     with pytest.raises(DataError, match="has no row that can be used"):
         streamed(tmp_path / "set", shuffle_buffer=1, on_bad_row="drop", max_image_pixels=10)[0]
+
+
+def test_each_process_reads_its_own_rows_of_a_stream(saved: Path, tmp_path: Path) -> None:
+    """Together they are the rows of one process. What another one takes is neither decoded nor checked: a row that
+    can't be used stops its own process alone.
+    """
+    whole = streamed(saved, shuffle_buffer=1)
+    parts = [whole.of_process(process, 2) for process in range(2)]
+    together = [parts[n % 2][n // 2].question for n in range(14)]
+    assert together == [whole[n].question for n in range(14)], "beyond the end of the first epoch"
+    assert [parts[1][n].question for n in range(3)] == together[1:6:2], "read again from the beginning"
+    rows(answer=["yes", "", "yes", "no", "yes", "no"]).save_to_disk(str(tmp_path / "bad"))
+    first, second = (streamed(tmp_path / "bad", shuffle_buffer=1).of_process(process, 2) for process in range(2))
+    assert first[2].question == "Is it 4?"
+    with pytest.raises(DataError, match="row 2: empty answer"):
+        second[0]
 
 
 def test_a_streamed_run_and_its_resumption(

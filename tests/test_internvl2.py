@@ -248,7 +248,7 @@ def test_a_run_saves_the_layout_that_is_asked_for(folder: Path, tmp_path: Path) 
 
 
 def test_other_checkpoints_have_no_original_layout(checkpoint_of: Any) -> None:
-    with pytest.raises(ConfigError, match="is no InternVL2 in its own layout"):
+    with pytest.raises(ConfigError, match="is not an InternVL2 checkpoint in its original layout"):
         tiny.assemble(tiny.config(checkpoint_of("internvl"), model={"save_layout": "original"}), tiny.records(4))
 
 

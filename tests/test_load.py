@@ -30,7 +30,7 @@ REPO = "somebody/some-model"
 
 
 def opened(path: Path | str, **model: Any) -> tuple[Any, Any]:
-    return load(ModelConfig(path=str(path), **model), tiny.NONE, **FP32)
+    return load(ModelConfig(path=str(path), **model), tiny.method({}), **FP32)
 
 
 def refusal(path: Path | str, **model: Any) -> str:
@@ -49,7 +49,7 @@ def copied(checkpoint_of: Callable[[str], Path], tmp_path: Path) -> Path:
 @pytest.mark.parametrize("family", [*tiny.FAMILIES, *tiny.VARIANTS])
 def test_a_folder_opens_in_the_asked_type(checkpoint_of: Callable[[str], Path], family: str) -> None:
     model, processor = load(
-        ModelConfig(path=str(checkpoint_of(family))), tiny.NONE, **{**FP32, "dtype": torch.bfloat16}
+        ModelConfig(path=str(checkpoint_of(family))), tiny.method({}), **{**FP32, "dtype": torch.bfloat16}
     )
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert processor.tokenizer is not None
@@ -159,8 +159,9 @@ def test_what_the_hub_answers(monkeypatch: pytest.MonkeyPatch, error: Exception,
 @pytest.mark.slow
 def test_a_hub_id_without_network(tmp_path: Path) -> None:
     code = (
-        "import torch; from vlmtune.config.schema import ModelConfig; from vlmtune.models.load import load\n"
-        f"load(ModelConfig(path={REPO!r}), {tiny.NONE!r}, dtype=torch.float32, compute_dtype=torch.float32,"
+        "import torch; from vlmtune.config.schema import MethodConfig, ModelConfig\n"
+        "from vlmtune.models.load import load\n"
+        f"load(ModelConfig(path={REPO!r}), MethodConfig(), dtype=torch.float32, compute_dtype=torch.float32,"
         " device=torch.device('cpu'))"
     )
     source = str(Path(__file__).parents[1] / "src")

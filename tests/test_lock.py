@@ -106,7 +106,7 @@ def test_starting_or_resuming_a_running_run_is_one_error(tmp_path: Path) -> None
             assert done.returncode == 1
             assert done.stderr == (
                 f"config error: {tmp_path}: is in use by process {os.getpid()} on {os.uname().nodename}; "
-                "let that run end, or end it, first\n"
+                "wait for that run, or stop it\n"
             )
         assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 

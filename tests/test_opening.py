@@ -51,7 +51,7 @@ def test_weights_that_may_run_code(copied: Path) -> None:
     torch.save(load_file(copied / "model.safetensors"), copied / "pytorch_model-00001-of-00001.bin")
     (copied / "model.safetensors").unlink()
     text = refusal(copied)
-    assert "has its weights in pytorch_model-00001-of-00001.bin alone" in text
+    assert "has its weights in pytorch_model-00001-of-00001.bin only" in text
     assert "convert them once: python -c" in text
 
 
@@ -74,7 +74,7 @@ def test_an_adapter_is_no_model(model_of: Any, encoder_of: Any, tmp_path: Path, 
     assert f"is an adapter of {base}, not a whole model" in text
     assert f"model.path={base}" in text
     assert "merge_and_unload" in text
-    assert "src/predict.py run=" in text
+    assert "To answer with it: vlmtune predict run=" in text
 
 
 def test_a_run_that_trained_the_whole_model(copied: Path, tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_files_in_place_of_a_folder(copied: Path) -> None:
 def test_a_text_model(copied: Path) -> None:
     text = json.loads((copied / "config.json").read_text())["text_config"]
     (copied / "config.json").write_text(json.dumps({**text, "architectures": ["LlamaForCausalLM"]}))
-    assert "is of a type that reads no images" in refusal(copied)
+    assert "is of a type that doesn't read images" in refusal(copied)
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,12 @@ from PIL import Image
 
 import tiny
 import vlmtune
-from vlmtune import api
 from vlmtune.config import compose
 from vlmtune.config.schema import Config
 from vlmtune.errors import ConfigError, DataError, VlmtuneError
+from vlmtune.predict import files, scores
+from vlmtune.predict.files import predict_file
+from vlmtune.predict.scores import evaluate_run
 from vlmtune.record import outputs, runfolder
 from vlmtune.record.outputs import Answers, Rows, output_file, partial_of, tell_formulas
 
@@ -257,20 +259,21 @@ def test_bad_outputs_and_columns_are_refused_before_the_model_is_opened(
     trained: Path, asked: tuple[Config, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, table = asked
-    monkeypatch.setattr(api, "Predictor", no_model)
-    for job in (api.predict_file, api.evaluate_run):
+    for module in (files, scores):
+        monkeypatch.setattr(module, "Predictor", no_model)
+    for job in (predict_file, evaluate_run):
         with pytest.raises(ConfigError, match="is the table that is read"):
             job(str(trained), dataclasses.replace(config), str(table))
     frame = pd.read_csv(table)
     frame.assign(error="x").to_csv(table, index=False)
     with pytest.raises(DataError, match="error_before"):
-        api.predict_file(str(trained), config, str(tmp_path / "out.csv"))
+        predict_file(str(trained), config, str(tmp_path / "out.csv"))
     frame.assign(score=1).to_csv(table, index=False)
     with pytest.raises(DataError, match="score_before"):
-        api.evaluate_run(str(trained), config, str(tmp_path / "out.csv"))
+        evaluate_run(str(trained), config, str(tmp_path / "out.csv"))
     frame.assign(image_path="gone.png").to_csv(table, index=False)
     with pytest.raises(DataError, match="no row can be used"):
-        api.predict_file(str(trained), config, str(tmp_path / "out.csv"))
+        predict_file(str(trained), config, str(tmp_path / "out.csv"))
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith("out")]
 
 
@@ -302,9 +305,9 @@ def test_one_bad_row_costs_that_row_alone(
     trained: Path, asked: tuple[Config, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     config, _ = asked
-    api.predict_file(str(trained), config, str(tmp_path / "all.csv"))
+    predict_file(str(trained), config, str(tmp_path / "all.csv"))
     failing_at("what is 3?", error, monkeypatch)
-    assert api.predict_file(str(trained), config, str(tmp_path / "out.csv")) == 1
+    assert predict_file(str(trained), config, str(tmp_path / "out.csv")) == 1
     whole, rest = (pd.read_csv(tmp_path / name, keep_default_na=False) for name in ("all.csv", "out.csv"))
     assert whole.columns.tolist() == ["image_path", "question", "answer", "answer_predictions"]
     assert [bool(text) for text in rest["error"]] == [False, False, False, True, False, False]
@@ -322,13 +325,13 @@ def test_an_ended_prediction_leaves_whole_rows(
     config, table = asked
     failing_at("what is 4?", KeyboardInterrupt(), monkeypatch)  # type: ignore[arg-type]
     with pytest.raises(KeyboardInterrupt):
-        api.predict_file(str(trained), config, str(tmp_path / "out.csv"))
+        predict_file(str(trained), config, str(tmp_path / "out.csv"))
     assert not (tmp_path / "out.csv").exists()
     assert "out.csv.partial: holds the first 4 of 6 rows" in capsys.readouterr().err
     left = pd.read_csv(tmp_path / "out.csv.partial", keep_default_na=False)
     assert left["question"].tolist() == pd.read_csv(table)["question"].tolist()[:4]
     monkeypatch.undo()
-    assert api.predict_file(str(trained), config, str(tmp_path / "out.csv")) == 0  # again, from the start
+    assert predict_file(str(trained), config, str(tmp_path / "out.csv")) == 0  # again, from the start
     assert not (tmp_path / "out.csv.partial").exists()
 
 
@@ -338,7 +341,7 @@ def test_an_ended_evaluation_leaves_whole_rows(
     from vlmtune.evaluation import evaluate as evaluation
 
     config, table = asked
-    api.evaluate_run(str(trained), config, str(tmp_path / "whole.csv"))
+    evaluate_run(str(trained), config, str(tmp_path / "whole.csv"))
     monkeypatch.setattr(evaluation, "PIECE_BATCHES", 2)
     plain, calls = evaluation._answer, iter(range(9))
 
@@ -349,11 +352,11 @@ def test_an_ended_evaluation_leaves_whole_rows(
 
     monkeypatch.setattr(evaluation, "_answer", ended)
     with pytest.raises(KeyboardInterrupt):
-        api.evaluate_run(str(trained), config, str(tmp_path / "out.csv"))
+        evaluate_run(str(trained), config, str(tmp_path / "out.csv"))
     left, whole = (pd.read_csv(tmp_path / name, keep_default_na=False) for name in ("out.csv.partial", "whole.csv"))
     assert whole.columns.tolist() == [*pd.read_csv(table).columns, "answer_predictions", "score"]
     pd.testing.assert_frame_equal(left, whole[:4])
-    assert api.evaluate_run(str(trained), config, str(tmp_path / "out.csv")) != ""
+    assert evaluate_run(str(trained), config, str(tmp_path / "out.csv")) != ""
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "out.csv", keep_default_na=False), whole)
 
 
@@ -368,7 +371,7 @@ def test_an_image_that_breaks_after_the_check(
     trained: Path, asked: tuple[Config, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, table = asked
-    audited = api.audited
+    audited = files.audited
 
     def then_broken(*given: Any) -> Any:
         split = audited(*given)
@@ -376,8 +379,8 @@ def test_an_image_that_breaks_after_the_check(
         (table.parent / "4.png").write_bytes(b"no image any more")
         return split
 
-    monkeypatch.setattr(api, "audited", then_broken)
-    assert api.predict_file(str(trained), config, str(tmp_path / "out.csv")) == 2
+    monkeypatch.setattr(files, "audited", then_broken)
+    assert predict_file(str(trained), config, str(tmp_path / "out.csv")) == 2
     errors = pd.read_csv(tmp_path / "out.csv", keep_default_na=False)["error"].tolist()
     assert ["no such image" in errors[1], "not an image" in errors[4]] == [True, True]
     assert sum(map(bool, errors)) == 2
@@ -393,7 +396,7 @@ def test_a_signal_is_one_sentence(
     config, _ = asked
     monkeypatch.setattr(generate, "generate", lambda *given, **options: os.kill(os.getpid(), number))
     with pytest.raises(Interrupted, match=signal.Signals(number).name):
-        api.predict_file(str(trained), config, str(tmp_path / "out.csv"))
+        predict_file(str(trained), config, str(tmp_path / "out.csv"))
 
 
 def test_the_callers_frame_is_left_alone(trained: Path) -> None:

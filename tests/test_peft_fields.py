@@ -312,9 +312,9 @@ def test_nothing_else_is_refused() -> None:
         ({**LAYERED, "layers_to_transform": [1, 9]}, "layers_to_transform: no target in language is in a layer 9"),
         ({**LINEAR, "exclude_modules": ["qq_proj"]}, "exclude_modules: qq_proj matches nothing in .*; did you mean"),
         ({**LINEAR, "modules_to_save": ["merger"]}, "modules_to_save: merger matches nothing in"),
-        ({**LINEAR, "rank_pattern": {"fc1": 2}}, "rank_pattern: fc1 is no target in language"),
+        ({**LINEAR, "rank_pattern": {"fc1": 2}}, "rank_pattern: fc1 is not a target in language"),
         ({"target_parameters": ["qq.weight"]}, r"target_parameters: qq\.weight matches nothing in language"),
-        ({**LINEAR, "exclude_modules": r".*layers.*"}, "nothing in language is left to put an adapter on"),
+        ({**LINEAR, "exclude_modules": r".*layers.*"}, "nothing in language is left for an adapter"),
         ({"target_modules": []}, "target_modules: is empty; give all-linear"),
         ({"target_modules": "q_proj, v_proj"}, r"write a list in brackets: \[q_proj,v_proj\]"),
         ({"target_modules": "(q_proj"}, "is not a regular expression"),
@@ -377,4 +377,4 @@ def test_a_part_that_the_model_lacks(model_of: Callable[[str], Any]) -> None:
 
 def test_a_part_that_gets_nothing_is_told(model_of: Callable[[str], Any], caplog: pytest.LogCaptureFixture) -> None:
     ours(model_of("llava"), {"method": "lora", **LAYERED}, ["language", "projector"])
-    assert "adapter.target_modules takes nothing in projector" in caplog.text
+    assert "adapter.target_modules matches nothing in projector" in caplog.text

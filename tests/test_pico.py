@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vlmtune.config.schema import DataConfig, GenerationConfig, ModelConfig
+from vlmtune.config.schema import DataConfig, GenerationConfig, MethodConfig, ModelConfig
 from vlmtune.data.records import Record, Turn
 from vlmtune.data.sources.drawn import courses
 from vlmtune.data.sources.drawn.scenes import Course, labelled_scene
@@ -58,9 +58,7 @@ def test_the_weights_that_ship_are_small_safe_and_see() -> None:
     assert sum(file.stat().st_size for file in WEIGHTS.iterdir()) < 16_000_000
     assert not [file for file in WEIGHTS.iterdir() if file.suffix in (".bin", ".pt", ".pkl")]
     fp32, cpu = torch.float32, torch.device("cpu")
-    model, processor = load(
-        ModelConfig(path=str(WEIGHTS)), {"method": None}, dtype=fp32, compute_dtype=fp32, device=cpu
-    )
+    model, processor = load(ModelConfig(path=str(WEIGHTS)), MethodConfig(), dtype=fp32, compute_dtype=fp32, device=cpu)
     right: dict[str, list[bool]] = {}
     rows, asked = [], []
     for seed in range(courses.FIRST_HELD_OUT, courses.FIRST_HELD_OUT + 30):

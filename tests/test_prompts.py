@@ -270,7 +270,7 @@ def test_what_steers_or_shows_stays_text(encoder_of: Callable[[str], Encoder]) -
             number = encoder.tokenizer.convert_tokens_to_ids(mark)
             ids = encoder.encode([tiny.record(f"a {mark}", f"b {mark}")], answered=True).input_ids[0]
             assert ids.count(number) == plain.count(number), (family, mark)
-            assert encoder.prompt.kept_as_text(f"a {mark}") == [mark]
+            assert encoder.prompt.markers.kept_as_text(f"a {mark}") == [mark]
 
 
 def test_the_proof_finds_letters_in_place_of_tokens(
@@ -279,8 +279,8 @@ def test_the_proof_finds_letters_in_place_of_tokens(
     """Both decode to the same text."""
     encoder = added_to(encoder_of("qwen2_vl"), "<|box_start|>")
     row = tiny.record("Where?", "<|box_start|>(1,2)")
-    letters = encoder.prompt.literal
-    monkeypatch.setattr(encoder.prompt, "is_control", lambda marker: True)
+    letters = encoder.prompt.markers.literal
+    monkeypatch.setattr(encoder.prompt.markers, "is_control", lambda marker: True)
     assert letters("<|box_start|>") != "<|box_start|>"
     [wrong] = encoder.encode([row], answered=True).labels
     monkeypatch.undo()

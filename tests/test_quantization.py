@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -128,23 +126,3 @@ def test_null_means_the_type_that_the_run_computes_in() -> None:
 def test_a_value_that_the_class_refuses_is_a_config_error() -> None:
     with pytest.raises(ConfigError, match="quantization: "):
         quantization_config(tiny.method({**tiny.QUANTIZED["nf4"], "load_in_4bit": "many"}), [], torch.float32)
-
-
-def test_bitsandbytes_sets_its_compiled_functions_up_when_they_are_called() -> None:
-    code = """
-import sys, torch
-calls = []
-torch.compile = compile = lambda function, **options: (calls.append(options), function)[1]
-from vlmtune.launch import session
-session.import_bitsandbytes()
-assert torch.compile is compile
-import peft
-print("torch._inductor.compile_fx" in sys.modules, calls)
-from bitsandbytes.backends.default import ops
-codes, scale, code = torch.tensor([31, 32], dtype=torch.uint8), torch.tensor([2.0]), torch.arange(256.0)
-for _ in range(2):
-    out = ops._dequantize_blockwise_compute(codes, scale, code, 4096, torch.float32)
-print(out.tolist(), calls)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == ["False []", "[62.0, 64.0] [{'dynamic': False}]"]

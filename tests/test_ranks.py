@@ -8,81 +8,84 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from torch.distributed import TCPStore
 
 import tiny
-from vlmtune import api
 from vlmtune.errors import DataError, TrainingError, VlmtuneError
 from vlmtune.launch import ranks, signals
+from vlmtune.launch.world import World
+from vlmtune.record import guard
 
 
 @pytest.fixture
-def store(monkeypatch: pytest.MonkeyPatch) -> TCPStore:
-    """The store of a launcher that started two processes, of which this is the second."""
+def second() -> Iterator[World]:
+    """The second of two processes, with the store of the launcher that started them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2, "RANK": 1}.items():
-        monkeypatch.setenv(name, str(value))
-    return TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    yield World(rank=1, processes=2, local_rank=1, address="127.0.0.1", port=port)
+    del store
 
 
-@pytest.mark.usefixtures("store")
-def test_the_first_error_that_is_told_is_the_one() -> None:
-    assert ranks.told() is None
-    ranks.tell(DataError(["a.csv line 3: gone", "a.csv line 4: gone"]))
-    ranks.tell(ValueError("later"))
-    found = ranks.told()
+def test_the_first_error_that_is_told_is_the_one(second: World) -> None:
+    assert ranks.told(second) is None
+    ranks.tell(DataError(["a.csv line 3: gone", "a.csv line 4: gone"]), second)
+    ranks.tell(ValueError("later"), second)
+    found = ranks.told(second)
     assert isinstance(found, DataError)
     assert found.problems == ["rank 1: a.csv line 3: gone", "rank 1: a.csv line 4: gone"]
 
 
-@pytest.mark.usefixtures("store")
-def test_a_broken_connection_gives_way_to_its_cause() -> None:
-    ranks.tell(ValueError("boom"))
+def test_a_broken_connection_gives_way_to_its_cause(second: World) -> None:
+    ranks.tell(ValueError("boom"), second)
     for follower in (RuntimeError("Connection closed by peer"), signals.Interrupted(signal.SIGTERM)):
-        assert str(api._first_error(follower)) == "rank 1: ValueError: boom"
+        assert str(guard.first_error(follower, second)) == "rank 1: ValueError: boom"
     own = DataError("my own")
-    assert api._first_error(own) is own
+    assert guard.first_error(own, second) is own
 
 
-@pytest.mark.usefixtures("store")
-def test_a_rank_that_was_killed_leaves_a_plain_sentence() -> None:
+def test_a_rank_that_was_killed_leaves_a_plain_sentence(second: World) -> None:
     """gloo and NCCL say this of it, with places in their own source."""
     for text in ("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [::1]:18138", "NCCL error: remote error"):
-        found = api._first_error(RuntimeError(text))
+        found = guard.first_error(RuntimeError(text), second)
         assert isinstance(found, TrainingError)
         assert str(found).startswith("another process of this run ended and left no reason")
     bug = RuntimeError("shapes differ")
-    assert api._first_error(bug) is bug
+    assert guard.first_error(bug, second) is bug
 
 
-@pytest.mark.usefixtures("store")
-def test_the_launchers_signal_does_not_hide_the_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_launchers_signal_does_not_hide_the_error(
+    second: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It comes a moment after the connection broke, while the first rank asks what happened."""
-    ranks.tell(DataError("gone"))
+    ranks.tell(DataError("gone"), second)
     real = ranks.told
 
-    def slow() -> VlmtuneError | None:
+    def slow(world: World) -> VlmtuneError | None:
         os.kill(os.getpid(), signal.SIGTERM)
-        return real()
+        return real(world)
 
     monkeypatch.setattr(ranks, "told", slow)
-    with pytest.raises(DataError, match="rank 1: gone"), signals.ending_at_once(), api._failure_written(tmp_path):
+    with (
+        pytest.raises(DataError, match="rank 1: gone"),
+        signals.ending_at_once(),
+        guard.failure_written(tmp_path, second),
+    ):
         raise RuntimeError("Connection closed by peer")
     result = json.loads((tmp_path / "result.json").read_text())
     assert (result["status"], result["error"]["message"]) == ("failed", "rank 1: gone")
 
 
-def test_without_a_store_an_error_stays_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.delenv("MASTER_ADDR", raising=False)
-    ranks.tell(ValueError("boom"))
+def test_without_a_store_an_error_stays_what_it_is() -> None:
+    world = World(rank=1, processes=2)
+    ranks.tell(ValueError("boom"), world)
     error = RuntimeError("Connection closed by peer")
-    assert api._first_error(error) is error
+    assert guard.first_error(error, world) is error
 
 
 @pytest.mark.slow
@@ -95,8 +98,8 @@ def test_two_processes_end_with_the_error_of_the_second(tmp_path: Path) -> None:
         "    if os.environ['RANK'] == '1' and step == 2: raise vlmtune.DataError('the disk of the second machine')\n"
         "    return real(self, step)\n"
         "import vlmtune; b.Batches.__getitem__ = failing\n"
-        "from vlmtune import cli\n"
-        "cli.main('train', cli.train)\n"
+        "from vlmtune.cli.main import run\n"
+        "run('train')\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(tmp_path / "second.py")]
     words = [

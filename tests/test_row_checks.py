@@ -214,12 +214,12 @@ def test_rows_of_unlike_form_are_all_proven(encoder_of: Callable[[str], Encoder]
 def test_a_stream_asks_the_model_for_each_row(encoder_of: Callable[[str], Encoder], tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     from vlmtune.config.schema import TaskConfig
-    from vlmtune.data.audit import Reader
-    from vlmtune.data.sources.hub import StreamedRows
+    from vlmtune.data.reader import RowReader
+    from vlmtune.data.sources.hub_stream import StreamedRows
 
     cells = [{"image_path": None, "question": q, "answer": "a"} for q in ("one?", "long " * 200, "three?")]
     data = DataConfig(on_bad_row="drop")
     stream = datasets.Dataset.from_list(cells).to_iterable_dataset()
-    split = Split(StreamedRows(stream, Reader(data, TaskConfig(), "set", True), data, 0))
+    split = Split(StreamedRows(stream, RowReader(data, TaskConfig(), "set", True), data, 0))
     check_rows(encoder_of("qwen2_vl"), {"train": split}, config(on_bad_row="drop"), Limits(150, 100_000))
     assert [split.records[n].question for n in range(2)] == ["one?", "three?"]

@@ -21,10 +21,10 @@ import tiny
 import vlmtune
 import wandb_offline
 from vlmtune import api
-from vlmtune.api import evaluate_run
 from vlmtune.config import compose
 from vlmtune.evaluation import generate
-from vlmtune.evaluation.generate import greedy_branches
+from vlmtune.evaluation.branches import greedy_branches
+from vlmtune.predict.scores import evaluate_run
 from vlmtune.proof import probes
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # PEFT 0.21 asks for it
@@ -97,6 +97,7 @@ def test_a_run_leaves_everything_in_its_folder(overrides: Overrides, tmp_path: P
     assert [*asked.columns, "answer_predictions", "score"] == list(written.columns)
     assert written["question"].tolist() == asked["question"].tolist()
     assert "<html" in (folder / "report.html").read_text()
+    assert "on the 6 validation rows" in (folder / "model" / "README.md").read_text()
     assert [p.name for p in sorted((folder / "checkpoints").iterdir())] == ["step_000002", "step_000004"]
     assert not (folder / "quarantine.csv").exists()
     assert not [p for p in folder.rglob("*") if ".partial" in p.name]

@@ -11,11 +11,12 @@ import pytest
 
 import tiny
 import vlmtune
-from vlmtune import api, durable
+from vlmtune import durable
 from vlmtune.config import compose
 from vlmtune.errors import CheckpointError, ConfigError
 from vlmtune.launch import lock
 from vlmtune.models.load import load_trained
+from vlmtune.record import guard
 from vlmtune.training.checkpoint import save_model
 
 CONFIGS: dict[str, bytes] = {
@@ -74,20 +75,20 @@ def test_a_strange_result_is_one_error(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "config.yaml").write_text("model: {path: x}\n")
     (tmp_path / "result.json").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"result\.json: is damaged: [^;]*; delete it or put the right one back"):
-        api.check_free(tmp_path, tiny.config(None))
+        guard.check_free(tmp_path, tiny.config(None))
 
 
 def test_a_folder_with_a_finished_run_is_not_free(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("model: {path: x}\n")
     (tmp_path / "result.json").write_text(json.dumps({"status": "completed"}))
     with pytest.raises(ConfigError, match="holds a run already"):
-        api.check_free(tmp_path, tiny.config(None))
+        guard.check_free(tmp_path, tiny.config(None))
 
 
 def test_a_start_that_was_interrupted_before_it_saved_is_no_obstacle(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("model: {path: x}\n")
     (tmp_path / "result.json").write_text(json.dumps({"status": "interrupted"}))
-    api.check_free(tmp_path, tiny.config(None))
+    guard.check_free(tmp_path, tiny.config(None))
 
 
 @pytest.mark.parametrize("kept", ["checkpoints/step_000002", "checkpoints/.step_000002.old", "model", ".model.old"])
@@ -96,7 +97,7 @@ def test_what_a_failed_or_killed_run_has_saved_is_not_written_over(tmp_path: Pat
     (tmp_path / "config.yaml").write_text("model: {path: x}\n")
     (tmp_path / kept).mkdir(parents=True)
     with pytest.raises(ConfigError, match="holds a run already"):
-        api.check_free(tmp_path, tiny.config(None))
+        guard.check_free(tmp_path, tiny.config(None))
 
 
 @pytest.mark.parametrize(
@@ -106,9 +107,9 @@ def test_a_run_that_saved_nothing_is_no_obstacle(tmp_path: Path, left: str) -> N
     (tmp_path / "config.yaml").write_text("model: {path: x}\n")
     (tmp_path / left).mkdir(parents=True)
     with pytest.raises(ConfigError, match="holds a run already"):  # for all we know: nothing says how it ended
-        api.check_free(tmp_path, tiny.config(None))
+        guard.check_free(tmp_path, tiny.config(None))
     (tmp_path / lock.NAME).touch()  # a run was started in it, and does not run any more
-    api.check_free(tmp_path, tiny.config(None))
+    guard.check_free(tmp_path, tiny.config(None))
 
 
 # ---------------------------------------------------------------- the saved model

@@ -48,7 +48,7 @@ from vlmtune.proof.probes import ImageCache, answers_agree, choose_cache
 FAMILIES = [*tiny.FAMILIES, *tiny_families.FAMILIES]
 QUICK = ("qwen2_vl", "qwen3_vl", "llava_next", "idefics", "smolvlm", "gemma3", "qwen3_5")
 """Grids, features of several layers, tiles, cross-attention, other tiles, windows of attention, layers without any."""
-REFUSED = {"idefics": "takes no features in place of pixels"}
+REFUSED = {"idefics": "doesn't accept features in place of pixels"}
 SIZES = ((56, 56), (100, 60), (40, 112))
 
 
@@ -205,7 +205,7 @@ def test_features_are_chosen_with_the_reason(encoder_of: Any, model_of: Callable
     model.requires_grad_(True)
     assert "the projector and the vision train" in chosen(model, encoder, "auto").sentence
     frozen(model).model.vision_tower.append = nn.Dropout(0.1)
-    assert "gives an image other features each time" in chosen(model, encoder, "auto").sentence
+    assert "gives different features for one image each time" in chosen(model, encoder, "auto").sentence
 
 
 def test_the_next_trial_finds_the_features_of_the_one_before(encoder_of: Any, model_of: Callable[[str], Any]) -> None:

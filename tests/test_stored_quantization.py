@@ -99,7 +99,7 @@ def test_the_usual_fields_are_not(kind: str) -> None:
     [
         ("quanto", "pip install optimum-quanto"),
         ("awq", "can't quantize while loading; give a checkpoint that is stored so"),
-        ("gptq", r"can't be kept to quantization\.parts"),
+        ("gptq", r"can't be limited to quantization\.parts"),
     ],
 )
 def test_other_methods_say_what_they_need(checkpoint_of: Callable[[str], Path], method: str, message: str) -> None:
@@ -162,7 +162,7 @@ def test_rules_for_quantized_weights_hold_for_stored_ones(stored: tuple[int, Pat
     [
         (
             {"quant_method": "bitsandbytes", "load_in_4bit": True},
-            "says that the weights are quantized, and they are who",
+            "says that the weights are quantized, but they are not",
         ),
         ({"quant_method": "zzz"}, "can't read its quantization_config"),
         ({"quant_method": "awq", "bits": 4}, "gptqmodel"),

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: log lines, a progress bar, tables."""
+"""What a person sees during a run: log lines, a progress bar, tables."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class TrainLog(logging.FileHandler):
-    """train.log; where the disk refuses a line, that is said once on the screen and the run goes on."""
+    """train.log; if the disk refuses a line, the screen says so once and the run continues."""
 
     refused = False
 
     def handleError(self, record: logging.LogRecord) -> None:
         if not self.refused:
             self.refused = True
-            log.warning("%s can't be written; the run goes on without it: %s", self.baseFilename, sys.exc_info()[1])
+            log.warning("%s can't be written; the run continues without it: %s", self.baseFilename, sys.exc_info()[1])
 
     def close(self) -> None:
         with suppress(OSError):  # what a full disk did not take

@@ -58,7 +58,7 @@ def whole(folder: Path) -> Iterator[Path]:
 def remove(folder: Path) -> None:
     """Delete a folder, which loses its name first: half of it never passes for the whole.
 
-    Where the disk refuses, a warning says so and training goes on.
+    Where the disk refuses, a warning says so and training continues.
     """
     hidden = _hidden(folder, "deleted")
     try:

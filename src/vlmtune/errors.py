@@ -59,7 +59,7 @@ class StorageError(VlmtuneError):
 
 
 class TrainingError(VlmtuneError):
-    """The run can't go on."""
+    """The run can't continue."""
 
 
 class NonFinite(TrainingError):
@@ -137,6 +137,15 @@ def storage_advice() -> Iterator[None]:
         if error.errno == errno.ENOMEM:
             raise TrainingError(MEMORY) from raised
         raise
+
+
+EXTRAS = {"datasets": "hub", "pyarrow": "hub", "tensorboard": "tensorboard", "num2words": "smolvlm"}
+"""Packages that only some runs need, and the extra of vlmtune that brings each."""
+
+
+def to_install(package: str) -> str:
+    """The command that brings a missing package: `pip install 'vlmtune[hub]'`, or the package by its own name."""
+    return f"pip install 'vlmtune[{EXTRAS[package]}]'" if package in EXTRAS else f"pip install {package}"
 
 
 def nearest(word: str, candidates: Iterable[str], *, most: int = 12) -> str:

@@ -37,8 +37,8 @@ class Loader:
     ):
         self.encoder, self.records, self.layout, self.trainer = encoder, records, layout, trainer
         self.order, self.total_steps = plan.order, plan.total_steps
-        self.process, self.on_cpu = engine.process_index, engine.device.type == "cpu"
-        self.processes = engine.num_processes
+        self.process, self.processes = engine.process_index, engine.num_processes
+        self.own, self.on_cpu = records.of_process(self.process, self.processes), engine.device.type == "cpu"
 
     def micro_batches(self, first_step: int = 0) -> Iterator[Batch]:
         """The micro-batches of all steps from `first_step` on; the last of each step has `ends_step`."""
@@ -76,7 +76,7 @@ class Loader:
         the others wait for its gradients."""
         parts = self.order.passes(step, self.process)
         rows = parts[number] if parts else self.order.step(step)[:1]
-        batch = lay_out(self.encoder, [self.records[row] for row in rows], self.layout)
+        batch = lay_out(self.encoder, [self.own[row] for row in rows], self.layout)
         batch = dataclasses.replace(batch, ends_step=number + 1 >= len(parts))
         return batch if parts else batch.without_labels()
 

@@ -10,7 +10,7 @@ import functools
 import math
 import sys
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -178,7 +178,7 @@ class ByTokens:
 
 
 class InOrder:
-    """Rows of a stream, as they come; an epoch never ends."""
+    """Rows of a stream, as they come; an epoch never ends. Each process counts its own rows, which it alone reads."""
 
     steps_per_epoch = sys.maxsize
 
@@ -190,8 +190,10 @@ class InOrder:
         return list(range(number * self.cut.rows_per_step, (number + 1) * self.cut.rows_per_step))
 
     def passes(self, number: int, process: int) -> list[list[int]]:
-        """Rows of each forward pass of `process` in step `number`."""
-        return self.cut.passes(self.step(number), process)
+        """Rows of each forward pass of a process in step `number`, by their numbers in its own part of the stream."""
+        alone = replace(self.cut, processes=1)
+        first = number * alone.rows_per_step
+        return alone.passes(list(range(first, first + alone.rows_per_step)), 0)
 
     def steps_in(self, epochs: float) -> int:
         return sys.maxsize

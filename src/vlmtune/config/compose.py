@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 import re
 import shlex
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from vlmtune.commands import typed
 from vlmtune.config import paths, saved
 from vlmtune.config.paths import files_of
 from vlmtune.config.schema import SCHEMA, Config, defaults, home
@@ -25,7 +25,8 @@ NOT_ONE_RUN = "means several runs; put -m in front of it, or quote the value if 
 PACKAGE = Path(__file__).resolve().parents[1]
 OmegaConf.register_new_resolver("package", lambda path: str(PACKAGE / path), replace=True)
 OmegaConf.register_new_resolver("or_plain", lambda name: name if name not in (None, "None") else "plain", replace=True)
-os.environ.setdefault("VLMTUNE_HOME", str(home()))
+OmegaConf.register_new_resolver("home", lambda: str(home()), replace=True)
+OmegaConf.register_new_resolver("typed", typed, replace=True)
 ConfigStore.instance().store("defaults", defaults())  # what conf/train.yaml starts from, so that --help shows it too
 
 

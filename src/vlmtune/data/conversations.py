@@ -20,31 +20,15 @@ named, or refused where they change what a row means (`meanings`).
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from vlmtune.data.cells import as_list, as_number, from_json, is_missing, says_nothing, text_of
-from vlmtune.data.meanings import MESSAGES, PARTS, TOOL_ROLES, Unread
+from vlmtune.data.cells import as_list, from_json
+from vlmtune.data.meanings import Unread
+from vlmtune.data.messages import ROLE_KEYS, Message, MessageReader, kind_of_part
 from vlmtune.data.records import Turn
 from vlmtune.errors import DataError
-
-PLACE = "<image>"
-ROLES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "model": "assistant",
-}
-ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value")
-TRAINED_KEYS = ("weight", "loss", "train", "training")
-"""Whether an answer is trained on: OpenAI's key (0 or 1), and those of ms-swift and Axolotl (true or false)."""
-READ = frozenset((*ROLE_KEYS, *CONTENT_KEYS, *TRAINED_KEYS))
-READ_OF_TEXT = frozenset(("type", "text", "index"))
-READ_OF_IMAGE = frozenset(("type", "image", "image_url", "path", "url", "bytes", "index"))
 
 
 @dataclass
@@ -58,16 +42,6 @@ class Conversation:
     row's own images."""
 
 
-@dataclass
-class Message:
-    """One message: `role` is system, user or assistant; images stand in front of the characters `places`."""
-
-    role: str
-    text: str
-    places: tuple[int, ...]
-    trained: bool = True
-
-
 def parse(cell: Any, *, answers_required: bool, unread: Unread | None = None) -> Conversation:
     """Read a conversation: a list of messages, or its JSON.
 
@@ -76,7 +50,7 @@ def parse(cell: Any, *, answers_required: bool, unread: Unread | None = None) ->
     Raises DataError that names the message, from 1.
     """
     messages = _messages(cell)
-    reader = Reader(unread or Unread(training=answers_required), _has_image_parts(messages))
+    reader = MessageReader(unread or Unread(training=answers_required), _has_image_parts(messages))
     found = Conversation(())
     turns: list[Turn] = []
     question: Message | None = None
@@ -158,152 +132,4 @@ def _has_image_parts(messages: Iterable[Any]) -> bool:
     """Whether any message shows an image by a part of its own, so that `<image>` in a text is a text."""
     contents = (as_list(value) for message in messages if isinstance(message, dict) for value in message.values())
     parts = (part for content in contents if isinstance(content, list) for part in content)
-    return any(isinstance(part, dict) and _kind(part) in ("image", "image_url") for part in parts)
-
-
-def _kind(part: dict[str, Any]) -> Any:
-    """The type of a part; Qwen's older form names it by the part's only key."""
-    if part.get("type") is not None:
-        return part["type"]
-    kinds = [key for key, value in part.items() if not says_nothing(value)]
-    return kinds[0] if len(kinds) == 1 and kinds[0] in ("text", "image", "image_url") else None
-
-
-class Reader:
-    """Reads the messages of one conversation."""
-
-    def __init__(self, unread: Unread, image_parts: bool):
-        self.unread, self.image_parts = unread, image_parts
-
-    def read(self, message: Any, images: list[Any]) -> Message:
-        """A message; `images` gets what is known of each image in it."""
-        if not isinstance(message, dict):
-            raise DataError(f"is {type(message).__name__}; an object with a role and a content is needed")
-        role = self._role(message)
-        self.unread.check(message, READ, MESSAGES, "")
-        content = as_list(_one_of(CONTENT_KEYS, message))
-        if isinstance(content, list | tuple):
-            text, at = self._joined(content, images)
-        else:
-            if content is None:
-                keys = ", ".join(sorted(map(str, message)))
-                raise DataError(f"has no content: its keys are {keys}; read is content, or value")
-            if isinstance(content, dict):
-                raise DataError("content is an object; a text or a list of parts is needed")
-            text, at = placed(text_of(content, "content"))
-            images += [None] * len(at)
-        if role == "user" and (mark := media_mark(text, self.unread.media)):
-            raise DataError(mark)
-        if role == "user":
-            self.unread.note_marks(text)
-        return Message(role, text, at, self._is_trained(message, role))
-
-    def _role(self, message: dict[str, Any]) -> str:
-        said = _one_of(ROLE_KEYS, message)
-        if said is None:
-            keys = ", ".join(sorted(map(str, message))) or "none"
-            raise DataError(f"has no role: its keys are {keys}; read are role and content, or from and value")
-        if str(said) in TOOL_ROLES:
-            raise DataError(f"role {said!r}: tools are not read; leave such rows out")
-        if not isinstance(said, str) or said not in ROLES:
-            raise DataError(f"role {said!r} is not read; choose from: {', '.join(ROLES)}")
-        return ROLES[said]
-
-    def _is_trained(self, message: dict[str, Any], role: str) -> bool:
-        """Whether an answer is trained on. Raises DataError for a weight between, and for a question to train on."""
-        trained = True
-        for key in TRAINED_KEYS:
-            value = message.get(key)
-            if value is None or is_missing(value) or key in self.unread.ignored:
-                continue
-            number = as_number(value)
-            if number not in (0, 1):
-                raise DataError(f"{key} {value!s:.40}: 0 or 1 is needed; an answer is trained on or it isn't")
-            if number == 1 and role != "assistant" and key != "weight":
-                raise DataError(f"{key} {value}: only answers are trained on, and this is role {role}")
-            trained = trained and number == 1
-        return trained
-
-    def _joined(self, content: Sequence[Any], images: list[Any]) -> tuple[str, tuple[int, ...]]:
-        """The text of a list of parts, and the characters in front of which its images stand."""
-        text, at = "", []
-        for part in content:
-            kind = _kind(part) if isinstance(part, dict) else type(part).__name__
-            if kind == "text":
-                self.unread.check(part, READ_OF_TEXT, PARTS, "a text part's ")
-                if is_missing(part.get("text")):
-                    raise DataError("a part of type text without a text")
-                text += text_of(part["text"], "a part of type text")
-            elif kind in ("image", "image_url"):
-                self.unread.check(part, READ_OF_IMAGE, PARTS, "an image's ")
-                at.append(len(text))
-                images.append(self._source(part, sum(image is None for image in images)))
-            else:
-                keys = f" (its keys are {', '.join(map(str, part))})" if isinstance(part, dict) else ""
-                raise DataError(f"a part of type {kind!r}{keys}; text, image and image_url are read")
-        if self.image_parts:
-            return text, tuple(at)
-        text, places = placed(text)
-        images += [None] * len(places)
-        return text, places
-
-    def _source(self, part: dict[str, Any], number: int) -> Any:
-        """The image that a part carries: a path or content. None where it stands for the row's image `number`."""
-        given = [part[key] for key in ("image_url", "image", "path", "url", "bytes") if not says_nothing(part.get(key))]
-        if len(given) > 1:
-            raise DataError("a part with two images; make it two parts")
-        index = part.get("index")
-        if given or says_nothing(index):
-            value = given[0] if given else None
-            if isinstance(value, dict) and "url" in value:
-                self.unread.check(value, frozenset(("url",)), PARTS, "an image's ")
-                return value["url"]
-            return value
-        if as_number(index) != number:
-            raise DataError(f"an image of index {index}: the row's images are shown in order, and {number} is next")
-        return None
-
-
-def _one_of(keys: Sequence[str], message: dict[str, Any]) -> Any:
-    """The value of the one of `keys` that is there; a file of two forms has both, one of them null."""
-    given = [(key, message[key]) for key in keys if key in message and message[key] is not None]
-    if len(given) > 1 and given[0][1] != given[1][1]:
-        raise DataError(f"has both {given[0][0]} and {given[1][0]}; one of them is needed")
-    return given[0][1] if given else None
-
-
-# ---------------------------------------------------------------- marks in texts
-
-MEDIA = re.compile(r"(?:^|\n)(?:<image>\s*)*<(video|audio)>(?=\S|\n|$)|<(video|audio)>\s*$")
-"""A mark of LLaVA's notation for something else than an image: where a text begins, ends, or on a line of its own."""
-
-
-def media_mark(text: str, anywhere: bool) -> str | None:
-    """Why a question can't be used that shows a video or a sound by a mark: where LLaVA puts one, or `anywhere`."""
-    if "<video>" not in text and "<audio>" not in text:
-        return None
-    found = re.search("<(video)>|<(audio)>", text) if anywhere else MEDIA.search(text)
-    if found is None:
-        return None
-    kind = found[1] or found[2]
-    return f"<{kind}> stands where a {'video' if kind == 'video' else 'sound'} is shown, and only images are read"
-
-
-def placed(text: str) -> tuple[str, tuple[int, ...]]:
-    """`text` without its `<image>` marks, and the characters in front of which they stood.
-
-    A line break between a mark at either end and the text belongs to the notation; the chat template writes its own.
-    """
-    pieces = text.split(PLACE)
-    if len(pieces) == 1:
-        return text, ()
-    if not pieces[0]:
-        first = next((n for n, piece in enumerate(pieces) if piece.strip("\n")), len(pieces) - 1)
-        pieces[1 : first + 1] = [piece.removeprefix("\n") for piece in pieces[1 : first + 1]]
-    if not pieces[-1]:
-        pieces[-2] = pieces[-2].removesuffix("\n")
-    at, out = [], pieces[0]
-    for piece in pieces[1:]:
-        at.append(len(out))
-        out += piece
-    return out, tuple(at)
+    return any(isinstance(part, dict) and kind_of_part(part) in ("image", "image_url") for part in parts)

@@ -24,7 +24,7 @@ INDEX = ["file", "line", "row"]
 
 
 @dataclass
-class Rows:
+class FileRows:
     """The rows of one file: cells by column, the line of each, and by position what is wrong with it."""
 
     columns: list[str] = field(default_factory=list)
@@ -54,10 +54,10 @@ class Rows:
             raise DataError([f"{path}: no row can be used", *faults] if faults else f"{path}: its rows are empty")
         series = {name: pd.Series([row.get(name) for row in self.cells], dtype=object) for name in columns}
         frame = pd.DataFrame(series, index=range(len(self)))
-        return placed(frame, path, self.lines, self.faults)
+        return with_places(frame, path, self.lines, self.faults)
 
 
-def placed(
+def with_places(
     frame: pd.DataFrame, path: Path, lines: Sequence[int] = (), faults: dict[int, str] | None = None
 ) -> pd.DataFrame:
     """`frame` with the index and the attributes of one that was read from `path`."""
@@ -83,7 +83,7 @@ def joined(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
     return whole
 
 
-class Place(NamedTuple):
+class RowPlace(NamedTuple):
     """Where a row of a frame stands."""
 
     file: str
@@ -92,9 +92,9 @@ class Place(NamedTuple):
     fault: str | None
 
 
-def places(frame: pd.DataFrame, file: str) -> Iterator[Place]:
+def row_places(frame: pd.DataFrame, file: str) -> Iterator[RowPlace]:
     """The place of each row of a frame; `file` where the frame itself was read from none."""
     unread = frame.attrs.get("unread", {})
     if list(frame.index.names) != INDEX:
-        return (Place(file, 0, number, None) for number in range(1, len(frame) + 1))
-    return (Place(name, line, row, unread.get((name, row))) for name, line, row in frame.index)
+        return (RowPlace(file, 0, number, None) for number in range(1, len(frame) + 1))
+    return (RowPlace(name, line, row, unread.get((name, row))) for name, line, row in frame.index)

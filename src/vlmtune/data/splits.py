@@ -44,6 +44,10 @@ class Records(Sequence[Record]):
         """Tells what these rows' images hold from others; None where `fingerprint` does so too."""
         return fingerprint.image_fingerprint(self)
 
+    def of_process(self, process: int, processes: int) -> Records:
+        """The rows that one of several processes takes from; all of them, where any can be picked."""
+        return self
+
     def select(self, rows: Sequence[int]) -> Records:
         """The rows at these positions."""
         return RecordList([self[row] for row in rows])

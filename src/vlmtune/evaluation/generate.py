@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from vlmtune.batching.inputs import model_inputs
-from vlmtune.batching.layout import PADDING, Batch, padded, shared
+from vlmtune.batching.layout import padded, shared
 from vlmtune.config.schema import GenerationConfig
 from vlmtune.data.records import Record
+from vlmtune.evaluation.branches import greedy_branches
 from vlmtune.models.parts import base_of
 from vlmtune.prompt.encode import Encoder
 
@@ -99,62 +99,3 @@ def generate(
         advance(len(rows))
     model.train(was_training)
     return answers
-
-
-@torch.no_grad()
-def greedy_branches(
-    model: Any,
-    batch: Batch,
-    *,
-    max_new_tokens: int,
-    eos_token_id: list[int],
-    pad_token_id: int,
-    suppress_tokens: list[int],
-    **_: Any,
-) -> list[list[int]]:
-    """Most likely tokens after each branch of a shared batch without answers, end token included.
-
-    All branches grow by a token a step: the step's queries are [B, K], K the most branches of a row, and each sees the
-    prefix, its own branch and what it wrote itself.
-    """
-    assert batch.branches is not None
-    inputs = model_inputs(model, batch)
-    branches = batch.branches  # [B, T], grows by K a step
-    numbers = torch.arange(1, int(branches.max()) + 1, device=branches.device)
-    own = branches[:, None] == numbers[:, None]  # [B, K, T]
-    exists = own.any(-1)  # [B, K]
-    last = torch.where(exists, own.int().cumsum(-1).argmax(-1), 0)  # place of each branch's last token
-    positions = inputs["position_ids"]
-    at = last.expand(*positions.shape[:-1], -1)  # [..., B, K]
-    positions = positions.gather(-1, at)
-    ends = torch.tensor(eos_token_id, device=branches.device)
-    head = base_of(model).get_output_embeddings()
-    rows = torch.arange(len(branches), device=branches.device)[:, None]
-    select = head.register_forward_pre_hook(lambda _, args: (args[0][rows, last], *args[1:]))
-    try:
-        out = model(**{**inputs, "use_cache": True})
-    finally:
-        select.remove()
-    written: list[list[int]] = [[] for _ in range(int(exists.sum()))]
-    growing = exists
-    for step in range(max_new_tokens):
-        logits = out.logits.float()
-        logits[..., suppress_tokens] = -torch.inf
-        tokens = logits.argmax(-1)  # [B, K]
-        for line, token, grows in zip(written, tokens[exists].tolist(), growing[exists].tolist(), strict=True):
-            line += [token] * grows
-        growing = growing & ~torch.isin(tokens, ends)
-        if step == max_new_tokens - 1 or not growing.any():
-            break
-        query = torch.where(growing, numbers, PADDING)
-        branches = torch.cat([branches, query], dim=1)
-        seen = (branches[:, None] == query[..., None]) | (branches[:, None] == 0)  # [B, K, T]
-        seen[..., -len(numbers) :] |= torch.eye(len(numbers), dtype=torch.bool, device=branches.device)
-        out = model(
-            input_ids=torch.where(growing, tokens, pad_token_id),
-            attention_mask=seen[:, None],
-            position_ids=positions + step + 1,
-            past_key_values=out.past_key_values,
-            use_cache=True,
-        )
-    return written

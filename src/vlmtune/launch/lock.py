@@ -73,6 +73,6 @@ def _take(file: IO[str], folder: Path) -> None:
     except BlockingIOError:
         file.seek(0)
         holder = file.read() or "another process"
-        raise ConfigError(f"{folder}: is in use by {holder}; let that run end, or end it, first") from None
+        raise ConfigError(f"{folder}: is in use by {holder}; wait for that run, or stop it") from None
     except OSError as error:
         log.warning("%s: can't be locked (%s): don't start two runs in it", folder, error.strerror)

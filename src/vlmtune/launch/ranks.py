@@ -6,14 +6,18 @@ each other by (MASTER_ADDR, MASTER_PORT), which torchrun keeps until its last pr
 
 from __future__ import annotations
 
+import atexit
+import gc
 import json
 import logging
-import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 from vlmtune import errors
-from vlmtune.errors import TrainingError, VlmtuneError
+from vlmtune.errors import TrainingError, VlmtuneError, memory_advice, storage_advice
+from vlmtune.launch.world import World
 
 log = logging.getLogger("vlmtune")
 COUNT, FIRST = "vlmtune/errors", "vlmtune/error"
@@ -21,36 +25,66 @@ SECONDS = 5
 """That a rank waits for the store at most."""
 
 
-def rank() -> int:
-    return int(os.environ.get("RANK", 0))
-
-
-def several() -> bool:
-    """Whether a launcher started more than this process."""
-    return int(os.environ.get("WORLD_SIZE", 1)) > 1
-
-
-def _store() -> Any:
+def _store(world: World) -> Any:
+    """The launcher's store. Raises RuntimeError where there is none any more."""
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return TCPStore(address, port, is_master=False, timeout=timedelta(seconds=SECONDS), wait_for_workers=False)
+    if world.address is None or world.port is None:
+        raise RuntimeError("the launcher named no store (MASTER_ADDR, MASTER_PORT)")
+    timeout = timedelta(seconds=SECONDS)
+    return TCPStore(world.address, world.port, is_master=False, timeout=timeout, wait_for_workers=False)
 
 
-def tell(error: Exception) -> None:
+@contextmanager
+def telling(world: World) -> Iterator[None]:
+    """An error on a rank other than the first is told to the first one."""
+    try:
+        with memory_advice(), storage_advice():
+            yield
+    except Exception as error:
+        tell(error, world)
+        raise
+
+
+def tell(error: Exception, world: World) -> None:
     """Leave `error` for the first rank, unless another rank was earlier."""
     problems = error.problems if isinstance(error, VlmtuneError) else [f"{type(error).__name__}: {error}"]
     kind = type(error).__name__ if isinstance(error, VlmtuneError) else "TrainingError"
-    told = json.dumps({"kind": kind, "problems": [f"rank {rank()}: {problem}" for problem in problems]})
+    told = json.dumps({"kind": kind, "problems": [f"rank {world.rank}: {problem}" for problem in problems]})
     try:
-        store = _store()
+        store = _store(world)
         if store.add(COUNT, 1) == 1:
             store.set(FIRST, told)
-    except (
-        KeyError,
-        RuntimeError,
-    ) as failure:  # no store, or its process is gone: this rank's own output has the error
+    except RuntimeError as failure:  # no store, or its process is gone: this rank's own output has the error
         log.debug("the first rank could not be told: %s", failure)
+
+
+@contextmanager
+def closed_at_exit(world: World) -> Iterator[None]:
+    """Have the connections to the other ranks closed when Python ends, after a run inside.
+
+    A gloo group that is open then aborts the process, on its threads (torch 2.13). NCCL closes a group with all ranks
+    together, so not where one of them failed.
+    """
+    finished = False
+    try:
+        yield
+        finished = True
+    finally:
+        if not world.is_alone:
+            from torch import distributed
+
+            if distributed.is_initialized() and (finished or distributed.get_backend() == "gloo"):
+                atexit.unregister(_close)
+                atexit.register(_close)
+
+
+def _close() -> None:
+    from torch import distributed
+
+    gc.collect()  # the wrapper around a model of several ranks lies in a cycle, and holds the group open
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 SILENT = (
@@ -64,14 +98,14 @@ def is_broken_connection(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(name in str(error) for name in ("gloo", "NCCL"))
 
 
-def told() -> VlmtuneError | None:
+def told(world: World) -> VlmtuneError | None:
     """The error that another rank left, None where there is none."""
     try:
-        store = _store()
+        store = _store(world)
         if not store.check([COUNT]):
             return None
         found = json.loads(store.get(FIRST))
-    except (KeyError, RuntimeError):
+    except RuntimeError:
         return None
     kind = getattr(errors, found["kind"], TrainingError)
     return kind(found["problems"]) if isinstance(kind, type) and issubclass(kind, VlmtuneError) else None

@@ -2,39 +2,37 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import warnings
 from collections.abc import Callable
-from functools import cache, partial, wraps
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vlmtune import display
+from vlmtune.commands import launched
 from vlmtune.config.schema import Config
 from vlmtune.errors import ConfigError, VlmtuneError
 from vlmtune.launch import surroundings
+from vlmtune.launch.engine import Engine
 
 log = logging.getLogger("vlmtune")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def engine(config: Config) -> Any:
+def engine(config: Config) -> Engine:
     """The Accelerator: devices and processes as launched, `trainer.precision`, and all seeds set.
 
     Raises ConfigError where the device can't compute in the asked precision.
     """
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, GradientState
     from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, set_seed
 
     quiet_libraries()
     mixed = mixed_precision(config.trainer.precision)
     decided = {"ACCELERATE_MIXED_PRECISION": mixed, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"}
-    AcceleratorState._reset_state()  # a multirun's jobs may differ in precision
-    GradientState._reset_state()  # or a loop that was left half way in this process decides whether a step counts
+    forget_precision()
     set_seed(config.trainer.seed)
     # a tower, or a module trained beside an adapter, gets no gradient from rows without images
     beside = config.adapter.parts != ["language"] or bool(config.adapter.fields.get("modules_to_save"))
@@ -43,12 +41,26 @@ def engine(config: Config) -> Any:
         accelerator = Accelerator(
             cpu=not torch.cuda.is_available(),  # or a launcher's CPU ranks would each believe to be alone
             mixed_precision=mixed,
-            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # the loop accumulates by itself
+            gradient_accumulation_plugin=GradientAccumulationPlugin(  # the loop accumulates by itself
+                num_steps=1, sync_with_dataloader=False
+            ),
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
         )
+    accelerator.sync_gradients = True  # or a loop left half way in this process decides whether a step counts
     tell_what_idles(accelerator)
-    import_bitsandbytes()  # asks the device what it can do, so not before a rank has its own
-    return accelerator
+    made: Engine = accelerator
+    return made
+
+
+def forget_precision() -> None:
+    """Let the next Accelerator compute in another precision than the last one of this process.
+
+    A multirun's jobs may differ. Accelerate keeps the first precision for the process and refuses another; as of 1.15
+    it has no public way to change that, in `Accelerator`, `AcceleratorState` or `PartialState`.
+    """
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()
 
 
 def quiet_libraries() -> None:
@@ -75,7 +87,7 @@ def mixed_precision(precision: str) -> str:
     return "no" if precision == "fp32" else precision
 
 
-def tell_what_idles(engine: Any) -> None:
+def tell_what_idles(engine: Engine) -> None:
     """Log the accelerators of this machine that the run leaves alone, and why."""
     found = torch.accelerator.current_accelerator(check_available=True)
     if found is not None and found.type != "cuda":
@@ -83,34 +95,15 @@ def tell_what_idles(engine: Any) -> None:
             "computing on the CPU: this machine has %s, which vlmtune does not use (only CUDA and ROCm)", found.type
         )
     if engine.num_processes == 1 and torch.cuda.device_count() > 1:
+        again = launched("train")
         log.info(
-            "computing on one of %d GPUs; all of them: accelerate launch --multi_gpu src/train.py ...",
+            "computing on one of %d GPUs; all of them: accelerate launch --multi_gpu %s ...",
             torch.cuda.device_count(),
+            again,
         )
 
 
-def import_bitsandbytes() -> None:
-    """Import it, with the functions that it has torch compile set up at their first call: torch's compiler takes a
-    second to import, and PEFT imports bitsandbytes whether a run quantizes or not.
-    """
-
-    if importlib.util.find_spec("bitsandbytes") is None:
-        return
-
-    def compiled_later(function: Any = None, **options: Any) -> Any:
-        if function is None:
-            return partial(compiled_later, **options)
-        compiled = cache(partial(set_up, function, **options))
-        return wraps(function)(lambda *args, **kwargs: compiled()(*args, **kwargs))
-
-    set_up, torch.compile = torch.compile, compiled_later  # type: ignore[assignment]
-    try:
-        import bitsandbytes  # noqa: F401
-    finally:
-        torch.compile = set_up
-
-
-def dtypes(config: Config, engine: Any) -> dict[str, torch.dtype]:
+def dtypes(config: Config, engine: Engine) -> dict[str, torch.dtype]:
     """`compute_dtype`, and the `dtype` of the weights: frozen ones in the compute type, trained ones in fp32."""
     compute = DTYPES.get(engine.mixed_precision, torch.float32)
     if config.model.dtype != "auto":
@@ -118,7 +111,7 @@ def dtypes(config: Config, engine: Any) -> dict[str, torch.dtype]:
     return {"dtype": compute if config.uses_adapter else torch.float32, "compute_dtype": compute}
 
 
-def agree_on_folder(folder: Path | None, engine: Any) -> Path:
+def agree_on_folder(folder: Path | None, engine: Engine) -> Path:
     """The first rank's run folder, on every rank."""
     from accelerate.utils import broadcast_object_list
 
@@ -128,7 +121,7 @@ def agree_on_folder(folder: Path | None, engine: Any) -> Path:
     return Path(agreed[0])
 
 
-def decided_by_first(decide: Callable[[], Any], engine: Any) -> Any:
+def decided_by_first(decide: Callable[[], Any], engine: Engine) -> Any:
     """What `decide` returns on the first rank, on every rank; where it raises a VlmtuneError, every rank does."""
     from accelerate.utils import broadcast_object_list
 
@@ -146,7 +139,7 @@ def decided_by_first(decide: Callable[[], Any], engine: Any) -> Any:
     return found[0]
 
 
-def all_ranks(yes: bool, engine: Any) -> bool:
+def all_ranks(yes: bool, engine: Engine) -> bool:
     """True where every rank says yes; the same answer on each."""
     if engine.num_processes == 1:
         return yes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,8 +11,9 @@ from pathlib import Path
 import torch
 
 from vlmtune import network as hub
+from vlmtune.commands import typed
 from vlmtune.config.schema import ModelConfig
-from vlmtune.errors import ModelError
+from vlmtune.errors import ModelError, to_install
 
 SETTINGS = (
     "config.json",
@@ -27,7 +29,7 @@ MISSING = {
     "original checkpoint. A text-only model has none",
     "has no image processor": "has no image processor, so it is not a vision-language model",
     "Couldn't instantiate the backend tokenizer": "has no tokenizer.json; copy it from the original checkpoint",
-    "Unrecognized configuration class": "is of a type that reads no images, or that this transformers can't open",
+    "Unrecognized configuration class": "is of a type that doesn't read images, or that this transformers can't open",
     "Error while deserializing header": "its weights (*.safetensors) are cut or damaged; copy them again",
 }
 """Part of what transformers says -> what it means."""
@@ -81,9 +83,9 @@ def check_names(path: str, names: Collection[str]) -> None:
     pickled = sorted(name for name in names if Path(name).suffix == ".bin" and name != "training_args.bin")
     if pickled:
         raise ModelError(
-            f"{path}: has its weights in {pickled[0]} alone, which can run code when it is read; convert them once: "
+            f"{path}: has its weights in {pickled[0]} only, which can run code when it is loaded; convert them once: "
             f"python -c \"import transformers as t; t.AutoModelForImageTextToText.from_pretrained('{path}')"
-            f".save_pretrained('NEW')\", copy the tokenizer's and processor's files beside, and set model.path=NEW"
+            f".save_pretrained('NEW')\", copy the tokenizer and processor files next to them, and set model.path=NEW"
         )
     raise ModelError(f"{path}: can't be opened: has no weights (*.safetensors) in the hub's layout")
 
@@ -123,38 +125,34 @@ def adapter_error(path: str, base: str | None, run: str = "RUN") -> ModelError:
     whole = base or "BASE"
     return ModelError(
         f"model.path={path}: is an adapter{f' of {base}' if base else ''}, not a whole model. "
-        f"To answer with it: src/predict.py run={run}. To train another one: model.path={whole}. To train it further, "
-        f"merge it first: peft.PeftModel.from_pretrained(base, '{path}').merge_and_unload().save_pretrained('NEW')"
+        f"To answer with it: {typed('predict')} run={run}. To train another one: model.path={whole}. "
+        "To train it further, merge it first: "
+        f"peft.PeftModel.from_pretrained(base, '{path}').merge_and_unload().save_pretrained('NEW')"
     )
+
+
+def _missing_package(causes: list[BaseException]) -> str | None:
+    """The package that an import did not find, or that transformers says is required (SmolVLM's processor)."""
+    named = (re.search(r"Package `([\w-]+)` is required", str(cause)) for cause in causes)
+    required = next((match[1] for match in named if match), None)
+    return next((cause.name for cause in causes if isinstance(cause, ModuleNotFoundError)), required)
 
 
 @contextmanager
 def explained(config: ModelConfig) -> Iterator[None]:
     """Turn what transformers and the hub raise while loading into one sentence with the way out."""
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
     from safetensors import SafetensorError
 
-    path = config.path
     kinds = (OSError, ValueError, ImportError, LookupError, RuntimeError, AttributeError, TypeError, SafetensorError)
     try:
         yield
     except torch.OutOfMemoryError:
         raise
     except (*kinds, hub.http().HTTPError) as error:
-        causes = list(hub.chain(error))
+        path, causes = config.path, list(hub.chain(error))
         text = " ".join(str(cause) for cause in causes)
-        page = f"https://huggingface.co/{path}"
-        if missing := next((cause.name for cause in causes if isinstance(cause, ModuleNotFoundError)), None):
-            raise ModelError(f"{path}: needs the package {missing} to be opened: pip install {missing}") from error
-
-        def caused_by(*kinds: type[BaseException]) -> bool:
-            return any(isinstance(cause, kinds) for cause in causes)
-
+        if missing := _missing_package(causes):
+            raise ModelError(f"{path}: needs the package {missing} to be opened: {to_install(missing)}") from error
         if "trust_remote_code" in text:
             raise ModelError(
                 f"{path}: carries Python code of its own; read it, then set model.trust_remote_code=true to run it"
@@ -162,26 +160,32 @@ def explained(config: ModelConfig) -> Iterator[None]:
         if Path(str(path)).is_dir():
             meaning = next((said for part, said in MISSING.items() if part in text), _first_line(error))
             raise ModelError(f"{path}: can't be opened: {meaning}") from error
-        if caused_by(GatedRepoError) or "gated repo" in text:
-            raise ModelError(
-                f"{path} is gated: accept its licence on {page}, then log in once with `hf auth login` "
-                "(or set HF_TOKEN)"
-            ) from error
-        if caused_by(RevisionNotFoundError):
-            raise ModelError(
-                f"model.revision={config.revision}: {path} has no such revision; see {page}/commits"
-            ) from error
-        if hub.unreachable(error) or "couldn't connect" in text:
-            raise ModelError(
-                f"{path}: is not in the local cache, and the hub can't be reached. Connect once, or fetch it elsewhere "
-                f"with `hf download {path}` and give the folder: model.path=FOLDER"
-            ) from error
-        if caused_by(RepositoryNotFoundError):
-            raise ModelError(
-                f"{path}: no such model on the hub, or a private one: check the name, or log in with `hf auth login`"
-            ) from error
-        answer = next((cause for cause in causes if isinstance(cause, HfHubHTTPError)), error)
-        raise ModelError(f"{path}: can't be opened: {_first_line(answer)}") from error
+        raise ModelError(_of_the_hub(config, error, causes, text)) from error
+
+
+def _of_the_hub(config: ModelConfig, error: BaseException, causes: list[BaseException], text: str) -> str:
+    """What an error means for a model that is not in a folder. `text`: what all its causes say."""
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+    path = config.path
+    page = f"https://huggingface.co/{path}"
+
+    def caused_by(kind: type[BaseException]) -> bool:
+        return any(isinstance(cause, kind) for cause in causes)
+
+    if caused_by(GatedRepoError) or "gated repo" in text:
+        return f"{path} is gated: accept its licence on {page}, then log in once with `hf auth login` (or set HF_TOKEN)"
+    if caused_by(RevisionNotFoundError):
+        return f"model.revision={config.revision}: {path} has no such revision; see {page}/commits"
+    if hub.unreachable(error) or "couldn't connect" in text:
+        return (
+            f"{path}: is not in the local cache, and the hub can't be reached. Connect once, or fetch it elsewhere "
+            f"with `hf download {path}` and give the folder: model.path=FOLDER"
+        )
+    if caused_by(RepositoryNotFoundError):
+        return f"{path}: no such model on the hub, or a private one: check the name, or log in with `hf auth login`"
+    answer = next((cause for cause in causes if isinstance(cause, HfHubHTTPError)), error)
+    return f"{path}: can't be opened: {_first_line(answer)}"
 
 
 def _first_line(error: BaseException) -> str:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vlmtune.config.schema import DataConfig
+from vlmtune.launch.engine import Engine
 from vlmtune.models.parts import Parts, base_of
 from vlmtune.prompt.cache_folder import Entry
 from vlmtune.prompt.image_cache import Pixels, joined, pixels_mark
@@ -28,7 +29,7 @@ class Features(Pixels):
 
     kind = "features"
 
-    def __init__(self, model: Any, parts: Parts, processor: Any, config: DataConfig, engine: Any):
+    def __init__(self, model: Any, parts: Parts, processor: Any, config: DataConfig, engine: Engine):
         self.model, self.engine = base_of(model), engine
         self.exact: dict[Any, bool] = {}
         """Whether so many images of a shape come out together as they do alone, bit by bit."""
@@ -112,13 +113,13 @@ def refusal(model: Any, parts: Parts) -> str | None:
     """Why features of this model can't be kept, or None where they can."""
     base = base_of(model)
     if "mm_encoder_outputs" not in inspect.signature(type(base).forward).parameters:
-        return f"{type(base).__name__} takes no features in place of pixels"
+        return f"{type(base).__name__} doesn't accept features in place of pixels"
     trained = {parts.of(name) for name, p in model.named_parameters() if p.requires_grad} & set(FROZEN)
     if trained:
         return f"the {' and the '.join(sorted(trained))} train"
     for name, module in base.named_modules():
         if parts.of(name) in FROZEN and _varies(module):
-            return f"{name} ({type(module).__name__}) gives an image other features each time"
+            return f"{name} ({type(module).__name__}) gives different features for one image each time"
     return None
 
 
@@ -129,7 +130,7 @@ def _varies(module: torch.nn.Module) -> bool:
     return at_random or isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
 
 
-def fingerprint(model: Any, parts: Parts, processor: Any, engine: Any, fast_jpeg: bool = True) -> str:
+def fingerprint(model: Any, parts: Parts, processor: Any, engine: Engine, fast_jpeg: bool = True) -> str:
     """A hash of all that an image's features depend on, the image excepted."""
     described = [pixels_mark(processor, fast_jpeg), type(model).__name__, engine.mixed_precision, engine.device.type]
     digest = hashlib.sha256("\n".join(map(str, described)).encode())

@@ -13,6 +13,7 @@ import torch
 from vlmtune import durable
 from vlmtune.config.schema import Config, MethodConfig, ModelConfig
 from vlmtune.errors import CheckpointError, ConfigError, ModelError
+from vlmtune.launch.engine import Engine
 from vlmtune.models.explain import check_names, check_place, explained, looks_local
 from vlmtune.models.parts import find_parts
 from vlmtune.models.quantization import (
@@ -106,17 +107,21 @@ def _load_model(
         ignore_mismatched_sizes=True,  # listed in the report, and refused below
         **options,
     )
-    for problem in ("missing", "mismatched"):
-        names = sorted(str(key[0]) if isinstance(key, tuple) else key for key in report[f"{problem}_keys"])
-        if names:
-            what = "missing from its files" if problem == "missing" else "of another shape in its files"
-            raise ModelError(f"{config.path}: {len(names)} weights are {what}, among them {', '.join(names[:3])}")
+    _check_complete(config, report)
     if quantization.method is not None:
         check_quantized(model, find_parts(model), quantization.parts)
     if stored:
         check_stored(model)
-        log.info("the checkpoint is stored in %d bits, and stays so", quantized_bits(model))
+        log.info("the checkpoint is stored in %d bits and is used as it is", quantized_bits(model))
     return model
+
+
+def _check_complete(config: ModelConfig, report: dict[str, Any]) -> None:
+    """Raise ModelError where transformers' loading report names weights that its files lack or hold in other shapes."""
+    for problem, what in (("missing", "missing from its files"), ("mismatched", "of another shape in its files")):
+        names = sorted(str(key[0]) if isinstance(key, tuple) else key for key in report[f"{problem}_keys"])
+        if names:
+            raise ModelError(f"{config.path}: {len(names)} weights are {what}, among them {', '.join(names[:3])}")
 
 
 def _architecture(config: ModelConfig, processor: Any) -> tuple[Any, Any]:
@@ -134,11 +139,13 @@ def _architecture(config: ModelConfig, processor: Any) -> tuple[Any, Any]:
         native = internvl2.native_config(original, processor.image_token_id)
         return internvl2.InternVL2ForConditionalGeneration, native
     if config.save_layout == "original":
-        raise ConfigError("model.save_layout=original: this checkpoint is no InternVL2 in its own layout; use native")
+        raise ConfigError(
+            "model.save_layout=original: this is not an InternVL2 checkpoint in its original layout; use native"
+        )
     return AutoModelForImageTextToText, AutoConfig.from_pretrained(config.path, **hub_options(config))
 
 
-def make_fresh(config: ModelConfig, folder: Path, seed: int, engine: Any) -> None:
+def make_fresh(config: ModelConfig, folder: Path, seed: int, engine: Engine) -> None:
     """Have the first rank write an untrained model with the function that `model.fresh` names, unless a resumed run has
     one already; point `config.path` at it.
     """

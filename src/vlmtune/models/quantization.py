@@ -34,7 +34,7 @@ def quantization_config(quantization: MethodConfig, skip: list[str], compute_dty
         del fields["bnb_4bit_quant_storage"]
     key = next((name for name in SKIP_FIELDS if name in inspect.signature(cls).parameters), None)
     if key is None:
-        raise ConfigError(f"quantization.method={method}: can't be kept to quantization.parts; use nf4, fp4 or int8")
+        raise ConfigError(f"quantization.method={method}: can't be limited to quantization.parts; use nf4, fp4 or int8")
     fields[key] = [*(fields.get(key) or []), *skip]
     try:
         return cls(**fields)
@@ -71,7 +71,7 @@ def check_method(config: Any, method: str, device: torch.device) -> None:
     except (ImportError, ValueError, RuntimeError, KeyError) as error:
         raise ConfigError(f"quantization.method={method}: {error}") from error
     if not quantizer.is_trainable:
-        raise ConfigError(f"quantization.method={method}: adapters can't be trained over it; use nf4, fp4 or int8")
+        raise ConfigError(f"quantization.method={method}: adapters can't be trained on it; use nf4, fp4 or int8")
 
 
 def whole_modules(model: Any, parts: Parts, quantization: MethodConfig) -> list[str]:
@@ -130,7 +130,7 @@ def check_stored(model: nn.Module) -> None:
     replaced = any(type(module).__name__ in ("Linear4bit", "Linear8bitLt") for module in model.modules())
     if replaced and not any(is_quantized(parameter) for parameter in model.parameters()):
         raise ModelError(
-            "config.json says that the weights are quantized, and they are whole; take quantization_config out of it, "
+            "config.json says that the weights are quantized, but they are not; remove quantization_config from it, "
             "and quantize while loading: quantization=nf4"
         )
 
@@ -170,7 +170,7 @@ def use_stored(architecture: Any, quantization: MethodConfig, compute_dtype: tor
     if quantization.method is not None:
         raise ConfigError(
             f"quantization: the checkpoint is stored in {stored_bits(stored)} bits already; use quantization=none, "
-            "which leaves it so"
+            "which keeps it as it is"
         )
     if stored.get("bnb_4bit_compute_dtype") is not None:
         stored["bnb_4bit_compute_dtype"] = str(compute_dtype).removeprefix("torch.")

@@ -56,7 +56,7 @@ def narrow(peft_config: Any, model: nn.Module, parts: Parts, scope: list[str]) -
     peft_config.target_modules = set(found)
     without = [part for part in scope if part not in {parts.of(name) for name in found}]
     if without:
-        log.warning("adapter.parts: adapter.target_modules takes nothing in %s", ", ".join(without))
+        log.warning("adapter.parts: adapter.target_modules matches nothing in %s", ", ".join(without))
     for key in ("layers_to_transform", "layers_pattern"):  # applied: PEFT refuses them beside full names
         if getattr(peft_config, key, None) is not None:
             setattr(peft_config, key, None)
@@ -96,13 +96,13 @@ def unmatched(peft_config: Any, model: nn.Module, parts: Parts, scope: list[str]
     if peft_config.target_modules and not chosen and not problems:
         linear = {n.rsplit(".", 1)[-1] for n, m in modules_in(model, parts, scope) if isinstance(m, nn.Linear)}
         problems.append(
-            f"adapter.target_modules: nothing in {where} is left to put an adapter on, after exclude_modules, "
+            f"adapter.target_modules: nothing in {where} is left for an adapter, after exclude_modules, "
             f"modules_to_save and layers_to_transform; its linear layers are {', '.join(sorted(linear))}"
         )
     for key in PATTERNS:
         for pattern in getattr(peft_config, key, None) or {}:
             if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in chosen):
-                problems.append(f"adapter.{key}: {pattern} is no target in {where}")
+                problems.append(f"adapter.{key}: {pattern} is not a target in {where}")
     return problems
 
 

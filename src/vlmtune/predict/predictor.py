@@ -1,4 +1,4 @@
-"""A fine-tuned model that answers rows: bad ones get their reason, the others go on."""
+"""A fine-tuned model that answers rows: a bad row gets its reason, the others are answered."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Predictor:
         rows: Sequence[int],
         done: Callable[[int], None] = lambda stop: None,
     ) -> None:
-        """Answer `records`, which stand at `rows` of the frame; a row that fails gets its reason, the others go on.
+        """Answer `records`, which stand at `rows` of the frame; one that fails gets its reason.
 
         After each batch `done` is told the row before which all are answered.
         """

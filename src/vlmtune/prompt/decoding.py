@@ -42,4 +42,4 @@ class AnswerDecoder:
         return {i: t.content for i, t in self.processor.tokenizer.added_tokens_decoder.items() if t.special}
 
     def _is_control(self, token_id: int) -> bool:
-        return self.prompt.is_control(self._special[token_id])
+        return self.prompt.markers.is_control(self._special[token_id])

@@ -22,7 +22,8 @@ from vlmtune.prompt.image_budget import needed_size
 from vlmtune.prompt.image_inputs import ImageProcessing
 from vlmtune.prompt.labels import tokens_and_labels
 from vlmtune.prompt.lengths import measured
-from vlmtune.prompt.rendering import Prompt, Spans, expanded
+from vlmtune.prompt.placeholders import expanded
+from vlmtune.prompt.rendering import Prompt, Spans
 
 if TYPE_CHECKING:
     from vlmtune.config.schema import Config
@@ -127,7 +128,7 @@ class Encoder:
     def supervised_texts(self, record: Record) -> list[str]:
         """What a row trains on, with what the template puts around."""
         text, spans = self.render(record, answered=True)
-        return [self.prompt.as_written(text[begin:end]) for begin, end in spans]
+        return [self.prompt.markers.as_written(text[begin:end]) for begin, end in spans]
 
     def named_tokens(self, record: Record) -> list[int]:
         """Ids of the added tokens that the supervised texts of a row name, in order."""

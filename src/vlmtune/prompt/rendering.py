@@ -8,15 +8,13 @@ stands before and behind the stand-in, stands before and behind the answer.
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
-from PIL import Image
-
 from vlmtune.data.records import Record, Turn
 from vlmtune.errors import DataError, ModelError
-from vlmtune.prompt.template import TEXT, Shape, content_of, conversation, with_stand_ins
+from vlmtune.prompt.markers import Markers
+from vlmtune.prompt.template import TEXT, Shape, content_of, conversation
 
 Spans = list[tuple[int, int]]
 STAND_IN = TEXT.format("")
@@ -33,12 +31,7 @@ class Ending(NamedTuple):
 
 
 class Prompt:
-    """Writes rows for one processor.
-
-    A control marker (`<|im_end|>`, `<image>`) inside a user's text stays text: its first character is replaced by a
-    stand-in that the tokenizer's normalizer turns back after special tokens were looked for. Control markers are what
-    the template itself writes, what stands for images, and the tokenizer's named tokens (begin, end, padding). Other
-    added tokens (boxes, references, locations, points, reasoning) in a text are those tokens.
+    """Writes rows for one processor. Control markers in a user's text stay text (`markers`).
 
     `supervise`: the turns that are trained on, the `last` or `all`.
     """
@@ -46,55 +39,10 @@ class Prompt:
     def __init__(self, processor: Any, family: Any, system_prompt: str | None, supervise: str):
         self.processor, self.family = processor, family
         self.system_prompt, self.supervise = system_prompt, supervise
-        self.special = {t.content for t in processor.tokenizer.added_tokens_decoder.values() if t.special}
-        own = {family.image_token or "<image>", family.feature_token, *family.ends}
-        self.markers = sorted(self.special | own)
-        """Strings that mean something else than their letters to the tokenizer or the processor."""
-        self._always = own | self._named()
-        self.tokenizer, self.stand_ins = with_stand_ins(processor.tokenizer, self.markers)
-        self._letters = str.maketrans({stand_in: first for first, stand_in in self.stand_ins.items()})
-        self._marker = re.compile("|".join(sorted(map(re.escape, self.markers), key=len, reverse=True)))
+        self.markers = Markers(processor, family)
+        self.tokenizer = self.markers.tokenizer
         self.ending = functools.cache(self._ending)
         self.write = functools.lru_cache(maxsize=100_000)(self._write)
-
-    # ---------------------------------------------------------------- markers
-
-    def _named(self) -> set[str]:
-        """Tokens that the tokenizer or the processor has a name for: begin, end, padding, image, video."""
-        named = {value for value in self.processor.tokenizer.special_tokens_map.values() if isinstance(value, str)}
-        return named | {v for k, v in vars(self.processor).items() if k.endswith("_token") and isinstance(v, str)}
-
-    def is_control(self, marker: str) -> bool:
-        """Whether `marker` steers the conversation or stands for an image, and so stays text in a user's text."""
-        if marker in self._always or marker in str(self.processor.chat_template):
-            return True
-        return _numberless(marker) in self._around_images
-
-    @functools.cached_property
-    def _around_images(self) -> set[str]:
-        """Markers that images expand to, their numbers left out (`<row_1_col_2>`)."""
-        sides = ((64, 64), (2000, 500), (500, 2000))
-        _, expansions = self.family.images([[Image.new("RGB", size)] for size in sides])
-        return {_numberless(found) for text in expansions for found in self._marker.findall(text)}
-
-    def literal(self, text: str) -> str:
-        """`text` with stand-ins, so that no control marker in it takes effect."""
-        at = 0
-        while match := self._marker.search(text, at):
-            at = match.start()
-            if self.is_control(match[0]):
-                text = text[:at] + self.stand_ins[text[at]] + text[at + 1 :]
-            else:
-                at = match.end()
-        return text
-
-    def as_written(self, text: str) -> str:
-        """`text` with the letters that stand-ins are for."""
-        return text.translate(self._letters)
-
-    def kept_as_text(self, text: str) -> list[str]:
-        """The control markers in a user's text."""
-        return [found for found in self._marker.findall(text) if self.is_control(found)]
 
     # ---------------------------------------------------------------- a conversation
 
@@ -153,12 +101,14 @@ class Prompt:
         """A row in transformers' form."""
         messages: list[dict[str, Any]] = []
         if system is not None:
-            messages.append(_message("system", [("t", self.literal(system))]))
+            messages.append(_message("system", [("t", self.markers.literal(system))]))
         for order, turn in zip(shape[1], turns, strict=True):
-            own = [(kind, self.literal(text)) for kind, text in content_of(turn)]
+            own = [(kind, self.markers.literal(text)) for kind, text in content_of(turn)]
             leading = [("i", "")] * (len(order) - len(own))
             messages.append(_message("user", leading + own))
-            messages.append(_message("assistant", [("t", self.literal(turn.answers[0] if turn.answers else ""))]))
+            messages.append(
+                _message("assistant", [("t", self.markers.literal(turn.answers[0] if turn.answers else ""))])
+            )
         return messages
 
     def rendered(self, messages: list[dict[str, Any]], **options: Any) -> str:
@@ -184,7 +134,7 @@ class Prompt:
                 raise DataError("this model's chat template leaves out or repeats the system prompt")
             raise ModelError(f"this model's chat template leaves out or repeats the {wrong[0]}")
         tail = full.partition(texts[-1])[2]
-        ends = [marker for marker in self.markers if marker in tail and marker != self.family.image_token]
+        ends = [marker for marker in self.markers.names if marker in tail and marker != self.family.image_token]
         return Ending(tail, min((tail[: tail.index(end) + len(end)] for end in ends), key=len, default=""))
 
     def own_end(self) -> str:
@@ -263,25 +213,6 @@ class Prompt:
         return found
 
 
-def expanded(text: str, spans: Spans, placeholder: str, expansions: Sequence[str]) -> tuple[str, Spans]:
-    """`text` with the text of each image in place of its placeholder, and `spans` where they then are."""
-    head, *rest = text.split(placeholder) if placeholder else [text]
-    starts, out = [], head
-    for expansion, part in zip(expansions, rest, strict=True):
-        starts.append(len(out))
-        out += expansion + part
-    growth = [len(expansion) - len(placeholder) for expansion in expansions]
-    return out, [(_moved(begin, starts, growth), _moved(end, starts, growth)) for begin, end in spans]
-
-
-def _moved(at: int, starts: list[int], growth: list[int]) -> int:
-    """Where a character is once placeholders have grown; `starts`: of the expansions, in the new text."""
-    for start, more in zip(starts, growth, strict=True):
-        if start < at:
-            at += more
-    return at
-
-
 def _message(role: str, content: Sequence[tuple[str, str]]) -> dict[str, Any]:
     parts = [{"type": "image"} if kind == "i" else {"type": "text", "text": text} for kind, text in content]
     return {"role": role, "content": parts}
@@ -296,7 +227,3 @@ def _common(one: str, other: str) -> int:
     """Characters that two texts begin with alike."""
     pairs = zip(one, other, strict=False)
     return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
-
-
-def _numberless(marker: str) -> str:
-    return re.sub(r"\d+", "", marker)

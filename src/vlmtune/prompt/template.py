@@ -1,8 +1,7 @@
-"""Conversations of stand-ins, by which a chat template is learned; and a tokenizer that reads markers as text."""
+"""Conversations of stand-ins, by which a chat template is learned."""
 
 from __future__ import annotations
 
-import copy
 from itertools import pairwise
 from typing import Any
 
@@ -42,29 +41,3 @@ def content_of(turn: Any) -> list[tuple[str, str]]:
     for number, (begin, end) in enumerate(pairwise(cuts)):
         out += [("i", "")] * (number > 0) + [("t", turn.question[begin:end])] * (end > begin)
     return out
-
-
-def with_stand_ins(tokenizer: Any, markers: list[str]) -> tuple[Any, dict[str, str]]:
-    """A copy of `tokenizer` that turns noncharacters back into the first characters of `markers`, and the mapping.
-
-    Special tokens are matched before normalization, so a character restored by the normalizer can't start one; those
-    declared the other way (`normalized`, in old Llama files) are declared anew. One character stands for one, so
-    offsets stay right.
-    """
-    from tokenizers import AddedToken, normalizers
-
-    firsts = sorted({marker[0] for marker in markers})
-    stand_ins = {first: chr(0xFDD0 + n) for n, first in enumerate(firsts)}  # noncharacters: never in exchanged text
-    tokenizer = copy.deepcopy(tokenizer)
-    backend = tokenizer.backend_tokenizer
-    late = [token for token in backend.get_added_tokens_decoder().values() if token.normalized]
-    backend.add_special_tokens(
-        [
-            AddedToken(t.content, single_word=t.single_word, lstrip=t.lstrip, rstrip=t.rstrip, normalized=False)
-            for t in late
-            if t.content in markers
-        ]
-    )
-    steps = [normalizers.Replace(stand_in, first) for first, stand_in in stand_ins.items()]
-    backend.normalizer = normalizers.Sequence([*steps, *([backend.normalizer] if backend.normalizer else [])])
-    return tokenizer, stand_ins

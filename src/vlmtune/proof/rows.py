@@ -16,7 +16,7 @@ from typing import Any
 from vlmtune.config.schema import Config
 from vlmtune.data.audit import keys_of
 from vlmtune.data.bad_rows import BadRowsError, refusals
-from vlmtune.data.conversations import PLACE
+from vlmtune.data.marks import PLACE
 from vlmtune.data.records import Record
 from vlmtune.data.splits import RecordList, Records, Split
 from vlmtune.errors import DataError, ModelError
@@ -194,7 +194,7 @@ class Look:
         """Say which token of a row's texts has no embedding."""
         assert self.beyond
         for text in _texts(record):
-            if found := self.beyond.search(self.encoder.prompt.literal(text)):
+            if found := self.beyond.search(self.encoder.prompt.markers.literal(text)):
                 number = self.encoder.tokenizer.convert_tokens_to_ids(found[0])
                 rows = self.limits.embeddings
                 return (
@@ -299,12 +299,12 @@ def _tell_of_date(encoder: Encoder) -> None:
 def _tell_of_markers(encoder: Encoder, splits: dict[str, Split]) -> None:
     """Log how many rows hold control markers, which stay letters: injected, or meant as an image's place."""
     prompt, counts = encoder.prompt, Counter[str]()
-    starts = re.compile("|".join(map(re.escape, {PLACE, *prompt.markers})))
+    starts = re.compile("|".join(map(re.escape, {PLACE, *prompt.markers.names})))
     for split in splits.values():
         for record in () if split.records.on_demand else split.records:
             texts = "\n".join(_texts(record))
             if starts.search(texts):
-                counts.update({*prompt.kept_as_text(texts), *([PLACE] if PLACE in texts else [])})
+                counts.update({*prompt.markers.kept_as_text(texts), *([PLACE] if PLACE in texts else [])})
     if counts:
         found = ", ".join(f"{marker} in {count} rows" for marker, count in counts.most_common())
         images = PLACE in counts or encoder.family.image_token in counts

@@ -58,7 +58,7 @@ def _problem(target: Path, inputs: Iterable[str], run: Path) -> str | None:
     if not target.parent.is_dir():
         return f"the folder {target.parent} does not exist"
     if target.suffix.lower() != ".csv":
-        return f"is written as CSV; let its name end with .csv, for instance {target.name}.csv"
+        return f"must end in .csv, for instance {target.name}.csv"
     if not target.exists():
         return None
     if not target.is_file():
@@ -68,7 +68,7 @@ def _problem(target: Path, inputs: Iterable[str], run: Path) -> str | None:
     if target.parent == run.expanduser().resolve():
         return "belongs to the run; name a file elsewhere"
     if target.stat().st_size and ANSWER not in _header(target):
-        return f"holds something else than former answers (no column {ANSWER}); name another file, or delete it"
+        return f"is not a file of earlier answers (no column {ANSWER}); name another file, or delete it"
     return None
 
 
@@ -195,7 +195,7 @@ class Rows:
             self._write(stop)
         except OSError as error:
             raise VlmtuneError(
-                f"{self.partial}: can't be written ({error.strerror}); rows before that are in it"
+                f"{self.partial}: can't be written ({error.strerror}); it holds the rows before that"
             ) from error
 
     def _write(self, stop: int) -> None:
@@ -249,4 +249,4 @@ def tell_formulas(path: Path, answers: Iterable[str]) -> None:
     """Say that a spreadsheet would run some of these answers: they are written as they are, so as to be read again."""
     count = sum(FORMULA.match(answer) is not None for answer in answers)
     if count:
-        log.warning("%s: %d answers begin as a formula does; open it in a spreadsheet as text alone", path, count)
+        log.warning("%s: %d answers look like formulas to a spreadsheet; import that column as text", path, count)

@@ -28,4 +28,4 @@ class Progress:
     since_best: int = 0
     """Evaluations since then."""
     changes: list[dict[str, Any]] = field(default_factory=list)
-    """What was changed when it was gone on with: step, key, was, now."""
+    """What was changed when it was resumed: step, key, was, now."""

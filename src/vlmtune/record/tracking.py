@@ -6,6 +6,7 @@ what to do; one that fails later costs a warning and its own data, never the tra
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import math
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from vlmtune.errors import ConfigError, nearest
+from vlmtune.errors import ConfigError, nearest, to_install
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -70,7 +71,7 @@ class MetricsFile:
     """metrics.jsonl: one JSON object per call, on disk when the call returns; NaN and infinities are null."""
 
     def __init__(self, path: Path, resume_step: int | None = None):
-        """Start an empty file, or go on with one from a checkpoint: lines after `resume_step` are cut."""
+        """Start an empty file, or continue one from a checkpoint: lines after `resume_step` are cut."""
         self.path = path
         last = -1 if resume_step is None else resume_step
         kept = [json.dumps(row) + "\n" for row in read_metrics(path) if row["step"] <= last]
@@ -107,10 +108,18 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def check(config: TrackerConfig) -> None:
+    """Raise ConfigError where the tracker's package is missing, before time is spent."""
+    if config.name == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
+        raise ConfigError(
+            f"tracker=tensorboard needs the package tensorboard: {to_install('tensorboard')}, or use tracker=none"
+        )
+
+
 def build(config: TrackerConfig, run_config: Mapping[str, Any], folder: Path, *, resumed: bool = False) -> Tracker:
     """Open the tracker that `config` names, for the run in `folder`, and store `run_config` there without its secrets.
 
-    On one process of a run only. `resumed`: go on with the run that the folder's earlier process had opened. Raises
+    On one process of a run only. `resumed`: continue the run that the folder's earlier process opened. Raises
     ConfigError when it can't start: unknown WANDB_MODE, no login, no network.
     """
     mode = config.mode or os.environ.get("WANDB_MODE") or "offline"
@@ -147,7 +156,9 @@ class Surviving:
         try:
             yield
         except (Exception, SystemExit) as error:
-            log.warning("%s failed and is off for the rest of this run; metrics.jsonl goes on: %s", self.name, error)
+            log.warning(
+                "%s failed and is off for the rest of this run; metrics.jsonl is still written: %s", self.name, error
+            )
             self.tracker = Nothing()
 
 
@@ -155,7 +166,7 @@ class WandB:
     """Weights & Biases. Everything it writes, the images waiting for an upload too, lies in `folder`/wandb.
 
     Its variables (WANDB_PROJECT, WANDB_DIR, WANDB_RUN_GROUP, WANDB_NAME and all others) win over the defaults here,
-    and lose to a key that the user sets. A resumed run goes on under the id of the first start, which is kept in
+    and lose to a key that the user sets. A resumed run keeps the id of the first start, which is kept in
     `folder`/wandb/run_id.
     """
 
@@ -246,10 +257,8 @@ class TensorBoard:
     """TensorBoard's event files in `folder`/tensorboard."""
 
     def __init__(self, config: dict[str, Any], folder: Path):
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ConfigError(f"tracker=tensorboard: {error}; pip install tensorboard, or use tracker=none") from error
+        from torch.utils.tensorboard import SummaryWriter
+
         self.writer = SummaryWriter(str(folder / "tensorboard"))
         self._text("config", config, 0)
 

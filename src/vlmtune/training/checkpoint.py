@@ -272,6 +272,7 @@ def save_model(model: Any, processor: Any, folder: Path, config: ModelConfig | N
             save_original(model, config, partial)
             return
         model.save_pretrained(partial)
+        (partial / "README.md").unlink(missing_ok=True)  # PEFT's empty template; record.card writes the card
         processor.save_pretrained(partial)
         base_of(model).generation_config.save_pretrained(partial)
         _compare(model, partial)

@@ -10,7 +10,7 @@ from typing import Any
 
 from vlmtune.data.images import open_image
 from vlmtune.evaluation.evaluate import Evaluation
-from vlmtune.record import report, runfolder
+from vlmtune.record import card, report, runfolder
 from vlmtune.training import checkpoint
 from vlmtune.training.best import Best
 from vlmtune.training.journal import Journal
@@ -84,6 +84,11 @@ class Finish:
             if final is not None:
                 metric, rows = run.config.task.metrics[0], run.splits["validation"]
                 runfolder.write_predictions(folder / "predictions.csv", rows, final, metric)
+        with _standing("model/README.md"):
+            card.write(folder, run.config, result, {name: len(split.records) for name, split in run.splits.items()})
+        with _standing("model/README.md"):
+            counts = {name: len(split) for name, split in run.splits.items() if not split.records.streamed}
+            card.write(folder, run.config, result, counts)
         with _standing("the tracker's result"):
             self.journal.tracker.finish(result)
         with _standing("report.html"):

@@ -19,37 +19,13 @@ def build_optimizer(
 
     Raises ConfigError where nothing trains, or where a learning rate is given for a part that has no trainable weight.
     """
-    hidden = hidden_matrices(model) if optimizer.name == "muon" else set()
-    groups: dict[tuple[str, bool, bool, bool], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            faster = optimizer.loraplus_lr_ratio != 1 and ("lora_B" in name or "lora_embedding_B" in name)
-            kind = (parts.of(name), parameter.dim() > 1, name in hidden, faster)
-            groups.setdefault(kind, []).append(parameter)
-    if not groups:
-        raise ConfigError("nothing is trainable: model.freeze covers the whole model")
-    unused = set(trainer.learning_rate_of) - {part for part, *_ in groups}
-    if unused:
-        raise ConfigError(
-            [f"trainer.learning_rate_of.{part}: no weight of this part trains" for part in sorted(unused)]
-        )
-    specs = [
-        {
-            "params": parameters,
-            "lr": trainer.learning_rate_of.get(part, trainer.learning_rate)
-            * (optimizer.loraplus_lr_ratio if faster else 1),
-            "weight_decay": optimizer.weight_decay if decays else 0.0,
-            "part": part,
-            "hidden": matrices,
-        }
-        for (part, decays, matrices, faster), parameters in groups.items()
-    ]
+    groups = parameter_groups(model, parts, trainer, optimizer)
     options: dict[str, Any] = {"betas": (optimizer.beta1, optimizer.beta2), "eps": optimizer.eps}
-    fused = all(p.device.type in ("cuda", "cpu") and p.is_floating_point() for g in groups.values() for p in g)
+    fused = all(p.device.type in ("cuda", "cpu") and p.is_floating_point() for g in groups for p in g["params"])
     if optimizer.name == "adamw":
-        return torch.optim.AdamW(specs, fused=fused, **options)
+        return torch.optim.AdamW(groups, fused=fused, **options)
     if optimizer.name == "muon":
-        return MuonAndAdamW(specs, momentum=optimizer.momentum, fused=fused, **options)
+        return MuonAndAdamW(groups, momentum=optimizer.momentum, fused=fused, **options)
     import bitsandbytes
 
     cls = {
@@ -57,7 +33,39 @@ def build_optimizer(
         "paged_adamw": bitsandbytes.optim.PagedAdamW,
         "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit,
     }[optimizer.name]
-    return cls(specs, **options)
+    return cls(groups, **options)
+
+
+def parameter_groups(
+    model: nn.Module, parts: Parts, trainer: TrainerConfig, optimizer: OptimizerConfig
+) -> list[dict[str, Any]]:
+    """torch's parameter groups: by part, by whether they decay, by who steps them (Muon), by LoRA+'s rate.
+
+    Raises ConfigError as `build_optimizer` does.
+    """
+    hidden = hidden_matrices(model) if optimizer.name == "muon" else set()
+    ratio = optimizer.loraplus_lr_ratio
+    groups: dict[tuple[str, bool, bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            faster = ratio != 1 and ("lora_B" in name or "lora_embedding_B" in name)
+            kind = (parts.of(name), parameter.dim() > 1, name in hidden, faster)
+            groups.setdefault(kind, []).append(parameter)
+    if not groups:
+        raise ConfigError("nothing is trainable: model.freeze covers the whole model")
+    unused = sorted(set(trainer.learning_rate_of) - {part for part, *_ in groups})
+    if unused:
+        raise ConfigError([f"trainer.learning_rate_of.{part}: no weight of this part trains" for part in unused])
+    return [
+        {
+            "params": parameters,
+            "lr": trainer.learning_rate_of.get(part, trainer.learning_rate) * (ratio if faster else 1),
+            "weight_decay": optimizer.weight_decay if decays else 0.0,
+            "part": part,
+            "hidden": matrices,
+        }
+        for (part, decays, matrices, faster), parameters in groups.items()
+    ]
 
 
 def hidden_matrices(model: nn.Module) -> set[str]:

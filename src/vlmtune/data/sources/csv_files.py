@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vlmtune.data.cells import is_image
-from vlmtune.data.rows import Rows
+from vlmtune.data.rows import FileRows
 from vlmtune.data.sources.text_files import byte_fault, read_lines
 from vlmtune.errors import DataError
 
@@ -22,7 +22,7 @@ ENDING = re.compile(r"\.[A-Za-z0-9]{2,5}$")
 LONGEST = 2**31 - 1
 
 
-def read_csv(path: Path, header: Sequence[str] | None = None) -> Rows:
+def read_csv(path: Path, header: Sequence[str] | None = None) -> FileRows:
     """Read the rows of a CSV, or of a TSV by its ending; `header` names the columns of one that has no header line.
 
     Raises DataError that names the file and the line where the header can't be used.
@@ -42,7 +42,7 @@ def _cells_of_any_length() -> Iterator[None]:
         csv.field_size_limit(before)
 
 
-def _read(lines: list[str], header: Sequence[str] | None, path: Path) -> Rows:
+def _read(lines: list[str], header: Sequence[str] | None, path: Path) -> FileRows:
     separator = "\t" if path.suffix.lower() == ".tsv" else ","
     table = _Table(lines, separator)
     line, first, fault = next(table.rows(), (1, [], "no line has a cell"))
@@ -55,7 +55,7 @@ def _read(lines: list[str], header: Sequence[str] | None, path: Path) -> Rows:
         if first == list(header):
             raise DataError(f"{path}, line {line}: is a header already; leave out data.header")
     table.columns = list(header or first)
-    found = Rows(table.columns)
+    found = FileRows(table.columns)
     for line, cells, fault in table.rows():
         found.add(dict(zip(table.columns, cells, strict=True)) if fault is None else {}, line, fault)
     if not len(found):

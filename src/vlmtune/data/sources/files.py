@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmtune.data.paths import whats_there
-from vlmtune.data.rows import Rows, placed
+from vlmtune.data.rows import FileRows, with_places
 from vlmtune.data.sources.arrow import values
 from vlmtune.data.sources.csv_files import read_csv
 from vlmtune.data.sources.json_files import read_json, read_json_lines
-from vlmtune.errors import DataError
+from vlmtune.errors import DataError, to_install
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -58,12 +58,12 @@ def read_table(name: str | Path, header: Sequence[str] | None = None) -> pd.Data
         options["header"] = header
     with _nothing_collected():
         found = reader(path, **options)
-        return found.frame(path) if isinstance(found, Rows) else found
+        return found.frame(path) if isinstance(found, FileRows) else found
 
 
 @contextmanager
 def _nothing_collected() -> Iterator[None]:
-    """Rows have no cycles, and looking for some takes a third of the time in which a large file is read."""
+    """FileRows have no cycles, and looking for some takes a third of the time in which a large file is read."""
     before = gc.isenabled()
     gc.disable()
     try:
@@ -84,16 +84,16 @@ def read_parquet(path: Path) -> pd.DataFrame:
 
         table = parquet.ParquetFile(path).read()
     except ImportError:
-        raise DataError(f"{path}: reading Parquet needs pyarrow: pip install 'vlmtune[datasets]'") from None
+        raise DataError(f"{path}: reading Parquet needs pyarrow: {to_install('pyarrow')}") from None
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: is not a Parquet file: {str(error).splitlines()[0]}") from None
     if table.num_rows == 0:
         raise DataError(f"{path}: has no rows")
     columns = {name: cells for name, cells in values(table).items() if not name.startswith("__index_level_")}
-    return placed(pd.DataFrame({name: pd.Series(cells, dtype=object) for name, cells in columns.items()}), path)
+    return with_places(pd.DataFrame({name: pd.Series(cells, dtype=object) for name, cells in columns.items()}), path)
 
 
-READERS: dict[str, Callable[..., Rows | pd.DataFrame]] = {
+READERS: dict[str, Callable[..., FileRows | pd.DataFrame]] = {
     ".csv": read_csv,
     ".tsv": read_csv,
     ".json": read_json,

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from vlmtune.data.cells import from_json
-from vlmtune.data.rows import Rows
+from vlmtune.data.rows import FileRows
 from vlmtune.data.sources.json_lists import kind_of, rows_in, with_images
 from vlmtune.data.sources.text_files import byte_fault, read_lines, read_text
 from vlmtune.errors import DataError
 
 
-def read_json(path: Path, key: str | None = None) -> Rows:
+def read_json(path: Path, key: str | None = None) -> FileRows:
     """Read a JSON list of objects, or the one that stands under `key` of an object."""
     text = read_text(path)
     try:
@@ -33,15 +33,15 @@ def read_json(path: Path, key: str | None = None) -> Rows:
         hint = "; a file with one object per line ends in .jsonl" if of_lines else ""
         raise DataError(f"{path}{line}: is {_broken(error)}{hint}") from None
     items, beside = rows_in(found, key, path)
-    rows, doubtful = Rows(), _is_doubtful(text)
+    rows, doubtful = FileRows(), _is_doubtful(text)
     for item in items:
         rows.add(item, 0, _item_fault(item, doubtful))
     return with_images(rows, beside, path) if key != "images" else rows
 
 
-def read_json_lines(path: Path) -> Rows:
+def read_json_lines(path: Path) -> FileRows:
     """Read a file with one JSON object per line; blank lines are skipped."""
-    rows, lines = Rows(), read_lines(path)
+    rows, lines = FileRows(), read_lines(path)
     if lines[0].strip() == "[":
         raise DataError(f"{path}: holds a JSON list; let its name end in .json")
     for number, line in enumerate(lines, start=1):

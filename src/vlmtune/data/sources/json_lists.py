@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmtune.data.cells import to_json
-from vlmtune.data.rows import Rows
+from vlmtune.data.rows import FileRows
 from vlmtune.errors import DataError, nearest
 
 log = logging.getLogger("vlmtune")
@@ -94,7 +94,7 @@ def _by_image(rows: Any) -> bool:
     return isinstance(rows, list) and any(isinstance(row, dict) and "image_id" in row for row in rows)
 
 
-def with_images(rows: Rows, beside: dict[str, Any], path: Path) -> Rows:
+def with_images(rows: FileRows, beside: dict[str, Any], path: Path) -> FileRows:
     """Each row with the columns of the image that its `image_id` names, where `images` stand beside the rows."""
     images = beside.get("images")
     if not (isinstance(images, list) and _by_image(rows.cells)):

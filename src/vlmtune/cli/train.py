@@ -1,0 +1,36 @@
+"""Fine-tune a vision-language model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from vlmtune import api
+from vlmtune.cli.words import overrides_given
+from vlmtune.config import compose, paths
+from vlmtune.launch.world import World
+from vlmtune.record import guard
+
+
+def check(overrides: list[str], multirun: bool, world: World) -> None:
+    """Raise VlmtuneError with every problem that can be found without opening data or model."""
+    config, composed = compose.read("train", overrides, multirun=multirun)
+    if world.is_main:
+        paths.check_writable(Path(composed.hydra.sweep.dir if multirun else config.resume or composed.hydra.run.dir))
+    if not multirun and world.is_main:
+        guard.check_free(Path(composed.hydra.run.dir), config)
+    elif swept := composed.hydra.sweeper.get("params"):
+        compose.read("train", [*(f"{key}={values}" for key, values in swept.items()), *overrides], multirun=True)
+
+
+def job(composed: Any, world: World) -> int:
+    """One run; returns its exit code."""
+    from hydra.core.hydra_config import HydraConfig
+
+    from vlmtune.config.strict import strict
+
+    resumed = composed.get("resume")
+    config = strict(compose.saved_config(resumed, overrides_given("train")) if resumed else composed)
+    folder = Path(HydraConfig.get().runtime.output_dir) if HydraConfig.initialized() else Path()
+    result = api.run_in(folder, config, world)
+    return 128 + result["signal"] if result["status"] == "interrupted" else 0

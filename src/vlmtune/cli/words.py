@@ -1,0 +1,88 @@
+"""The words of a command line: checked before anything is written, and left in `sys.argv` as Hydra takes them."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vlmtune.commands import typed
+from vlmtune.config import compose, paths
+from vlmtune.errors import ConfigError, StorageError, UsageError
+from vlmtune.launch.world import World
+
+Check = Callable[[list[str], bool, World], None]
+"""Given the overrides and whether -m is set; raises VlmtuneError with what is wrong without opening data or model."""
+
+
+def prepare(command: str, check: Check, world: World) -> int:
+    """Check the command line, and leave it in `sys.argv` as Hydra takes it. Raises VlmtuneError with all problems."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise StorageError("the working folder no longer exists; change into one that does") from None
+    words = flags_and_overrides(command)
+    if words.hydra_help or words.shell_completion:
+        return 0
+    usable, problems = compose.normalise(words.overrides)
+    looks_only = words.help or words.cfg or words.info
+    if not looks_only:
+        refuse_launcher(command, words.overrides, words.multirun, world)
+        check(words.overrides, words.multirun, world)
+    elif problems:
+        raise ConfigError(problems)
+    flags = [word for word in sys.argv[1:] if word not in words.overrides]
+    sys.argv[1:] = [*flags, *usable, *folder_of_resumed(words.overrides)]
+    return 0
+
+
+def flags_and_overrides(command: str) -> Any:
+    """The command line as Hydra's own parser reads it. Raises UsageError for flags that don't apply here."""
+    from hydra._internal.utils import get_args_parser
+
+    words, unknown = get_args_parser().parse_known_intermixed_args()
+    problems = [
+        f"{flag}: no such flag ({typed(command)} --hydra-help lists them); keys go without dashes: key=value"
+        for flag in unknown
+    ]
+    if words.config_name or words.config_path or words.config_dir:
+        problems.append(
+            "--config-name, --config-path, --config-dir: a command has one config; set keys of it: key=value"
+        )
+    if problems:
+        raise UsageError(problems)
+    return words
+
+
+def overrides_given(command: str) -> list[str]:
+    """The `key=value` words of this process's command line, or of the multirun job that it is in."""
+    from hydra.core.hydra_config import HydraConfig
+
+    if HydraConfig.initialized():
+        return list(HydraConfig.get().overrides.task)
+    return list(flags_and_overrides(command).overrides)
+
+
+def refuse_launcher(command: str, overrides: list[str], multirun: bool, world: World) -> None:
+    """Raise ConfigError for what can't be done under a launcher, or would make one W&B run of a sweep."""
+    if multirun and not world.is_alone:
+        raise ConfigError(
+            "-m under a launcher would give each process other parameters. Run the sweep on one process: "
+            f"{typed(command)} -m {shlex.join(overrides)}"
+        )
+    if command != "train" and not world.is_alone:
+        raise ConfigError(f"{command} works in one process; start it without a launcher: {typed(command)} ...")
+    if multirun and os.environ.get("WANDB_RUN_ID"):
+        raise ConfigError(
+            "WANDB_RUN_ID: would make one run of all trials of a sweep; unset it (WANDB_RUN_GROUP is theirs)"
+        )
+
+
+def folder_of_resumed(overrides: list[str]) -> list[str]:
+    """The Hydra override that makes a resumed run go on in its own folder."""
+    resumed = [o for o in compose.parse(overrides) if o.key_or_group == "resume" and not o.is_sweep_override()]
+    found = [override.value() for override in resumed]
+    return [f"hydra.run.dir={paths.quoted(str(found[-1]))}", "hydra.output_subdir=null"] if found and found[-1] else []

@@ -1,0 +1,31 @@
+"""Commands as the user of this process types them, for help and errors that print one."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parent
+
+
+def typed(command: str) -> str:
+    """`python src/train.py`, `python -m vlmtune train` or `vlmtune train`, by what this process was started with."""
+    if _is_script():
+        return f"python {shlex.quote(str(Path(sys.argv[0]).with_name(f'{command}.py')))}"
+    return f"python -m vlmtune {command}" if _is_module() else f"vlmtune {command}"
+
+
+def launched(command: str) -> str:
+    """What follows `torchrun` or `accelerate launch` for the same command: `src/train.py` or `-m vlmtune train`."""
+    return typed(command).removeprefix("python ") if _is_script() else f"-m vlmtune {command}"
+
+
+def _is_script() -> bool:
+    """Whether one of the scripts beside the package was started, and not somebody's own train.py."""
+    place = Path(sys.argv[0])
+    return place.suffix == ".py" and place.resolve().with_name(PACKAGE.name) == PACKAGE
+
+
+def _is_module() -> bool:
+    return Path(sys.argv[0]).resolve() == PACKAGE / "__main__.py"

@@ -1,0 +1,116 @@
+"""Rows of a data set that are read while training goes on."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import sys
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any
+
+from vlmtune.config.schema import DataConfig, TaskConfig
+from vlmtune.data.reader import RowReader
+from vlmtune.data.records import Record
+from vlmtune.data.sources.hub_rows import CheckedReader, HubReader, HubTable, undecoded
+from vlmtune.data.splits import Records, Split
+from vlmtune.errors import DataError
+
+log = logging.getLogger("vlmtune")
+
+
+class HubStream:
+    """One split that is read while training goes on; of other splits the first rows are read at once."""
+
+    def __init__(self, dataset: Any, name: str, split: str):
+        self.dataset, self.name, self.split = undecoded(dataset), name, split
+
+    def audit(self, config: DataConfig, task: TaskConfig, answers_required: bool, seed: int = 0) -> Split:
+        """Check the columns, and the rows of an evaluation; training rows are checked when their turn comes."""
+        if self.split != "train":
+            import datasets
+
+            rows = list(self.dataset.take(config.max_eval_rows))
+            table = datasets.Dataset.from_list(rows, features=self.dataset.features)
+            return HubTable(table, self.name).audit(config, task, answers_required, seed)
+        stream = self.dataset
+        if config.shuffle_buffer > 1:
+            stream = stream.shuffle(seed=seed, buffer_size=config.shuffle_buffer)
+        reader = HubReader(self.dataset, config, task, self.name, answers_required)
+        return Split(StreamedRows(stream, reader, config, seed))
+
+
+class StreamedRows(Records):
+    """Rows without an end: after the last comes the first again, shuffled anew. Bad ones stop the run, or are logged.
+
+    Reading on is cheap; reading back starts from the beginning.
+    """
+
+    on_demand = streamed = True
+
+    def __init__(
+        self,
+        dataset: Any,
+        reader: RowReader,
+        config: DataConfig,
+        seed: int,
+        faults_of: Callable[[Record], list[str]] = lambda record: [],
+        process: int = 0,
+        processes: int = 1,
+    ):
+        self.dataset, self.reader, self.config, self.seed = dataset, reader, config, seed
+        self.process, self.processes = process, processes
+        self.faults_of = faults_of
+        """What the model has against a row."""
+        self.next, self.rows = 0, self._rows()
+
+    def refusing(self, faults_of: Callable[[Record], list[str]]) -> StreamedRows:
+        return StreamedRows(self.dataset, self.reader, self.config, self.seed, faults_of, self.process, self.processes)
+
+    def of_process(self, process: int, processes: int) -> StreamedRows:
+        """Every `processes`-th row, from number `process` on: the others are neither decoded nor checked here."""
+        return StreamedRows(self.dataset, self.reader, self.config, self.seed, self.faults_of, process, processes)
+
+    def groups(self) -> list[Hashable]:
+        return []
+
+    def fingerprint(self) -> str:
+        return f"stream of {self.reader.file}, {self.config.shuffle_buffer} rows shuffled, seed {self.seed}"
+
+    def image_fingerprint(self) -> None:
+        return None
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if index < self.next:
+            self.next, self.rows = 0, self._rows()
+        while True:
+            record = next(self.rows)
+            self.next += 1
+            if self.next > index:
+                return record
+
+    def _rows(self) -> Iterator[Record]:
+        number = itertools.count()  # over all epochs, of which none need be a multiple of the processes
+        for epoch in itertools.count():
+            self.dataset.set_epoch(epoch)
+            usable = own = 0
+            for row, cells in enumerate(self.dataset):
+                if next(number) % self.processes != self.process:
+                    continue
+                own += 1
+                record, faults = CheckedReader(self.reader, self.config)(row, cells)
+                self.reader.tell()
+                faults = faults or self.faults_of(record)
+                if not faults:
+                    usable += 1
+                    yield record
+                elif self.config.on_bad_row == "fail":
+                    raise DataError(f"{record.place}: {'; '.join(faults)}; data.on_bad_row=drop leaves such rows out")
+                else:
+                    log.warning("left out %s: %s", record.place, "; ".join(faults))
+            if own and not usable:
+                raise DataError(f"{self.reader.file}: the stream has no row that can be used")

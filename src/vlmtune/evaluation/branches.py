@@ -1,0 +1,87 @@
+"""Greedy answers to a batch with shared prefixes: all branches of a row grow by a token a step.
+
+Shapes: B rows, T places, K the most branches of a row.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmtune.batching.inputs import model_inputs
+from vlmtune.batching.layout import PADDING, Batch
+from vlmtune.models.parts import base_of
+
+
+@torch.no_grad()
+def greedy_branches(
+    model: Any,
+    batch: Batch,
+    *,
+    max_new_tokens: int,
+    eos_token_id: list[int],
+    pad_token_id: int,
+    suppress_tokens: list[int],
+    **_: Any,
+) -> list[list[int]]:
+    """Most likely tokens after each branch of a shared batch without answers, end token included.
+
+    A step's queries are [B, K], and each sees the prefix, its own branch and what it wrote itself.
+    """
+    assert batch.branches is not None
+    branches = batch.branches  # [B, T], grows by K a step
+    numbers = torch.arange(1, int(branches.max()) + 1, device=branches.device)  # [K]
+    exists, last = last_places(branches, numbers)
+    out, positions = _prompts(model, batch, last)
+    ends = torch.tensor(eos_token_id, device=branches.device)
+    written: list[list[int]] = [[] for _ in range(int(exists.sum()))]
+    growing = exists
+    for step in range(max_new_tokens):
+        logits = out.logits.float()
+        logits[..., suppress_tokens] = -torch.inf
+        tokens = logits.argmax(-1)  # [B, K]
+        for line, token, grows in zip(written, tokens[exists].tolist(), growing[exists].tolist(), strict=True):
+            line += [token] * grows
+        growing = growing & ~torch.isin(tokens, ends)
+        if step == max_new_tokens - 1 or not growing.any():
+            break
+        query = torch.where(growing, numbers, PADDING)
+        branches = torch.cat([branches, query], dim=1)
+        out = model(
+            input_ids=torch.where(growing, tokens, pad_token_id),
+            attention_mask=_seen(branches, query)[:, None],
+            position_ids=positions + step + 1,
+            past_key_values=out.past_key_values,
+            use_cache=True,
+        )
+    return written
+
+
+def last_places(branches: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """Which branches each row has, and the place of their last tokens; both [B, K]."""
+    own = branches[:, None] == numbers[:, None]  # [B, K, T]
+    exists = own.any(-1)
+    return exists, torch.where(exists, own.int().cumsum(-1).argmax(-1), 0)
+
+
+def _prompts(model: Any, batch: Batch, last: Tensor) -> tuple[Any, Tensor]:
+    """The output of the prompts with logits [B, K, V] of the places `last` alone, and positions [..., B, K] there."""
+    inputs = model_inputs(model, batch)
+    positions = inputs["position_ids"]
+    positions = positions.gather(-1, last.expand(*positions.shape[:-1], -1))
+    rows = torch.arange(len(last), device=last.device)[:, None]
+    head = base_of(model).get_output_embeddings()
+    select = head.register_forward_pre_hook(lambda _, args: (args[0][rows, last], *args[1:]))
+    try:
+        return model(**{**inputs, "use_cache": True}), positions
+    finally:
+        select.remove()
+
+
+def _seen(branches: Tensor, query: Tensor) -> Tensor:
+    """[B, K, T]: what each query sees of all places; the last K places are the queries themselves."""
+    seen = (branches[:, None] == query[..., None]) | (branches[:, None] == 0)
+    seen[..., -query.shape[1] :] |= torch.eye(query.shape[1], dtype=torch.bool, device=branches.device)
+    return seen

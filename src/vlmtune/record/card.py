@@ -1,0 +1,202 @@
+"""model/README.md: the card of a trained model, filled in from what the run knows.
+
+It holds no absolute path: a card is made to be shared. It is written after the folder's checksums and is not among
+them, so its owner may edit it.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vlmtune.config.paths import files_of
+from vlmtune.config.schema import Config
+from vlmtune.record.runfolder import write_whole
+
+Pairs = list[tuple[str, str]]
+SPLITS = ("train", "validation", "test")
+
+
+def write(run: Path, config: Config, result: Mapping[str, Any], rows: Mapping[str, int]) -> Path:
+    """Write `run`/model/README.md.
+
+    `result`: what result.json holds. `rows`: how many rows each split has, by its name. Versions and fingerprints come
+    from the run's environment.json.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    loader = FileSystemLoader(Path(__file__).parent)
+    options: dict[str, Any] = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    environment = json.loads((run / "environment.json").read_text(encoding="utf-8"))
+    page = Environment(loader=loader, autoescape=False, keep_trailing_newline=True, **options)
+    text = page.get_template("card.md.j2").render(
+        name=_name(config),
+        front_matter=_front_matter(config),
+        base=_base(config),
+        trained=_trained(config),
+        data=_data(config, rows, environment),
+        training=_training(config, result),
+        metrics=_metrics(result.get("metrics") or {}),
+        rows=rows,
+        status=result["status"],
+        adapter=config.uses_adapter,
+        loads=_opened_by_transformers(config),
+        original=config.model.save_layout == "original",
+        hub_id=config.model.path if _on_hub(config) else None,
+        image_only=_image_only(run / "model"),
+        revision=config.model.revision if _on_hub(config) else None,
+        custom_code=config.model.trust_remote_code,
+        system_prompt=config.model.system_prompt is not None,
+        versions=_versions(environment),
+    )
+    path = run / "model" / "README.md"
+    write_whole(path, text)
+    return path
+
+
+def shown(value: Any) -> str:
+    """A config value as inline code. Of an absolute path its last name is left."""
+    if isinstance(value, str):
+        text = Path(value).name if Path(value).expanduser().is_absolute() else value
+    else:
+        text = json.dumps(_bare(value), ensure_ascii=False)
+    return "`" + text.replace("`", "'").replace("\n", " ").replace("|", "/") + "`"
+
+
+def _bare(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _bare(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_bare(inner) for inner in value]
+    return Path(value).name if isinstance(value, str) and Path(value).expanduser().is_absolute() else value
+
+
+def _on_hub(config: Config) -> bool:
+    path = Path(str(config.model.path)).expanduser()
+    return config.model.fresh is None and not path.is_absolute() and not path.is_dir()
+
+
+def _name(config: Config) -> str:
+    name = config.model.name if config.model.name != "auto" else Path(str(config.model.path)).name
+    return f"{name}, fine-tuned for {config.task.name}"
+
+
+def _front_matter(config: Config) -> list[str]:
+    """YAML lines that a hub reads. There is no licence among them: that is for the model's owner to say."""
+    tags = ["vlmtune", *([str(config.adapter.method)] if config.uses_adapter else [])]
+    base = [f"base_model: {json.dumps(config.model.path)}"] if _on_hub(config) else []
+    library = "peft" if config.uses_adapter else "transformers"
+    return [*base, f"library_name: {library}", "pipeline_tag: image-text-to-text", f"tags: {json.dumps(tags)}"]
+
+
+def _base(config: Config) -> str:
+    model = config.model
+    if model.fresh is not None:
+        return f"an untrained model, written by {shown(model.fresh)}"
+    if _on_hub(config):
+        return f"{shown(model.path)} at revision {shown(model.revision or 'main')}"
+    return f"{shown(model.name)}, a local folder named {shown(Path(str(model.path)).name)}"
+
+
+def _trained(config: Config) -> Pairs:
+    """What was trained, and how the frozen rest was stored."""
+    if config.uses_adapter:
+        what = [("adapter", shown(config.adapter.method)), ("parts", shown(config.adapter.parts))]
+        what += [(name, shown(value)) for name, value in config.adapter.fields.items() if value is not None]
+    else:
+        what = [("weights", "all" if not config.model.freeze else f"all but {shown(config.model.freeze)}")]
+    if config.is_quantized:
+        fields = {name: value for name, value in config.quantization.fields.items() if value is not None}
+        stored = f"{shown(config.quantization.method)} in {shown(config.quantization.parts)}: {shown(fields)}"
+        what.append(("base weights stored as", stored))
+    return what
+
+
+def _data(config: Config, rows: Mapping[str, int], environment: Mapping[str, Any]) -> Pairs:
+    """Names of files without their folders, rows, and fingerprints that tell the same data again."""
+    found = []
+    for split in SPLITS:
+        files = [shown(_file(name)) for name in files_of(getattr(config.data, split))]
+        if split in rows or files:
+            count = f"{rows[split]:,} rows" if 0 < rows.get(split, 0) < sys.maxsize else "rows not counted"
+            found.append((split, ", ".join([count, *files])))
+    if not any(files_of(getattr(config.data, split)) for split in SPLITS):
+        found.append(("source", shown(config.data._target_)))
+    if config.data.validation_fraction and config.data.validation is None:
+        found.append(("held out for validation", f"{config.data.validation_fraction:.0%} of the training images"))
+    prints = {"fingerprint of the texts": "data_fingerprint", "fingerprint of the images": "image_fingerprint"}
+    return found + [(name, shown(environment[key])) for name, key in prints.items() if environment.get(key)]
+
+
+def _file(name: str) -> str:
+    """A file's own name; the id of a hub stays whole."""
+    path = Path(name).expanduser()
+    return path.name if path.is_absolute() or path.suffix else name
+
+
+def _training(config: Config, result: Mapping[str, Any]) -> Pairs:
+    trainer, steps = config.trainer, result["steps"]
+    found = [
+        ("optimizer steps", f"{steps:,}"),
+        ("rows seen", f"{result['examples']:,}" + (f" ({result['examples'] / steps:.4g} a step)" if steps else "")),
+        ("learning rate", f"{trainer.learning_rate:g}, {trainer.scheduler.name}"),
+        ("warmup", f"{trainer.scheduler.warmup_fraction:g} of the steps"),
+        ("optimizer", f"{config.optimizer.name}, weight decay {config.optimizer.weight_decay:g}"),
+        ("precision", trainer.precision),
+        ("gradient norm clipped at", f"{trainer.max_grad_norm:g}" if trainer.max_grad_norm else "never"),
+        ("seed", str(trainer.seed)),
+    ]
+    if trainer.learning_rate_of:
+        found.append(("learning rate by part", shown(trainer.learning_rate_of)))
+    if config.model.image.max_tokens:
+        found.append(("most tokens an image", str(config.model.image.max_tokens)))
+    if trainer.best_metric:
+        found.append(("weights are those of", f"the checkpoint with the best {shown(trainer.best_metric)}"))
+    return found
+
+
+def _metrics(metrics: Mapping[str, float | None]) -> list[tuple[str, str, str, str]]:
+    """Name, value before training, value after, value on the test rows; `-` where it was not measured."""
+    names = dict.fromkeys(key.split("/", 1)[1] for key in metrics if "/" in key)
+
+    def cell(split: str, name: str) -> str:
+        value = metrics.get(f"{split}/{name}")
+        return "-" if value is None else f"{value:.4f}"
+
+    return [(name, *(cell(split, name) for split in ("baseline", "eval", "test"))) for name in names]  # type: ignore[misc]
+
+
+def _opened_by_transformers(config: Config) -> bool:
+    """False where PEFT can't find the base: an original InternVL2 checkpoint is converted by vlmtune as it loads."""
+    from vlmtune.prompt.hub import is_original_internvl2
+
+    return not config.uses_adapter or config.model.fresh is not None or not is_original_internvl2(config.model)
+
+
+def _image_only(model: Path) -> bool:
+    """Whether the processor was saved without its video half, as a machine without torchvision does: AutoProcessor
+    then opens the base's, and not this one."""
+    file = model / "processor_config.json"
+    saved = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    if "video_processor" in saved or (model / "video_preprocessor_config.json").exists():
+        return False
+    import transformers
+
+    cls = getattr(transformers, str(saved.get("processor_class")), None)
+    return cls is not None and "video_processor" in cls.get_attributes()
+
+
+def _versions(environment: Mapping[str, Any]) -> str:
+    try:
+        own = importlib.metadata.version("vlmtune")
+    except importlib.metadata.PackageNotFoundError:
+        own = "from a checkout"
+    commit = (environment.get("git") or {}).get("sha", "")
+    ours = f"vlmtune {own}" + (f" (commit {commit[:10]})" if commit else "")
+    wanted = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
+    found = environment.get("versions") or {}
+    return ", ".join([ours, *(f"{name} {found[name]}" for name in wanted if name in found)])

@@ -1,0 +1,91 @@
+"""A run folder belongs to one run: nothing overwrites another's, and whatever ends a run leaves a result.json."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from vlmtune import display, durable
+from vlmtune.config import saved
+from vlmtune.config.schema import Config
+from vlmtune.errors import ConfigError, TrainingError, VlmtuneError, memory_advice, storage_advice
+from vlmtune.launch import lock, ranks, signals
+from vlmtune.launch.world import World
+
+
+def check_free(folder: Path, config: Config) -> None:
+    """Raise ConfigError where a running process uses the folder, or where it holds a run that this one does not resume.
+
+    A run that failed or was killed before it saved anything is no obstacle.
+    """
+    from vlmtune.record.runfolder import read_result
+
+    lock.check(Path(config.resume).expanduser() if config.resume else folder)
+    if config.resume or not (folder / "config.yaml").exists():
+        return
+    killed = "killed" if (folder / lock.NAME).exists() else None  # a run of ours that nothing runs any more
+    status = (read_result(folder) or {"status": killed})["status"]
+    kept = [*durable.names(folder / "checkpoints"), *({"model"} & {*durable.names(folder)})]
+    if kept or status not in ("failed", "interrupted", "preflight", "killed"):
+        raise ConfigError(f"{folder}: holds a run already; choose another hydra.run.dir, or resume it: resume={folder}")
+
+
+@contextmanager
+def held(folder: Path, config: Config, world: World) -> Iterator[None]:
+    """Hold the folder while inside, log into it, and write down what ends the run early. Raises ConfigError."""
+    with storage_advice():
+        check_free(folder, config)
+        if config.resume:
+            saved.refuse_links(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with lock.held(folder):
+            _prepare(folder, config)
+            with display.logging_to(folder), signals.ending_at_once(), failure_written(folder, world):
+                yield
+
+
+def _prepare(folder: Path, config: Config) -> None:
+    """Finish what a killed process left half done; a new run starts in a clean folder."""
+    from vlmtune.record import runfolder
+
+    for parent in (folder, folder / "checkpoints"):
+        durable.repair_all(parent)
+    if config.resume:  # the files of a resumed run are touched once it is known to be the same run
+        return
+    if (folder / "base").exists():  # of a start that failed, perhaps with another seed
+        durable.remove(folder / "base")
+    runfolder.write_config(folder / "config.yaml", config)
+    for left_over in ("quarantine.csv", "result.json"):
+        (folder / left_over).unlink(missing_ok=True)
+
+
+@contextmanager
+def failure_written(folder: Path, world: World) -> Iterator[None]:
+    """What ends a run early becomes its result.json, unless one stands there already."""
+    from vlmtune.data.bad_rows import BadRowsError, write_quarantine
+    from vlmtune.record import runfolder
+
+    try:
+        with memory_advice(), storage_advice():
+            yield
+    except BaseException as raised:
+        with signals.Wish().watching():  # where another rank failed, the launcher's signal comes just now
+            error = first_error(raised, world)
+            with suppress(OSError):  # on a full disk the error itself matters more
+                if isinstance(error, BadRowsError):
+                    write_quarantine(folder / "quarantine.csv", error.bad)
+                if not (folder / "result.json").exists():
+                    runfolder.write_failure(folder, error)
+        if error is raised:
+            raise
+        raise error from raised
+
+
+def first_error(error: BaseException, world: World) -> BaseException:
+    """Where another rank failed first, its error in place of the connection that broke, or of the launcher's signal."""
+    follows = isinstance(error, Exception | signals.Interrupted) and not isinstance(error, VlmtuneError)
+    if not follows or world.is_alone:
+        return error
+    silent = TrainingError(ranks.SILENT) if ranks.is_broken_connection(error) else None
+    return ranks.told(world) or silent or error

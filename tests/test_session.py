@@ -1,0 +1,100 @@
+"""What runs of one process leave each other, and what a launcher says."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from accelerate import Accelerator
+
+import tiny
+from vlmtune import commands
+from vlmtune.config.schema import TrackerConfig, home
+from vlmtune.errors import EXTRAS, ConfigError, to_install
+from vlmtune.launch import session
+from vlmtune.launch.world import World
+from vlmtune.record import tracking
+
+
+def test_two_runs_of_one_process_may_differ_in_precision() -> None:
+    """Accelerate would refuse the second."""
+    found = [session.engine(tiny.config(None, precision=name)).mixed_precision for name in ("fp32", "bf16", "fp32")]
+    assert found == ["no", "bf16", "no"]
+
+
+def test_a_loop_of_the_caller_that_was_left_half_way_decides_nothing() -> None:
+    """Accelerate's optimizers leave a step out while gradients are not in sync, in every Accelerator of the process."""
+    Accelerator(cpu=True).sync_gradients = False
+    assert session.engine(tiny.config(None)).sync_gradients
+
+
+def test_the_world_is_what_the_launcher_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    alone = World.from_environment()
+    assert (alone, alone.is_main, alone.is_alone) == (World(), True, True)
+    given = {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    world = World.from_environment()
+    assert world == World(rank=9, processes=16, local_rank=1, address="node0", port=29500)
+    assert (world.is_main, world.is_alone) == (False, False)
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(ConfigError, match="WORLD_SIZE=two: must be a number"):
+        World.from_environment()
+
+
+RANKS_THAT_END = """
+import torch
+from accelerate import Accelerator
+from vlmtune.launch import ranks
+from vlmtune.launch.world import World
+with ranks.closed_at_exit(World.from_environment()):
+    engine = Accelerator(cpu=True)
+    model = engine.prepare(torch.nn.Linear(8, 8))
+    for _ in range(20):
+        model(torch.randn(2, 8)).sum().backward()
+        engine.reduce(torch.ones(1), "sum")
+"""
+
+
+def test_ranks_end_without_an_abort(tmp_path: Path) -> None:
+    """Left alone, such a script ended in SIGABRT in 6 of 10 starts."""
+    (tmp_path / "job.py").write_text(RANKS_THAT_END)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(tmp_path / "job.py")]
+    done = subprocess.run(launch, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("started", "typed", "launched"),
+    [
+        ("/somewhere/bin/vlmtune", "vlmtune predict", "-m vlmtune predict"),
+        ("/somewhere/train.py", "vlmtune predict", "-m vlmtune predict"),  # somebody's own
+        (f"{commands.PACKAGE}/__main__.py", "python -m vlmtune predict", "-m vlmtune predict"),
+        (
+            f"{commands.PACKAGE.parent}/train.py",
+            f"python {commands.PACKAGE.parent}/predict.py",
+            f"{commands.PACKAGE.parent}/predict.py",
+        ),
+    ],
+)
+def test_commands_are_printed_as_the_user_types_them(
+    monkeypatch: pytest.MonkeyPatch, started: str, typed: str, launched: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", [started, "a=1"])
+    assert (commands.typed("predict"), commands.launched("predict")) == (typed, launched)
+
+
+def test_a_missing_package_is_named_with_the_extra_that_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    declared = tomllib.loads((home() / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for package, extra in EXTRAS.items():
+        assert any(requirement.startswith(package) for requirement in declared[extra])
+    assert to_install("datasets") == "pip install 'vlmtune[hub]'"
+    assert to_install("timm") == "pip install timm"
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(ConfigError, match=r"tracker=tensorboard needs the package tensorboard: pip install 'vlmtune"):
+        tracking.check(TrackerConfig(name="tensorboard"))
