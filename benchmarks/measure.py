@@ -1,8 +1,8 @@
 """Memory and speed of training steps on the model that ships, against what `measured.json` holds: `make measure`.
 
 Memory is the highest sum of tensors during one optimizer step, from torch's own record of allocations: equal from run
-to run, where the peak of a process is not. Speed is a ratio: our loop's seconds a step over those of a bare torch loop
-on the same rows, the two alternating in one process, so that a busy machine slows both. Medians; one thread.
+to run, where the peak of a process is not. Speed is a ratio: our loop's seconds over those of a bare torch loop on the
+same rows, in processor time on one thread, the two alternating, so that a busy machine slows both. Medians.
 """
 
 from __future__ import annotations
@@ -103,13 +103,13 @@ def peak_bytes(steps: Callable[[int], None], folder: Path) -> int:
 
 
 def ratio(one: Callable[[int], None], other: Callable[[int], None], rounds: int) -> float:
-    """Median seconds of `one` over those of `other`, alternating."""
+    """Median seconds of processor time of `one` over those of `other`, alternating."""
     seconds: dict[int, list[float]] = {0: [], 1: []}
     for _ in range(rounds):
         for number, steps in enumerate((one, other)):
-            began = time.perf_counter()
+            began = time.process_time()
             steps(2)
-            seconds[number].append(time.perf_counter() - began)
+            seconds[number].append(time.process_time() - began)
     return statistics.median(seconds[0]) / statistics.median(seconds[1])
 
 

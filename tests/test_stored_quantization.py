@@ -85,13 +85,13 @@ def test_a_part_whose_every_layer_is_skipped(checkpoint_of: Callable[[str], Path
     ],
 )
 def test_fields_of_the_other_method_are_refused(fields: dict[str, Any], message: str) -> None:
-    (problem,) = quantization_fields.problems(fields)
+    (problem,) = quantization_fields.problems(tiny.config(None, quantization=fields).quantization)
     assert message in problem
 
 
 @pytest.mark.parametrize("kind", tiny.QUANTIZED)
 def test_the_usual_fields_are_not(kind: str) -> None:
-    assert quantization_fields.problems(tiny.QUANTIZED[kind]) == []
+    assert quantization_fields.problems(tiny.config(None, quantization=tiny.QUANTIZED[kind]).quantization) == []
 
 
 @pytest.mark.parametrize(
