@@ -95,22 +95,23 @@ class StreamedRows(Records):
 
     def _rows(self) -> Iterator[Record]:
         number = itertools.count()  # over all epochs, of which none need be a multiple of the processes
+        unusable = 0  # rows of this process since the last that could be used
         for epoch in itertools.count():
             self.dataset.set_epoch(epoch)
-            usable = own = 0
-            for row, cells in enumerate(self.dataset):
+            rows = 0
+            for rows, cells in enumerate(self.dataset, start=1):
                 if next(number) % self.processes != self.process:
                     continue
-                own += 1
-                record, faults = CheckedReader(self.reader, self.config)(row, cells)
+                record, faults = CheckedReader(self.reader, self.config)(rows - 1, cells)
                 self.reader.tell()
                 faults = faults or self.faults_of(record)
                 if not faults:
-                    usable += 1
+                    unusable = 0
                     yield record
-                elif self.config.on_bad_row == "fail":
+                    continue
+                unusable += 1
+                if self.config.on_bad_row == "fail":
                     raise DataError(f"{record.place}: {'; '.join(faults)}; data.on_bad_row=drop leaves such rows out")
-                else:
-                    log.warning("left out %s: %s", record.place, "; ".join(faults))
-            if own and not usable:
+                log.warning("left out %s: %s", record.place, "; ".join(faults))
+            if unusable >= rows:  # as many as there are, or there are none
                 raise DataError(f"{self.reader.file}: the stream has no row that can be used")
