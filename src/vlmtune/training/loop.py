@@ -127,6 +127,8 @@ def _forward_backward(
     expected_tokens: float,
 ) -> Passed | None:
     """Leave the gradient of one step's mean loss in `parameters`; None where no micro-batch is left."""
+    # the forward pass of a wrapper for several ranks may wait for them, and they may have fewer micro-batches
+    alone = getattr(model, "module", model)
     own, waited = Counter[str](), 0.0
     total = torch.zeros((), device=engine.device)
     while True:
@@ -138,7 +140,7 @@ def _forward_backward(
         own.update({name: getattr(batch, name) for name in COUNTED})
         if not batch.ends_step:
             with engine.no_sync(model):
-                total += _pass(model, batch, engine, summed_loss, expected_tokens)
+                total += _pass(alone, batch, engine, summed_loss, expected_tokens)
             continue
         counts = _over_ranks(own, engine)
         # gradients are averaged over the ranks, so a share of the sum is scaled up by their number
