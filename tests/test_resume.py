@@ -137,7 +137,7 @@ def test_a_source_that_has_moved_since_is_the_same_source() -> None:
 
     now = reading("vlmtune.data.sources.easy_vqa.load")
     assert changes(FOLDER, reading("vlmtune.data.easy_vqa.load"), now, 4) == []
-    with pytest.raises(CheckpointError, match=r"data\._target_ was vlmtune\.data\.hub\.load"):
+    with pytest.raises(CheckpointError, match=r"data\._target_ was vlmtune\.data\.sources\.hub\.load"):
         changes(FOLDER, reading("vlmtune.data.hub.load"), now, 4)
 
 
