@@ -187,7 +187,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "checksums that are no text": (lambda f: (f / durable.SUMS).write_bytes(b"\xff\xfe"), "SHA256SUMS is damaged"),
     "an empty folder": (lambda f: [file.unlink() for file in f.iterdir()], r"state\.json"),
     "{}": (content(b"{}"), "has no 'progress'"),
-    "[]": (content(b"[]"), "it holds no object"),
+    "[]": (content(b"[]"), "it does not hold a JSON object"),
     "no text": (content(b"\xff\xfe{"), "is not a checkpoint"),
     "nested too little": (edited(progress=None), "progress is no object"),
     "an unknown key": (edited(progress={"step": 4, "weather": "fine"}), "weather"),
@@ -213,7 +213,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     assert "skipped a damaged checkpoint" in caplog.text
     assert "step_000004" in caplog.text
     shutil.rmtree(root / "step_000002")
-    with pytest.raises(CheckpointError, match=r"no checkpoint is sound[\s\S]*step_000004"):
+    with pytest.raises(CheckpointError, match=r"no usable checkpoint[\s\S]*step_000004"):
         newest(tmp_path)
 
 

@@ -110,7 +110,7 @@ class Numbers:
     """A batch: `count` supervised tokens whose losses sum to `value * weight`."""
 
     def __init__(self, value: float, count: int = 1, ends_step: bool = True):
-        self.value, self.supervised, self.rows, self.tokens, self.places = value, count, 1, count, count
+        self.value, self.supervised, self.rows, self.tokens, self.padded_tokens = value, count, 1, count, count
         self.ends_step = ends_step
 
     def to(self, device: torch.device) -> Numbers:

@@ -26,7 +26,7 @@ from vlmtune.errors import CheckpointError, ConfigError
 from vlmtune.launch import lock
 from vlmtune.training import checkpoint
 from vlmtune.training.checkpoint import load_checkpoint, save_checkpoint
-from vlmtune.training.resume import KINDS, Kind, changes, kind_of, values
+from vlmtune.training.resume import RULES, Rule, changes, rule_of, values
 
 FOLDER = Path("runs/mine/checkpoints/step_000004")
 
@@ -49,15 +49,15 @@ KEYS = sorted(values(a_config()))
 
 @pytest.mark.parametrize("key", KEYS)
 def test_every_key_of_the_schema_has_a_kind(key: str) -> None:
-    assert kind_of(key) in Kind, f"say in resume.KINDS what another value of {key} means for a resumed run"
+    assert rule_of(key) in Rule, f"say in resume.RULES what another value of {key} means for a resumed run"
 
 
 def test_no_kind_is_given_to_a_key_that_does_not_exist() -> None:
     groups = {key[:end] for key in KEYS for end in [*(i for i, c in enumerate(key) if c == "."), len(key)]}
-    assert KINDS.keys() <= groups
+    assert RULES.keys() <= groups
 
 
-@pytest.mark.parametrize("key", [key for key in KEYS if kind_of(key) is Kind.SAME])
+@pytest.mark.parametrize("key", [key for key in KEYS if rule_of(key) is Rule.FIXED])
 def test_another_value_of_what_the_run_is_gets_refused(key: str) -> None:
     was, now = identity(), identity()
     now["config"][key] = "another"
@@ -68,7 +68,7 @@ def test_another_value_of_what_the_run_is_gets_refused(key: str) -> None:
     assert "model.path=runs/mine/model" in str(caught.value)
 
 
-@pytest.mark.parametrize("key", [key for key in KEYS if kind_of(key) in (Kind.STEPS, Kind.AROUND)])
+@pytest.mark.parametrize("key", [key for key in KEYS if rule_of(key) in (Rule.NEXT_STEP, Rule.RECORDED)])
 def test_another_value_of_what_may_change_is_named(key: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "vlmtune")
     was, now = identity(), identity()

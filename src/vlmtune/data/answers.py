@@ -54,7 +54,7 @@ def _doubtful(found: list[Any]) -> str | None:
     return None
 
 
-class Lists:
+class ListAnswers:
     """Counts answers that are lists of texts, to say once how they are read."""
 
     def __init__(self, reading: str):
@@ -67,7 +67,7 @@ class Lists:
         if self.rows == 1:
             self.example = f"{as_list(cell)!s:.60} as {answer:.60}"
 
-    def tell(self, file: str) -> None:
+    def log(self, file: str) -> None:
         """Say it in the log."""
         if self.example is None:
             return

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from vlmtune import display
 from vlmtune.config.schema import DataConfig, TaskConfig
 from vlmtune.data.cells import column_values
-from vlmtune.data.columns import column_problems, columns_with_text, filled, sample_of, tell_unread
+from vlmtune.data.columns import column_problems, columns_with_text, filled, log_unread, sample_of
 from vlmtune.data.images import Source, content_key, image_size, open_image
 from vlmtune.data.reader import RowReader
 from vlmtune.data.records import Record
@@ -49,7 +49,7 @@ def audit_frame(
     files = dict.fromkeys([place.file for place in at] or [file])
     readers = {name: RowReader(config, task, name, answers_required, present) for name in files}
     reader = next(iter(readers.values()))
-    tell_unread(file, present, config, reader.refusable)
+    log_unread(file, present, config, reader.refusable)
     columns = [_cells(frame, name) for name in reader.columns]
     records, faults = [], []
     for row, (place, *cells) in enumerate(zip(at, *columns, strict=True)):
@@ -60,8 +60,8 @@ def audit_frame(
     _add_image_faults(records, faults, config)
     good = _group_by_content([record for record, found in zip(records, faults, strict=True) if not found])
     for each in readers.values():
-        each.tell()
-    reader.tell_images(good, frame.columns)
+        each.log()
+    reader.warn_of_no_images(good, frame.columns)
     bad = [record.refused("; ".join(found)) for record, found in zip(records, faults, strict=True) if found]
     return Split(RecordList(good), frame, bad, repeats_of(good) if answers_required else [])
 

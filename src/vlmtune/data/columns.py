@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlmtune.config.schema import ColumnsConfig, DataConfig, TaskConfig
 from vlmtune.data.cells import column_values, says_nothing
-from vlmtune.data.meanings import COLUMNS, Unread
+from vlmtune.data.meanings import COLUMNS, UnreadKeys
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -164,14 +164,14 @@ def sample_of(frame: pd.DataFrame) -> dict[str, list[Any]]:
     return {str(name): column_values(head.iloc[:, place]) for place, name in enumerate(head.columns)}
 
 
-def refusable(present: Iterable[Any], config: DataConfig, unread: Unread) -> list[str]:
+def refusable(present: Iterable[Any], config: DataConfig, unread: UnreadKeys) -> list[str]:
     """Columns that nothing reads and that change what a row means where they hold something."""
     read = {*names_of(config.columns).values(), config.columns.system}
     meanings = {str(name): unread.meaning(str(name), COLUMNS) for name in present if str(name) not in read}
     return [name for name, found in meanings.items() if found and found.beside in ("", config.columns.question)]
 
 
-def tell_unread(file: str, present: Iterable[Any], config: DataConfig, refused: Sequence[str]) -> None:
+def log_unread(file: str, present: Iterable[Any], config: DataConfig, refused: Sequence[str]) -> None:
     """Name the columns that nothing reads in the log."""
     read = {*names_of(config.columns).values(), config.columns.system, *refused, *config.ignore}
     if names := [str(name) for name in present if str(name) not in read]:

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vlmtune.data.cells import as_list, from_json
-from vlmtune.data.meanings import Unread
+from vlmtune.data.meanings import UnreadKeys
 from vlmtune.data.messages import ROLE_KEYS, Message, MessageReader, kind_of_part
 from vlmtune.data.records import Turn
 from vlmtune.errors import DataError
@@ -42,7 +42,7 @@ class Conversation:
     row's own images."""
 
 
-def parse(cell: Any, *, answers_required: bool, unread: Unread | None = None) -> Conversation:
+def parse(cell: Any, *, answers_required: bool, unread: UnreadKeys | None = None) -> Conversation:
     """Read a conversation: a list of messages, or its JSON.
 
     The last message is an answer to train on; without `answers_required` it may be missing, and is left off. `unread`
@@ -50,7 +50,7 @@ def parse(cell: Any, *, answers_required: bool, unread: Unread | None = None) ->
     Raises DataError that names the message, from 1.
     """
     messages = _messages(cell)
-    reader = MessageReader(unread or Unread(training=answers_required), _has_image_parts(messages))
+    reader = MessageReader(unread or UnreadKeys(training=answers_required), _has_image_parts(messages))
     found = Conversation(())
     turns: list[Turn] = []
     question: Message | None = None

@@ -58,7 +58,7 @@ class NeededSize:
     pixels: int = 0
     side: int = 0
     """Of the shorter side."""
-    told: bool = field(default=False, compare=False)
+    logged: bool = field(default=False, compare=False)
     """Whether the log says that images are reduced."""
 
     def reduction(self, width: int, height: int) -> int:
@@ -70,16 +70,16 @@ class NeededSize:
         )
         return next(fits, 1)
 
-    def tell(self, name: str, width: int, height: int, scale: int) -> None:
+    def log(self, name: str, width: int, height: int, scale: int) -> None:
         """Log the first image that is decoded at a reduced size: the model sees slightly other pixels."""
-        if not self.told:
+        if not self.logged:
             log.info(
                 "data.fast_jpeg: JPEG files much larger than the model sees are decoded at a reduced size, first %s, "
                 "%d x %d at 1/%d; pixels differ a little from those of the whole image scaled down, in training and "
                 "prediction alike (data.fast_jpeg=false: never)",
                 *(name, width, height, scale),
             )
-        self.told = True
+        self.logged = True
 
 
 def open_image(source: Source | str, max_pixels: int, needed: NeededSize | None = None) -> Image.Image:
@@ -94,7 +94,7 @@ def open_image(source: Source | str, max_pixels: int, needed: NeededSize | None 
 
     def decoded(image: Image.Image) -> Image.Image:
         if needed is not None and image.format == "JPEG" and (scale := needed.reduction(*image.size)) > 1:
-            needed.tell(_name(source), *image.size, scale)
+            needed.log(_name(source), *image.size, scale)
             image.draft(None, (-(-image.width // scale), -(-image.height // scale)))
         return _rgb(_upright(image))
 

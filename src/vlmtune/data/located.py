@@ -16,7 +16,7 @@ from vlmtune.config.schema import DataConfig
 from vlmtune.data.answers import PYTHON_LIST
 from vlmtune.data.cells import Number, as_list, is_blank, json_list
 from vlmtune.data.images import Source
-from vlmtune.data.meanings import PARTS, Unread
+from vlmtune.data.meanings import PARTS, UnreadKeys
 from vlmtune.data.paths import local_path
 from vlmtune.errors import DataError
 
@@ -26,7 +26,7 @@ EXAMPLE = "data.image_name={}.jpg, or COCO_train2014_{:012d}.jpg"
 class Locator:
     """Finds the images of one file's rows. Relative paths start from `data.image_root`, else from the file's folder."""
 
-    def __init__(self, config: DataConfig, file: str, unread: Unread):
+    def __init__(self, config: DataConfig, file: str, unread: UnreadKeys):
         own = Path(file).expanduser()
         self.root = Path(config.image_root).expanduser() if config.image_root else own if own.is_dir() else own.parent
         self.separator, self.unread = config.image_separator, unread

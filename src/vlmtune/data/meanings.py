@@ -176,7 +176,7 @@ def meaning_of(name: str, table: Mapping[str, Meaning]) -> Meaning | None:
     return table.get(name.casefold().replace("-", "_"))
 
 
-class Unread:
+class UnreadKeys:
     """What nothing reads: refused where it changes what a row means, else counted, and named once in the log.
 
     `ignored`: names that the user leaves unread on purpose. `training`: answers matter as well.
@@ -190,7 +190,7 @@ class Unread:
         """Keys of messages and images, and how often they held something."""
         self.marks: Counter[str] = Counter()
         """Marks of other notations in questions, and how many have them."""
-        self.told = False
+        self.logged = False
 
     def meaning(self, name: str, table: Mapping[str, Meaning]) -> Meaning | None:
         """What a name that nothing reads means, if it is refused."""
@@ -212,15 +212,15 @@ class Unread:
         if ("<im" in question or "<|im" in question or "<Im" in question) and (found := FOREIGN.search(question)):
             self.marks[found[0]] += 1
 
-    def tell(self, file: str) -> None:
+    def log(self, file: str) -> None:
         """Name the keys in the log, once, and the marks that stay text."""
-        if self.marks and not self.told:
+        if self.marks and not self.logged:
             count, example = sum(self.marks.values()), next(iter(self.marks))
             log.warning(
                 "%s: %d questions hold a mark such as %s, which stays text: an image stands where <image> does",
                 *(file, count, example),
             )
-            self.told = True
+            self.logged = True
         if self.keys:
             log.info("%s: keys of messages not read: %s", file, ", ".join(self.keys))
             self.ignored |= self.keys.keys()

@@ -8,7 +8,7 @@ from typing import Any
 
 from vlmtune.data.cells import as_list, as_number, is_missing, says_nothing, text_of
 from vlmtune.data.marks import media_mark, placed
-from vlmtune.data.meanings import MESSAGES, PARTS, TOOL_ROLES, Unread
+from vlmtune.data.meanings import MESSAGES, PARTS, TOOL_ROLES, UnreadKeys
 from vlmtune.errors import DataError
 
 ROLES = {
@@ -48,7 +48,7 @@ def kind_of_part(part: dict[str, Any]) -> Any:
 class MessageReader:
     """Reads the messages of one conversation."""
 
-    def __init__(self, unread: Unread, image_parts: bool):
+    def __init__(self, unread: UnreadKeys, image_parts: bool):
         self.unread, self.image_parts = unread, image_parts
 
     def read(self, message: Any, images: list[Any]) -> Message:

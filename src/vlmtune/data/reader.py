@@ -7,14 +7,14 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 from vlmtune.config.schema import DataConfig, TaskConfig
-from vlmtune.data.answers import Lists, answers_of
+from vlmtune.data.answers import ListAnswers, answers_of
 from vlmtune.data.cells import text_of
 from vlmtune.data.columns import names_of, refusable
 from vlmtune.data.conversations import parse
 from vlmtune.data.images import Source
 from vlmtune.data.located import Locator
 from vlmtune.data.marks import PLACE, media_mark, placed
-from vlmtune.data.meanings import AUDIO, COLUMNS, VIDEO, Unread, meaning_of, refusal
+from vlmtune.data.meanings import AUDIO, COLUMNS, VIDEO, UnreadKeys, meaning_of, refusal
 from vlmtune.data.records import Record, Turn
 from vlmtune.errors import DataError
 
@@ -33,12 +33,12 @@ class RowReader:
         self.task, self.file, self.answers_required = task, file, answers_required
         self.config = config
         self.names = names_of(config.columns)
-        self.unread = Unread(config.ignore, answers_required)
+        self.unread = UnreadKeys(config.ignore, answers_required)
         self.refusable = refusable(present, config, self.unread)
         """Columns in which a row must not hold anything that changes its meaning."""
         self.unread.media = any(meaning_of(name, COLUMNS) in (VIDEO, AUDIO) for name in self.refusable)
         self.columns = [*self.names.values(), config.columns.system or "", *self.refusable]
-        self.lists = Lists(config.answer_lists)
+        self.lists = ListAnswers(config.answer_lists)
         self.images = Locator(config, file, self.unread)
 
     def read_cells(self, row: int, cells: Mapping[str, Any]) -> tuple[Record, list[str]]:
@@ -58,12 +58,12 @@ class RowReader:
             record, found = self._record((Turn(""),), [], row), error.problems
         return record, faults + found
 
-    def tell(self) -> None:
+    def log(self) -> None:
         """Say in the log what was not read, and how lists were."""
-        self.unread.tell(self.file or "data")
-        self.lists.tell(self.file or "data")
+        self.unread.log(self.file or "data")
+        self.lists.log(self.file or "data")
 
-    def tell_images(self, records: Sequence[Record], present: Iterable[Any]) -> None:
+    def warn_of_no_images(self, records: Sequence[Record], present: Iterable[Any]) -> None:
         """Warn where there is no image column and none of the usable `records` shows an image."""
         name, done = self.names["image"], "trained" if self.answers_required else "answered"
         if name not in map(str, present) and len(records) and not any(record.images for record in records):

@@ -27,7 +27,7 @@ from vlmtune.prompt.rendering import Prompt, Spans
 
 if TYPE_CHECKING:
     from vlmtune.config.schema import Config
-    from vlmtune.prompt.image_cache import Pixels
+    from vlmtune.prompt.image_cache import PixelStore
 
 
 @dataclass
@@ -91,14 +91,14 @@ class Encoder:
             pad_to_multiple_of=pad_to_multiple_of,
         )
 
-    def keeping(self, cache: Pixels | None) -> Encoder:
+    def keeping(self, cache: PixelStore | None) -> Encoder:
         """The same encoder, but what images become is kept in `cache`; None: it is made anew each time."""
         other = copy.copy(self)
         other.images = self.images.keeping(cache)
         return other
 
     @property
-    def image_cache(self) -> Pixels | None:
+    def image_cache(self) -> PixelStore | None:
         """Where images become model inputs once, if anything is kept."""
         return self.images.cache
 

@@ -1,5 +1,5 @@
 """What images become on their way to the language model, made once per image and kept: the processor's tensors
-(`Pixels`), or features of a frozen encoder (features.py).
+(`PixelStore`), or features of a frozen encoder (features.py).
 
 Entries lie under the image's content and a mark of everything else that they depend on. Each image is worked on as if
 by itself, so that what is kept does not depend on the batch in which it came first, and a resumed run sees the numbers
@@ -103,7 +103,7 @@ STORES: dict[tuple[str, Path | None], Store] = {}
 """Of this process, the present one: the trials of a sweep share what does not differ between them."""
 
 
-class Pixels:
+class PixelStore:
     """The processor's tensors of images."""
 
     kind = "pixels"

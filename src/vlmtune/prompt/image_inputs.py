@@ -16,7 +16,7 @@ from vlmtune.errors import DataError
 from vlmtune.prompt.families import Family
 
 if TYPE_CHECKING:
-    from vlmtune.prompt.image_cache import Pixels
+    from vlmtune.prompt.image_cache import PixelStore
 
 
 class ImageInputs(NamedTuple):
@@ -44,11 +44,11 @@ class ImageProcessing:
         needed: NeededSize | None,
     ):
         self.family, self.max_pixels, self.needed = family, max_pixels, needed
-        self.cache: Pixels | None = None
+        self.cache: PixelStore | None = None
         self.tokens = _token_counter(family, tokenizer)
         """Tokens that images of given sizes, shown together, take in a prompt."""
 
-    def keeping(self, cache: Pixels | None) -> ImageProcessing:
+    def keeping(self, cache: PixelStore | None) -> ImageProcessing:
         """The same, but what images become is kept in `cache`; None: it is made anew each time."""
         other = copy.copy(self)
         other.cache = cache

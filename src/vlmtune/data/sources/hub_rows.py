@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from vlmtune.config.schema import DataConfig, TaskConfig
 from vlmtune.data.audit import keys_of
-from vlmtune.data.columns import SAMPLE, column_problems, columns_with_text, tell_unread
+from vlmtune.data.columns import SAMPLE, column_problems, columns_with_text, log_unread
 from vlmtune.data.images import image_size, open_image
 from vlmtune.data.reader import RowReader
 from vlmtune.data.records import BadRow, Record
@@ -56,7 +56,7 @@ class HubReader(RowReader):
         if problems := column_problems(columns, config.columns, name, answers_required, task, texts):
             raise DataError(problems)
         super().__init__(config, task, name, answers_required, columns)
-        tell_unread(name, columns, config, self.refusable)
+        log_unread(name, columns, config, self.refusable)
         converters = {column: of_feature(feature) for column, feature in dataset.features.items()}
         self.converters = {column: convert for column, convert in converters.items() if convert}
 
@@ -125,9 +125,9 @@ class HubTable:
                     groups.append(record.group)
                     digest.update(content)
                 advance(1)
-        reader.tell()
+        reader.log()
         split.records = HubRows(self.dataset, reader, good, groups, digest.hexdigest())
-        reader.tell_images(split.records, self.dataset.column_names)
+        reader.warn_of_no_images(split.records, self.dataset.column_names)
         return split
 
 

@@ -103,7 +103,7 @@ class StreamedRows(Records):
                     continue
                 own += 1
                 record, faults = CheckedReader(self.reader, self.config)(row, cells)
-                self.reader.tell()
+                self.reader.log()
                 faults = faults or self.faults_of(record)
                 if not faults:
                     usable += 1
