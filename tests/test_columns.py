@@ -130,7 +130,7 @@ def test_what_is_read_can_not_be_ignored() -> None:
     config = tiny.config("somewhere")
     config.data = DataConfig(ignore=["question", "bbox"])
     assert combinations(config) == [
-        "data.ignore: question is what data.columns.question reads; leave it out of one of them"
+        "data.ignore: question is the column that data.columns.question reads; remove it from one of them"
     ]
 
 

@@ -223,7 +223,7 @@ def test_a_stray_name_is_left_alone_and_said(tmp_path: Path, caplog: pytest.LogC
     save(root, 2)
     (root / name).mkdir()
     assert newest(tmp_path).name == "step_000002"
-    assert f"{name}: is not named as a checkpoint" in caplog.text
+    assert f"{name}: does not have the name of a checkpoint" in caplog.text
     save(root, 3, keep=1)
     assert (root / name).is_dir()
 

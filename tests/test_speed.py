@@ -325,7 +325,7 @@ def test_pixels_are_kept_on_demand_where_the_tower_trains(
     assert type(kept.store) is PixelStore
     image_cache.STORES.clear()
     monkeypatch.setattr(image_cache, "_key", lambda source, opened: "one for all")
-    with pytest.raises(ConfigError, match="pixels differ from those made anew; use auto or off"):
+    with pytest.raises(ConfigError, match="cached pixels differ from freshly computed ones; use auto or off"):
         chosen(model, encoder, "memory")
 
 

@@ -40,9 +40,7 @@ def check_labels(encoder: Encoder, records: Sequence[Record]) -> str:
         if [i for run in runs for i in encoder.added_tokens.among(run)] != encoder.named_tokens(record):
             raise DataError(f"{record.place}: the added tokens of the answer are encoded as other tokens in {texts!r}")
         if len(runs) == 1 and (ids[: len(start)] != start or labels[len(start) :] != ids[len(start) :]):
-            raise DataError(
-                f"{record.place}: training and generation would use different prompt tokens before {texts!r}"
-            )
+            raise DataError(f"{record.place}: the prompt tokens of training and generation differ before {texts!r}")
         example = example or texts[-1]
     return f"labels     {len(records)} rows train on their answer and an end token, the first on {example!r}"
 

@@ -150,8 +150,8 @@ class Look:
         if base > self.limits.embeddings or end >= self.limits.embeddings:
             raise ModelError(
                 f"the tokenizer has {max(base, end + 1)} tokens, but the model's embedding only "
-                f"{self.limits.embeddings} rows: the tokenizer does not belong to this checkpoint, or the embedding was not resized "
-                "(model.resize_token_embeddings) before the checkpoint was saved"
+                f"{self.limits.embeddings} rows: the tokenizer does not belong to this checkpoint, or the embedding "
+                "was not resized (model.resize_token_embeddings) before the checkpoint was saved"
             )
 
     def through(self, records: Sequence[Record]) -> tuple[dict[int, str], list[int]]:

@@ -218,9 +218,8 @@ def load_weights(folder: Path, model: torch.nn.Module) -> None:
         n for n in saved.keys() | own.keys() if n not in saved or n not in own or saved[n].shape != own[n].shape
     )
     if odd:
-        raise CheckpointError(
-            f"{folder}: holds different weights from those that this run trains, for instance {', '.join(odd[:3])}"
-        )
+        names = ", ".join(odd[:3])
+        raise CheckpointError(f"{folder}: its weights are not those that this run trains, for instance {names}")
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(saved[name])
