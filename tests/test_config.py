@@ -235,7 +235,7 @@ def test_a_mistyped_sweep_is_no_silent_single_run(override: str) -> None:
 @pytest.mark.parametrize("override", ["adapter.r=4,8", "model=pico,qwen2vl_7b", "sweeps=lora_rank"])
 def test_several_values_need_a_multirun(override: str) -> None:
     """vlmtune.train(["adapter.r=4,8"]) must not quietly train with 4."""
-    assert problems(override)[0].startswith(f"{override}: means several runs; put -m in front")
+    assert problems(override)[0].startswith(f"{override}: means several runs; add -m")
     read(override, multirun=True)
 
 

@@ -189,12 +189,12 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "{}": (content(b"{}"), "has no 'progress'"),
     "[]": (content(b"[]"), "it does not hold a JSON object"),
     "no text": (content(b"\xff\xfe{"), "is not a checkpoint"),
-    "nested too little": (edited(progress=None), "progress is no object"),
+    "nested too little": (edited(progress=None), "progress is not an object"),
     "an unknown key": (edited(progress={"step": 4, "weather": "fine"}), "weather"),
     "a number as text": (edited(progress={"step": "4"}), "is not a checkpoint"),
     "nothing for a number": (edited(progress={"step": 4, "tokens": None}), "is not a checkpoint"),
     "no optimizer": (edited(optimizer={}), "optimizer lacks param_groups"),
-    "the identity of nothing": (edited(identity=[]), "identity is no object"),
+    "the identity of nothing": (edited(identity=[]), "identity is not an object"),
     "another step's name": (edited(progress={"step": 3}), "holds step 3"),
 }
 

@@ -61,7 +61,7 @@ def test_a_model_without_a_loss_and_one_too_wide_are_said(
 ) -> None:
     model, encoder = model_of("qwen2_vl"), encoder_of("qwen2_vl")
     model.loss_function = lambda *args, **options: (_ for _ in ()).throw(NotImplementedError("no loss here"))
-    assert "computes none by itself (no loss here)" in check_loss(model, encoder, tiny.records(2), ENGINE)
+    assert "this model does not compute a loss (no loss here)" in check_loss(model, encoder, tiny.records(2), ENGINE)
     monkeypatch.setattr(first_pass, "MOST_LOGITS", 100)
     assert "need too much memory" in check_loss(model, encoder, tiny.records(2), ENGINE)
 
@@ -93,7 +93,7 @@ def test_what_these_rows_reach_must_get_a_gradient(
     module.forward = torch.no_grad()(module.forward)
     for name, p in model.named_parameters():
         p.requires_grad_(not name.startswith("model.visual") or layer in name)
-    with pytest.raises(TrainingError, match=rf"get no gradient, among them model\.{layer}".replace(".", r"\.", 0)):
+    with pytest.raises(TrainingError, match=rf"get no gradient, for instance model\.{layer}".replace(".", r"\.", 0)):
         check_gradients(model, find_parts(model), encoder, tiny.records(2), ENGINE)
 
 

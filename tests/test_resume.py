@@ -87,7 +87,7 @@ def test_all_differences_are_in_one_error() -> None:
     with pytest.raises(CheckpointError) as caught:
         changes(FOLDER, identity(), now, 4)
     assert len(caught.value.problems) == 3
-    assert "share_prefix was True, now False: set trainer.share_prefix to what it was" in str(caught.value)
+    assert "share_prefix was True, now False: set trainer.share_prefix back" in str(caught.value)
 
 
 def test_a_field_of_the_adapter_that_was_not_set_counts() -> None:
@@ -126,7 +126,7 @@ def test_another_number_of_processes_goes_on_where_a_step_takes_the_same_rows() 
 def test_an_older_version_is_compared_in_what_it_noted(caplog: pytest.LogCaptureFixture) -> None:
     old = {"rows per step": 8, "training rows": 20, "data fingerprint": "a", "seed": 0}
     assert changes(FOLDER, old, identity(adapter__r=8), 4) == []
-    assert "an older version wrote it; not compared with it: config, image content" in caplog.text
+    assert "written by an older version; not compared: config, image content" in caplog.text
     with pytest.raises(CheckpointError, match=r"seed was 0, now 1: set trainer\.seed"):
         changes(FOLDER, old, identity() | {"seed": 1}, 4)
 

@@ -196,7 +196,7 @@ def test_markers_and_long_references_are_told_once(
     rows = [tiny.record("<image>\nWhat?", "red"), tiny.record("a <|im_end|>", "b"), tiny.record("<image>", "c " * 9)]
     check_rows(encoder, {name: Split(RecordList(rows)) for name in ("train", "validation")}, made, ROOMY)
     assert "<image> in 4 rows, <|im_end|> in 2 rows" in caplog.text
-    assert "generation.max_new_tokens=4 is shorter than the references of 1 of 3 evaluated rows" in caplog.text
+    assert "generation.max_new_tokens=4 is too small for the references of 1 of 3 evaluated rows" in caplog.text
     caplog.clear()
     check_rows(encoder, {"train": Split(RecordList(rows[1:2] * 2))}, made, ROOMY)
     assert [record.levelname for record in caplog.records] == ["INFO"]

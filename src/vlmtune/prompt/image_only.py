@@ -1,4 +1,4 @@
-"""Processors without their video half, which needs torchvision."""
+"""Processors without their video processor, which needs torchvision."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from vlmtune.errors import ModelError
 
 @functools.cache
 def torchvision_works() -> bool:
-    """True where torchvision can be imported; a build that doesn't fit the installed torch raises, and counts as no."""
+    """Whether torchvision can be imported. A build that doesn't match the installed torch raises, and counts as
+    missing.
+    """
     try:
         import torchvision  # noqa: F401
     except Exception:  # a mismatched build raises RuntimeError or OSError, not ImportError
@@ -19,10 +21,10 @@ def torchvision_works() -> bool:
 
 
 def image_only(cls: Any) -> Any:
-    """A processor class without its video half, which needs torchvision; images have a PIL implementation.
+    """A processor class without its video processor, which needs torchvision; images have a PIL implementation.
 
-    `get_attributes` drives loading, saving and type checks. `__init__` stays the original one, because transformers
-    reads its signature to pass `chat_template` and others on.
+    `get_attributes` controls loading, saving and type checks. `__init__` stays the original one, because transformers
+    reads its signature to pass on `chat_template` and other arguments.
     """
     from transformers.processing_utils import ProcessorMixin
 
@@ -30,7 +32,9 @@ def image_only(cls: Any) -> Any:
     if "video_processor" not in attributes:
         return cls
     if attributes.index("video_processor") != 2:
-        raise ModelError(f"{cls.__name__} needs torchvision: `pip install torchvision` in the build of your torch")
+        raise ModelError(
+            f"{cls.__name__} needs torchvision: `pip install torchvision` in a build that matches your torch"
+        )
 
     def arguments(sub: Any, *args: Any, **kwargs: Any) -> list[Any]:
         return [*super(image_class, sub)._get_arguments_from_pretrained(*args, **kwargs), None]
@@ -42,7 +46,7 @@ def image_only(cls: Any) -> Any:
             "__module__": cls.__module__,
             "get_attributes": classmethod(lambda sub: [name for name in attributes if name != "video_processor"]),
             "_get_arguments_from_pretrained": classmethod(arguments),
-            "apply_chat_template": ProcessorMixin.apply_chat_template,  # SmolVLM's reads the video half even for text
+            "apply_chat_template": ProcessorMixin.apply_chat_template,  # SmolVLM's uses it even for text
         },
     )
     return image_class
