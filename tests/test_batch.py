@@ -184,7 +184,7 @@ def test_the_check_reports_a_model_that_refuses(model: Any, encoder: Encoder, mo
     monkeypatch.setattr(inputs, "branch_mask", refuse)
     assert verdict(model, encoder) == (
         False,
-        "this model refuses the shared layout (attention mask of 4 dimensions)",
+        "this model does not support the shared layout (attention mask of 4 dimensions)",
     )
 
 

@@ -17,7 +17,7 @@ import torch
 from vlmtune.config.schema import DataConfig
 from vlmtune.prompt import cache_folder, image_cache
 from vlmtune.prompt.cache_folder import CacheFolder, Entry, read_entry, write_entry
-from vlmtune.prompt.image_cache import Pixels
+from vlmtune.prompt.image_cache import PixelStore
 
 KEY = "ab" + "0" * 62
 
@@ -114,7 +114,7 @@ def test_a_disk_that_refuses_ends_only_the_caching_on_disk(
     caplog.set_level(logging.WARNING, "vlmtune")
     (place.parents[2] / "pixels").mkdir(parents=True)
     (place.parents[2] / "pixels" / "mark").write_text("a file where the folder would be: nothing can be written")
-    cache = Pixels("mark", DataConfig(cache_features="disk", cache_folder=str(place.parents[2])))
+    cache = PixelStore("mark", DataConfig(cache_features="disk", cache_folder=str(place.parents[2])))
     computed: list[Any] = []
 
     def images(groups: list[list[Any]]) -> tuple[dict[str, Any], list[str]]:

@@ -192,9 +192,9 @@ def test_a_checkpoint_of_other_data_is_refused(folder: Path, tmp_path: Path, run
 
 def test_a_checkpoint_of_other_weights_is_refused(folder: Path, tmp_path: Path, run: tiny.Run) -> None:
     path = save(run, tmp_path)
-    with pytest.raises(CheckpointError, match="holds other weights than this run trains"):
+    with pytest.raises(CheckpointError, match="its weights are not those that this run trains"):
         resume(tiny.config(folder, max_steps=1), tiny.records(4), path)
-    with pytest.raises(CheckpointError, match="other weights"):
+    with pytest.raises(CheckpointError, match="its weights are not those"):
         resume(tiny.config(folder, adapter={**tiny.LORA, "r": 8}, max_steps=1), tiny.records(4), path)
 
 

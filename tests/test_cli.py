@@ -142,7 +142,7 @@ def test_a_sweep_with_a_wrong_option_does_not_start(tmp_path: Path) -> None:
 def test_a_sweep_without_m_is_no_single_run(tmp_path: Path) -> None:
     done = script("train", "sweeps=lora_rank", folder=tmp_path)
     assert done.returncode == 1
-    assert done.stderr.startswith("config error: sweeps=lora_rank: means several runs; put -m in front")
+    assert done.stderr.startswith("config error: sweeps=lora_rank: means several runs; add -m")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -57,7 +57,7 @@ def reason(folder: Path, rows: list[dict[str, Any]], **data: Any) -> str:
 # ---------------------------------------------------------------- columns
 
 REFUSED = [
-    ("audios", ["a.wav"], "a sound"),
+    ("audios", ["a.wav"], "audio"),
     ("video_url", "https://x/y.mp4", "a video"),
     ("Videos", ["a.mp4"], "a video"),
     ("rejected_response", "a dog", "preference data"),
@@ -65,18 +65,18 @@ REFUSED = [
     ("label", False, "preference data"),
     ("chosen", [{"role": "user", "content": "a"}], "preference data"),
     ("tools", '[{"name": "zoom"}]', "tools"),
-    ("sample_weight", 0.5, "a weight of the row"),
-    ("weight", 0, "a weight of the row"),
-    ("bboxes", [[0, 0, 4, 4]], "places in the image"),
-    ("objects", {"ref": ["cat"], "bbox": [[0, 0, 4, 4]]}, "places in the image"),
-    ("points", "[[3, 4]]", "places in the image"),
-    ("max_pixels", 1003520, "a size of its own"),
+    ("sample_weight", 0.5, "a row weight"),
+    ("weight", 0, "a row weight"),
+    ("bboxes", [[0, 0, 4, 4]], "positions in the image"),
+    ("objects", {"ref": ["cat"], "bbox": [[0, 0, 4, 4]]}, "positions in the image"),
+    ("points", "[[3, 4]]", "positions in the image"),
+    ("max_pixels", 1003520, "a size per image"),
     ("history", [["Who?", "me"]], "earlier turns"),
-    ("thinking", "It has fur.", "the thinking before an answer"),
+    ("thinking", "It has fur.", "the reasoning before an answer"),
     ("image_2", "1.png", "another image of the row"),
     ("system_prompt", "Be brief.", r"a system prompt.*data\.columns\.system="),
-    ("chat_template_kwargs", {"enable_thinking": True}, "arguments of the chat template"),
-    ("options", ["a cat", "a dog"], "the options of a multiple choice"),
+    ("chat_template_kwargs", {"enable_thinking": True}, "arguments for the chat template"),
+    ("options", ["a cat", "a dog"], "multiple-choice options"),
 ]
 
 
@@ -130,7 +130,7 @@ def test_what_is_read_can_not_be_ignored() -> None:
     config = tiny.config("somewhere")
     config.data = DataConfig(ignore=["question", "bbox"])
     assert combinations(config) == [
-        "data.ignore: question is what data.columns.question reads; leave it out of one of them"
+        "data.ignore: question is the column that data.columns.question reads; remove it from one of them"
     ]
 
 
@@ -184,18 +184,21 @@ def shown(**more: Any) -> list[dict[str, Any]]:
 
 
 BAD_MESSAGES = [
-    (messages(thinking="Fur."), "message 2: 'thinking' holds the thinking before an answer"),
+    (messages(thinking="Fur."), "message 2: 'thinking' holds the reasoning before an answer"),
     (messages(function_call={"name": "zoom"}), "message 2: 'function_call' holds tools"),
     (messages(weight=0.5), "message 2: weight 0.5: 0 or 1 is needed"),
     (messages(loss="half"), "message 2: loss half: 0 or 1 is needed"),
     (messages(refusal="I can't."), "message 2: 'refusal' holds a refusal"),
     (messages(weight=0), "no answer to train on: each has weight 0"),
     ([{**messages()[0], "loss": True}, messages()[1]], "message 1: loss True: only answers are trained on"),
-    ([{**messages()[0], "images": ["1.png"]}, messages()[1]], "message 1: 'images' holds images of one message"),
+    ([{**messages()[0], "images": ["1.png"]}, messages()[1]], "message 1: 'images' holds images in a message"),
     ([*messages(), {"role": "observation", "content": "4"}], "message 3: role 'observation': tools are not read"),
-    ([{"role": "developer", "content": "s"}, *messages()], "'developer' is not read; choose from: system, human, user"),
+    (
+        [{"role": "developer", "content": "s"}, *messages()],
+        "'developer' is not supported; choose from: system, human, user",
+    ),
     ([{"prompt": "What?", "reply": "a"}], "message 1: has no role: its keys are prompt, reply; read are role and"),
-    ([{"user": "What?", "assistant": "a", "bbox": [1]}], "message 2: 'bbox' holds places in the image"),
+    ([{"user": "What?", "assistant": "a", "bbox": [1]}], "message 2: 'bbox' holds positions in the image"),
     ({"role": ["user", "assistant"], "content": ["What?"]}, "conversation is dict"),
     ([{"role": "user", "text": "What?"}], "message 1: has no content: its keys are role, text"),
     ([{"role": "user", "content": "a", "value": "b"}], "message 1: has both content and value"),
@@ -205,17 +208,17 @@ BAD_MESSAGES = [
     (messages(user=shown(crop=[0, 0, 4, 4])), "an image's 'crop' holds a size of its own"),
     (
         messages(user=[{"type": "image_url", "image_url": {"url": "1.png", "detail": "low"}}, TEXT]),
-        "an image's 'detail' holds a size of its own for an image: \"low\"",
+        "an image's 'detail' holds a size per image: \"low\"",
     ),
     (messages(user=[{"type": "image", "source": {"data": "aGk="}}, TEXT]), "'source' holds an image's content"),
     (messages(user=[{"type": "input_audio", "input_audio": {}}, TEXT]), "a part of type 'input_audio'"),
     (messages(user=[{"type": "video", "video": "a.mp4"}, TEXT]), "a part of type 'video'"),
-    (messages(user=["What?"]), "a part of type 'str'; text, image and image_url are read"),
-    (messages(user=[{**TEXT, "image": "1.png"}]), "a text part's 'image' holds an image at a text"),
+    (messages(user=["What?"]), "a part of type 'str'; supported are text, image and image_url"),
+    (messages(user=[{**TEXT, "image": "1.png"}]), "a text part's 'image' holds an image in a text part"),
     (messages(user=[{**IMAGE, "image_url": "2.png"}, TEXT]), "a part with two images"),
     (messages(user=[{"type": "image", "index": 1}, TEXT]), "an image of index 1: .* 0 is next"),
-    (messages(user="<video>\nWhat happens?"), "<video> stands where a video is shown"),
-    (messages(user="What do you hear?<audio>"), "<audio> stands where a sound is shown"),
+    (messages(user="<video>\nWhat happens?"), "<video> is a placeholder for a video"),
+    (messages(user="What do you hear?<audio>"), "<audio> is a placeholder for audio"),
     (messages(user=[{"type": "text", "text": "<image><image>Equal?"}]), r"2 places \(<image>\) for 1 images"),
     ("[" * 100_000, "conversation is nested too deeply"),
 ]
@@ -288,7 +291,7 @@ def test_pairs_and_lists_by_key_are_messages(folder: Path, told: Any) -> None:
         ("0.png", "What is <video> in HTML?", Turn("What is <video> in HTML?", ("a cat",))),
         ("0.png", "<image> <image>Equal?", r"2 places \(<image>\) for 1 images"),
         (None, "<image>\nWhat?", r"1 places \(<image>\) for 0 images"),
-        ("0.png", "<video>\nWhat?", "<video> stands where a video is shown"),
+        ("0.png", "<video>\nWhat?", "<video> is a placeholder for a video"),
     ],
 )
 def test_marks_in_a_table_are_places_or_faults(folder: Path, cell: Any, text: str, wanted: Any) -> None:
@@ -302,7 +305,7 @@ def test_marks_in_a_table_are_places_or_faults(folder: Path, cell: Any, text: st
 
 def test_a_column_of_videos_makes_every_mark_one(folder: Path) -> None:
     rows = [question(), question(question="Is it in <video> too?"), question(question="Who?", video="a.mp4")]
-    assert reason(folder, rows).startswith("<video> stands where a video is shown")
+    assert reason(folder, rows).startswith("<video> is a placeholder for a video")
 
 
 def test_another_programs_mark_stays_text_and_is_said(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -334,7 +337,7 @@ def test_unnamed_questions_are_no_captions(folder: Path) -> None:
     ):
         read(folder, rows, columns=named)
     unlike = [{"image_path": "0.png", "ask": "How many?", "answer": "3"}]
-    with pytest.raises(DataError, match=r"no column 'question'; columns with texts that nothing reads: ask; name it"):
+    with pytest.raises(DataError, match=r"no column 'question'; unused columns with texts: ask; name it"):
         read(folder, unlike)
 
 
@@ -358,7 +361,7 @@ def test_a_prediction_asks_for_its_questions_too(folder: Path) -> None:
 
 def test_a_column_twice_in_a_frame(folder: Path) -> None:
     frame = pd.DataFrame([["0.png", "a?", "b?", "c"]], columns=["image_path", "question", "question", "answer"])
-    with pytest.raises(DataError, match="2 columns are called 'question'"):
+    with pytest.raises(DataError, match="2 columns are named 'question'"):
         audit_frame(frame, DataConfig(image_root=str(folder)), TaskConfig())
 
 
@@ -377,7 +380,7 @@ def test_no_image_is_said_only_where_there_is_none(folder: Path, caplog: pytest.
         read(folder, [{"messages": messages(user=[{"type": "image", "source": {"data": "x"}}, TEXT])}], columns=CHAT)
     assert not caplog.records
     read(folder, [text], columns=CHAT)
-    assert "no column 'images', and none of the 1 usable rows carries an image" in caplog.text
+    assert "no column 'images', and none of the 1 usable rows has an image" in caplog.text
 
 
 def test_an_alpaca_rows_second_half_is_not_dropped(folder: Path) -> None:

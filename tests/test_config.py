@@ -159,7 +159,7 @@ def test_all_problems_come_in_one_error_with_what_would_work() -> None:
     assert found == [
         "model=qwen2vl_7: did you mean qwen2vl_7b or qwen2vl_72b or qwen2_5vl_7b?",
         "optimiser: no such key; did you mean optimizer?",
-        "quantization.bits: there is nothing to set with quantization=none",
+        "quantization.bits: has no effect with quantization=none",
         "trainer.epoch: no such key; did you mean epochs?",
         "trainer.batch_size='many': must be of type int",
         "trainer.scheduler.warmup_fraction=1.5: must be at least 0 and at most 1",
@@ -182,7 +182,7 @@ def test_all_problems_come_in_one_error_with_what_would_work() -> None:
         ("model.freeze=vision", "model.freeze='vision': must be of type list[str]"),
         ("adapter.parts=language", "adapter.parts=language: must be a list, for instance [language]"),
         ("quantization.parts=null", "quantization.parts=None: must be a list, for instance [language]"),
-        ("adapter.parts=[lenguage]", "adapter.parts: lenguage is no part; did you mean language?"),
+        ("adapter.parts=[lenguage]", "adapter.parts: lenguage is not a part; did you mean language?"),
         ("adapter=lorra", "adapter=lorra: did you mean lora or rslora or lokr?"),
         ("~trainer.seed", "~trainer.seed: keys can't be removed; set another value"),
         ("trainer.eval_every=0", "trainer.eval_every=0: must be a number of steps, `epoch` or null"),
@@ -201,7 +201,7 @@ def test_a_wrong_value_is_named_with_its_key(override: str, problem: str) -> Non
         (["adapter=lokr", "quantization=fp4"], "adapter=lokr: PEFT can't put it on 4-bit weights"),
         (["adapter=pissa", "quantization=int8"], "adapter.init_lora_weights=pissa: splits the weights"),
         (["model.image.min_tokens=9", "model.image.max_tokens=4"], "model.image.min_tokens=9: above"),
-        (["trainer.precision=fp16", "model.dtype=bf16"], "trainer.precision=fp16: does not go with"),
+        (["trainer.precision=fp16", "model.dtype=bf16"], "trainer.precision=fp16: can't be combined with"),
         (["model=auto"], "model.path: missing"),
     ],
 )
@@ -235,7 +235,7 @@ def test_a_mistyped_sweep_is_no_silent_single_run(override: str) -> None:
 @pytest.mark.parametrize("override", ["adapter.r=4,8", "model=pico,qwen2vl_7b", "sweeps=lora_rank"])
 def test_several_values_need_a_multirun(override: str) -> None:
     """vlmtune.train(["adapter.r=4,8"]) must not quietly train with 4."""
-    assert problems(override)[0].startswith(f"{override}: means several runs; put -m in front")
+    assert problems(override)[0].startswith(f"{override}: means several runs; add -m")
     read(override, multirun=True)
 
 

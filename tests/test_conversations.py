@@ -129,7 +129,7 @@ def test_a_column_that_looks_like_what_is_missing_is_named(folder: Path) -> None
         (chat("a?", "  "), "message 2: empty answer"),
         ([{"from": "gpt", "value": "a"}], "message 1: an answer without a question"),
         ([*chat("a?"), *chat("b?", "b")], "message 2: two questions in a row"),
-        ([{"from": "humans", "value": "a?"}], "message 1: role 'humans' is not read; choose from: system, human"),
+        ([{"from": "humans", "value": "a?"}], "message 1: role 'humans' is not supported; choose from: system, human"),
         ([{"role": "user", "content": [{"type": "video"}]}], "message 1: a part of type 'video'"),
         ([*chat("a?", "a"), {"from": "system", "value": "s"}], "message 3: a system prompt must come first"),
         (chat("a?", "<image>"), "message 2: an image in an answer"),

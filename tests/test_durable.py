@@ -187,14 +187,14 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "checksums that are no text": (lambda f: (f / durable.SUMS).write_bytes(b"\xff\xfe"), "SHA256SUMS is damaged"),
     "an empty folder": (lambda f: [file.unlink() for file in f.iterdir()], r"state\.json"),
     "{}": (content(b"{}"), "has no 'progress'"),
-    "[]": (content(b"[]"), "it holds no object"),
+    "[]": (content(b"[]"), "it does not hold a JSON object"),
     "no text": (content(b"\xff\xfe{"), "is not a checkpoint"),
-    "nested too little": (edited(progress=None), "progress is no object"),
+    "nested too little": (edited(progress=None), "progress is not an object"),
     "an unknown key": (edited(progress={"step": 4, "weather": "fine"}), "weather"),
     "a number as text": (edited(progress={"step": "4"}), "is not a checkpoint"),
     "nothing for a number": (edited(progress={"step": 4, "tokens": None}), "is not a checkpoint"),
     "no optimizer": (edited(optimizer={}), "optimizer lacks param_groups"),
-    "the identity of nothing": (edited(identity=[]), "identity is no object"),
+    "the identity of nothing": (edited(identity=[]), "identity is not an object"),
     "another step's name": (edited(progress={"step": 3}), "holds step 3"),
 }
 
@@ -213,7 +213,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     assert "skipped a damaged checkpoint" in caplog.text
     assert "step_000004" in caplog.text
     shutil.rmtree(root / "step_000002")
-    with pytest.raises(CheckpointError, match=r"no checkpoint is sound[\s\S]*step_000004"):
+    with pytest.raises(CheckpointError, match=r"no usable checkpoint[\s\S]*step_000004"):
         newest(tmp_path)
 
 
@@ -223,7 +223,7 @@ def test_a_stray_name_is_left_alone_and_said(tmp_path: Path, caplog: pytest.LogC
     save(root, 2)
     (root / name).mkdir()
     assert newest(tmp_path).name == "step_000002"
-    assert f"{name}: is not named as a checkpoint" in caplog.text
+    assert f"{name}: does not have the name of a checkpoint" in caplog.text
     save(root, 3, keep=1)
     assert (root / name).is_dir()
 

@@ -235,7 +235,7 @@ def test_as_many_places_as_runs_of_feature_tokens(encoder_of: Any) -> None:
     ids, labels = [5, token, 6, token], [IGNORE, IGNORE, 6, IGNORE]
     encoder.features.repeat(ids, labels, [3, 1])
     assert (ids, labels) == ([5, token, token, token, 6, token], [*[IGNORE] * 4, 6, IGNORE])
-    with pytest.raises(ModelError, match="1 places for image features in a prompt that shows 2 runs"):
+    with pytest.raises(ModelError, match="a prompt has 1 image feature tokens for 2 runs"):
         encoder.features.repeat([5, token], [IGNORE, IGNORE], [3, 1])
 
 

@@ -691,7 +691,7 @@ def test_each_evaluation_shows_so_many_samples(
 ) -> None:
     shown: list[int] = []
 
-    class Noting(tracking.Nothing):
+    class Noting(tracking.NoTracker):
         def samples(self, rows: list[tracking.Sample], step: int) -> None:
             shown.append(len(rows))
 

@@ -44,7 +44,7 @@ def test_the_loss_is_compared_with_the_models_own(
     family: str, encoder_of: Callable[[str], Encoder], model_of: Callable[[str], Any]
 ) -> None:
     said = check_loss(model_of(family), encoder_of(family), tiny.records(3), ENGINE)
-    assert ("computes none by itself" if family == "idefics" else "the model's own to") in said
+    assert ("does not compute a loss" if family == "idefics" else "differs from the model's own by") in said
 
 
 def test_another_loss_is_found(
@@ -61,9 +61,9 @@ def test_a_model_without_a_loss_and_one_too_wide_are_said(
 ) -> None:
     model, encoder = model_of("qwen2_vl"), encoder_of("qwen2_vl")
     model.loss_function = lambda *args, **options: (_ for _ in ()).throw(NotImplementedError("no loss here"))
-    assert "computes none by itself (no loss here)" in check_loss(model, encoder, tiny.records(2), ENGINE)
+    assert "this model does not compute a loss (no loss here)" in check_loss(model, encoder, tiny.records(2), ENGINE)
     monkeypatch.setattr(first_pass, "MOST_LOGITS", 100)
-    assert "too many to hold" in check_loss(model, encoder, tiny.records(2), ENGINE)
+    assert "need too much memory" in check_loss(model, encoder, tiny.records(2), ENGINE)
 
 
 # ---------------------------------------------------------------- gradients
@@ -80,7 +80,7 @@ def test_full_training_passes_in_every_family(
         return
     rows = tiny.records(2) if images else [tiny.record("Say yes", "yes", [])]
     said = check_gradients(model.requires_grad_(True), find_parts(model), encoder, rows, ENGINE)
-    assert ("get none from these rows" in said) or images
+    assert ("get none (these rows have no images)" in said) or images
 
 
 @pytest.mark.parametrize("layer", ["language_model.layers.0.mlp", "visual.merger"])
@@ -93,7 +93,7 @@ def test_what_these_rows_reach_must_get_a_gradient(
     module.forward = torch.no_grad()(module.forward)
     for name, p in model.named_parameters():
         p.requires_grad_(not name.startswith("model.visual") or layer in name)
-    with pytest.raises(TrainingError, match=rf"get no gradient, among them model\.{layer}".replace(".", r"\.", 0)):
+    with pytest.raises(TrainingError, match=rf"get no gradient, for instance model\.{layer}".replace(".", r"\.", 0)):
         check_gradients(model, find_parts(model), encoder, tiny.records(2), ENGINE)
 
 
@@ -113,7 +113,7 @@ def test_an_adapter_that_these_rows_reach_must_get_a_gradient(
     layer = model.get_base_model().model.language_model.layers[1].mlp
     forward = layer.forward
     layer.forward = lambda x: forward(x.detach()).detach()
-    with pytest.raises(TrainingError, match=r"reach get no gradient, among them .*layers\.1\.mlp"):
+    with pytest.raises(TrainingError, match=r"are used but get no gradient, for instance .*layers\.1\.mlp"):
         check_gradients(model, parts, encoder, tiny.records(2), ENGINE)
 
 
@@ -139,7 +139,7 @@ def test_the_longest_row_goes_first(encoder_of: Callable[[str], Encoder], model_
     said = check_longest(model, loader, [tiny.record(), long], ENGINE)
     length = len(encoder.encode([long], answered=True).input_ids[0])
     assert seen == [(3, length)]
-    assert f"{length} tokens (data, row 7) pass forward and backward in a batch of 3" in said
+    assert f"{length} tokens (data, row 7) fit into memory, forward and backward in a batch of 3" in said
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -166,7 +166,7 @@ def test_a_comparison_that_needs_more_memory_than_training_is_left_out(
 
     model.lm_head.register_forward_pre_hook(full)
     said = check_loss(model, encoder_of("qwen2_vl"), tiny.records(2), ENGINE)
-    assert "no memory for the logits of all" in said
+    assert "not compared with the model's own: out of memory" in said
 
 
 def test_no_memory_for_the_longest_row_is_said_before_the_first_step(

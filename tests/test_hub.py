@@ -195,7 +195,7 @@ def test_a_bad_row_of_a_stream_stops_or_is_left_out(tmp_path: Path, caplog: pyte
     records = streamed(tmp_path / "set", shuffle_buffer=1, on_bad_row="drop")
     assert records[1].question == "Is it 2?"
     assert "row 2: empty answer" in caplog.text
-    with pytest.raises(DataError, match="has no row that can be used"):
+    with pytest.raises(DataError, match="has no usable row"):
         streamed(tmp_path / "set", shuffle_buffer=1, on_bad_row="drop", max_image_pixels=10)[0]
 
 

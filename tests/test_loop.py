@@ -110,7 +110,7 @@ class Numbers:
     """A batch: `count` supervised tokens whose losses sum to `value * weight`."""
 
     def __init__(self, value: float, count: int = 1, ends_step: bool = True):
-        self.value, self.supervised, self.rows, self.tokens, self.places = value, count, 1, count, count
+        self.value, self.supervised, self.rows, self.tokens, self.padded_tokens = value, count, 1, count, count
         self.ends_step = ends_step
 
     def to(self, device: torch.device) -> Numbers:
@@ -262,7 +262,7 @@ def test_a_rate_of_its_own_for_each_part(folder: Path) -> None:
 
 def test_a_rate_for_a_part_that_does_not_train_is_refused(model_of: Any, folder: Path) -> None:
     config = tiny.config(folder, learning_rate_of={"vision": 1e-3}, adapter=tiny.LORA)
-    with pytest.raises(ConfigError, match=r"learning_rate_of\.vision: no weight"):
+    with pytest.raises(ConfigError, match=r"learning_rate_of\.vision: this part has no trainable weight"):
         tiny.assemble(config, tiny.records(4))
     model = model_of("qwen2_vl").requires_grad_(False)
     with pytest.raises(ConfigError, match="nothing is trainable"):

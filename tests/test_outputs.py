@@ -23,7 +23,7 @@ from vlmtune.predict import files, scores
 from vlmtune.predict.files import predict_file
 from vlmtune.predict.scores import evaluate_run
 from vlmtune.record import outputs, runfolder
-from vlmtune.record.outputs import Answers, Rows, output_file, partial_of, tell_formulas
+from vlmtune.record.outputs import Answers, Rows, output_file, partial_of, warn_of_formulas
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # PEFT 0.21 asks for it
 
@@ -199,8 +199,8 @@ def test_columns_of_the_input_are_not_overwritten(columns: Any, expected: str) -
 def test_formulas_are_told_and_left_as_they_are(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     answers = ["=1+1", "@x", "+cmd|'/c'", "-A1", "\tx", "-5", "+1,000.5", "-3%", "red", "- 2"]
     with caplog.at_level("WARNING", logger="vlmtune"):
-        tell_formulas(tmp_path / "a.csv", answers)
-        tell_formulas(tmp_path / "b.csv", ["-5", "3", "red"])
+        warn_of_formulas(tmp_path / "a.csv", answers)
+        warn_of_formulas(tmp_path / "b.csv", ["-5", "3", "red"])
     assert [record.args[1] for record in caplog.records] == [6]
     Rows(tmp_path / "a.csv", Answers(pd.DataFrame({"n": range(10)}), texts=dict(enumerate(answers)))).finish()
     assert pd.read_csv(tmp_path / "a.csv")["answer_predictions"].tolist() == answers

@@ -204,7 +204,7 @@ def test_more_fields_step_as_plain_peft(
 def test_a_method_that_saves_too_little_to_go_on_from_is_refused() -> None:
     fields = {"method": "vblora", "parts": ["language"], "save_only_topk_weights": True}
     (problem,) = peft_fields.problems(tiny.method(fields), bits=None)
-    assert problem == "adapter.save_only_topk_weights: saves too little of VB-LoRA to go on from; leave it out"
+    assert problem == "adapter.save_only_topk_weights: saves too little of VB-LoRA to resume from; leave it out"
 
 
 @pytest.mark.parametrize("name", ["layers", "ranks", "its biases", "all biases", "dora", "rslora", "dropout", "tokens"])
@@ -359,7 +359,7 @@ def test_every_default_of_peft_is_of_its_fields_type(method: str) -> None:
     [
         ({"init_lora_weights": "eva"}, "needs a pass over the data"),
         ({"init_lora_weights": "pissa_niter_4"}, "use pissa"),
-        ({"kasa_config": {}, "megatron_core": "megatron.core"}, "is for models in Megatron's layers"),
+        ({"kasa_config": {}, "megatron_core": "megatron.core"}, "is for models with Megatron layers"),
         ({"alora_invocation_tokens": [1]}, "is only read by PEFT's text models"),
     ],
 )

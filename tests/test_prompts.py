@@ -288,5 +288,5 @@ def test_the_proof_finds_letters_in_place_of_tokens(
     right = encoder.encode([row], answered=True)
     right.labels = [wrong]
     monkeypatch.setattr(encoder, "encode", lambda rows, answered: right)
-    with pytest.raises(DataError, match="added tokens of the answer are not those tokens"):
+    with pytest.raises(DataError, match="the added tokens of the answer are encoded as other tokens"):
         check_labels(encoder, [row])

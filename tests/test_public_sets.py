@@ -105,7 +105,7 @@ def test_a_name_without_its_ending_says_what_to_set(folder: Path) -> None:
     assert "did you mean 2354786.jpg? For a column of such names: data.image_name={}.jpg" in message
     rows = [{"image_path": "cat", "question": "q", "answer": "a"}]
     message = fault(folder, rows, image_name="{:06d}.jpg")
-    assert "'cat' is no whole number, as data.image_name={:06d}.jpg needs" in message
+    assert "'cat' is not a whole number, which data.image_name={:06d}.jpg needs" in message
 
 
 @pytest.mark.parametrize("key", ["", ":annotations"])
@@ -117,7 +117,7 @@ def test_half_of_a_pair_of_files_says_how_to_join_them(folder: Path, key: str) -
 
 def test_rows_that_are_nested_deeper_are_not_taken_for_rows_by_key(folder: Path) -> None:
     content = {"dataset": {"train": [{"image_path": "0.png", "question": "q", "answer": "a"}]}}
-    assert "a list of rows deeper in it needs a file of its own" in fault(folder, content)
+    assert "put a list of rows that is deeper inside into a separate file" in fault(folder, content)
 
 
 def test_the_two_halves_of_a_conversation_are_named(folder: Path) -> None:
@@ -180,7 +180,7 @@ def test_columns_that_change_a_row_are_refused_where_they_do(
         ({}, {"mask": 0}, "'mask' holds whether an answer is trained on"),
         ({}, {"train_on": False}, "write it as weight: 0 or 1"),
         ({}, {"tool_plan": "look"}, "'tool_plan' holds tools"),
-        ({"rotate": 90}, {}, "an image's 'rotate' holds a view of its own of an image: 90"),
+        ({"rotate": 90}, {}, "an image's 'rotate' holds a transformation of an image: 90"),
         ({"max_tiles": 4}, {}, "an image's 'max_tiles' holds a size of its own"),
     ],
 )

@@ -33,16 +33,16 @@ def second() -> Iterator[World]:
 
 
 def test_the_first_error_that_is_told_is_the_one(second: World) -> None:
-    assert ranks.told(second) is None
-    ranks.tell(DataError(["a.csv line 3: gone", "a.csv line 4: gone"]), second)
-    ranks.tell(ValueError("later"), second)
-    found = ranks.told(second)
+    assert ranks.reported(second) is None
+    ranks.report(DataError(["a.csv line 3: gone", "a.csv line 4: gone"]), second)
+    ranks.report(ValueError("later"), second)
+    found = ranks.reported(second)
     assert isinstance(found, DataError)
     assert found.problems == ["rank 1: a.csv line 3: gone", "rank 1: a.csv line 4: gone"]
 
 
 def test_a_broken_connection_gives_way_to_its_cause(second: World) -> None:
-    ranks.tell(ValueError("boom"), second)
+    ranks.report(ValueError("boom"), second)
     for follower in (RuntimeError("Connection closed by peer"), signals.Interrupted(signal.SIGTERM)):
         assert str(guard.first_error(follower, second)) == "rank 1: ValueError: boom"
     own = DataError("my own")
@@ -63,14 +63,14 @@ def test_the_launchers_signal_does_not_hide_the_error(
     second: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It comes a moment after the connection broke, while the first rank asks what happened."""
-    ranks.tell(DataError("gone"), second)
-    real = ranks.told
+    ranks.report(DataError("gone"), second)
+    real = ranks.reported
 
     def slow(world: World) -> VlmtuneError | None:
         os.kill(os.getpid(), signal.SIGTERM)
         return real(world)
 
-    monkeypatch.setattr(ranks, "told", slow)
+    monkeypatch.setattr(ranks, "reported", slow)
     with (
         pytest.raises(DataError, match="rank 1: gone"),
         signals.ending_at_once(),
@@ -83,7 +83,7 @@ def test_the_launchers_signal_does_not_hide_the_error(
 
 def test_without_a_store_an_error_stays_what_it_is() -> None:
     world = World(rank=1, processes=2)
-    ranks.tell(ValueError("boom"), world)
+    ranks.report(ValueError("boom"), world)
     error = RuntimeError("Connection closed by peer")
     assert guard.first_error(error, world) is error
 

@@ -26,7 +26,7 @@ from vlmtune.errors import CheckpointError, ConfigError
 from vlmtune.launch import lock
 from vlmtune.training import checkpoint
 from vlmtune.training.checkpoint import load_checkpoint, save_checkpoint
-from vlmtune.training.resume import KINDS, Kind, changes, kind_of, values
+from vlmtune.training.resume import RULES, Rule, changes, rule_of, values
 
 FOLDER = Path("runs/mine/checkpoints/step_000004")
 
@@ -49,26 +49,26 @@ KEYS = sorted(values(a_config()))
 
 @pytest.mark.parametrize("key", KEYS)
 def test_every_key_of_the_schema_has_a_kind(key: str) -> None:
-    assert kind_of(key) in Kind, f"say in resume.KINDS what another value of {key} means for a resumed run"
+    assert rule_of(key) in Rule, f"say in resume.RULES what another value of {key} means for a resumed run"
 
 
 def test_no_kind_is_given_to_a_key_that_does_not_exist() -> None:
     groups = {key[:end] for key in KEYS for end in [*(i for i, c in enumerate(key) if c == "."), len(key)]}
-    assert KINDS.keys() <= groups
+    assert RULES.keys() <= groups
 
 
-@pytest.mark.parametrize("key", [key for key in KEYS if kind_of(key) is Kind.SAME])
+@pytest.mark.parametrize("key", [key for key in KEYS if rule_of(key) is Rule.FIXED])
 def test_another_value_of_what_the_run_is_gets_refused(key: str) -> None:
     was, now = identity(), identity()
     now["config"][key] = "another"
     with pytest.raises(CheckpointError) as caught:
         changes(FOLDER, was, now, 4)
     assert f"{key} was {was['config'][key]}, now another" in str(caught.value)
-    assert "another hydra.run.dir" in str(caught.value)
+    assert "a new hydra.run.dir" in str(caught.value)
     assert "model.path=runs/mine/model" in str(caught.value)
 
 
-@pytest.mark.parametrize("key", [key for key in KEYS if kind_of(key) in (Kind.STEPS, Kind.AROUND)])
+@pytest.mark.parametrize("key", [key for key in KEYS if rule_of(key) in (Rule.NEXT_STEP, Rule.RECORDED)])
 def test_another_value_of_what_may_change_is_named(key: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "vlmtune")
     was, now = identity(), identity()
@@ -87,7 +87,7 @@ def test_all_differences_are_in_one_error() -> None:
     with pytest.raises(CheckpointError) as caught:
         changes(FOLDER, identity(), now, 4)
     assert len(caught.value.problems) == 3
-    assert "share_prefix was True, now False: set trainer.share_prefix to what it was" in str(caught.value)
+    assert "share_prefix was True, now False: set trainer.share_prefix back" in str(caught.value)
 
 
 def test_a_field_of_the_adapter_that_was_not_set_counts() -> None:
@@ -119,14 +119,14 @@ def test_another_number_of_processes_goes_on_where_a_step_takes_the_same_rows() 
     many = identity(trainer__batch_size=8) | {"processes": 2, "rows per step": 16}
     with pytest.raises(CheckpointError, match=r"rows per step was 8, now 16.*now 8 x 1 x 2; set trainer\.batch_size=4"):
         changes(FOLDER, identity(trainer__batch_size=8), many, 4)
-    with pytest.raises(CheckpointError, match="make it what it was"):
+    with pytest.raises(CheckpointError, match="make their product 8"):
         changes(FOLDER, identity(), identity() | {"processes": 3, "rows per step": 12}, 4)
 
 
 def test_an_older_version_is_compared_in_what_it_noted(caplog: pytest.LogCaptureFixture) -> None:
     old = {"rows per step": 8, "training rows": 20, "data fingerprint": "a", "seed": 0}
     assert changes(FOLDER, old, identity(adapter__r=8), 4) == []
-    assert "an older version wrote it; not compared with it: config, image content" in caplog.text
+    assert "written by an older version; not compared: config, image content" in caplog.text
     with pytest.raises(CheckpointError, match=r"seed was 0, now 1: set trainer\.seed"):
         changes(FOLDER, old, identity() | {"seed": 1}, 4)
 

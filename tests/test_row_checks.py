@@ -109,14 +109,14 @@ def test_a_token_without_an_embedding_names_both_numbers(encoder_of: Callable[[s
     rows = [tiny.record(), tiny.record(answer="<|quad_start|>"), tiny.record("<|quad_start|>?")]
     found = looked(encoder, rows, Limits(None, number))
     assert list(found) == [1, 2]
-    assert f"id {number}, and the model's embedding {number} rows" in found[1]
+    assert f"id {number}, the model's embedding {number} rows" in found[1]
     assert looked(encoder, rows, Limits(None, number + 1)) == {}
 
 
 def test_a_tokenizer_of_another_model_is_refused(encoder_of: Callable[[str], Encoder]) -> None:
     encoder = encoder_of("qwen2_vl")
     split = {"train": Split(RecordList([tiny.record()]))}
-    with pytest.raises(ModelError, match=r"the tokenizer has \d+ tokens and the model's embedding 100 rows"):
+    with pytest.raises(ModelError, match=r"the tokenizer has \d+ tokens, but the model's embedding only 100 rows"):
         check_rows(encoder, split, config(), Limits(None, 100))
 
 
@@ -178,7 +178,7 @@ def test_a_run_leaves_them_out_and_lists_them(tmp_path: Path, checkpoint_of: Cal
     listed = list(csv.DictReader((tmp_path / "run" / "quarantine.csv").read_text().splitlines()))
     assert [(row["line"], row["row"]) for row in listed] == [("26", "25"), ("27", "26")] * 2
     assert "processor refuses the image (8x3000)" in listed[0]["reason"]
-    assert "200 positions" in listed[1]["reason"]
+    assert "limit 200" in listed[1]["reason"]
     log = (tmp_path / "run" / "train.log").read_text()
     assert "longest    " in log
     assert "rows       48 fit" in log
@@ -196,7 +196,7 @@ def test_markers_and_long_references_are_told_once(
     rows = [tiny.record("<image>\nWhat?", "red"), tiny.record("a <|im_end|>", "b"), tiny.record("<image>", "c " * 9)]
     check_rows(encoder, {name: Split(RecordList(rows)) for name in ("train", "validation")}, made, ROOMY)
     assert "<image> in 4 rows, <|im_end|> in 2 rows" in caplog.text
-    assert "generation.max_new_tokens=4 is shorter than the references of 1 of 3 evaluated rows" in caplog.text
+    assert "generation.max_new_tokens=4 is too small for the references of 1 of 3 evaluated rows" in caplog.text
     caplog.clear()
     check_rows(encoder, {"train": Split(RecordList(rows[1:2] * 2))}, made, ROOMY)
     assert [record.levelname for record in caplog.records] == ["INFO"]

@@ -33,7 +33,7 @@ from vlmtune.evaluation.generate import generate
 from vlmtune.models import adapters, lora, rewrites
 from vlmtune.models import features as kept
 from vlmtune.models.adapters import adapt
-from vlmtune.models.features import Features
+from vlmtune.models.features import FeatureStore
 from vlmtune.models.load import load
 from vlmtune.models.parts import find_parts
 from vlmtune.models.rewrites import ATTENTION, PatchMatmul, QuickGELU, keep_freed_memory, length_multiple
@@ -41,7 +41,7 @@ from vlmtune.objectives import next_token as losses
 from vlmtune.objectives.next_token import summed_loss, supervised_logits
 from vlmtune.prompt import image_cache
 from vlmtune.prompt.encode import Encoder
-from vlmtune.prompt.image_cache import Pixels, pixels_mark
+from vlmtune.prompt.image_cache import PixelStore, pixels_mark
 from vlmtune.prompt.labels import IGNORE
 from vlmtune.proof.probes import ImageCache, answers_agree, choose_cache
 
@@ -81,8 +81,8 @@ def frozen(model: Any) -> Any:
     return model
 
 
-def features_of(model: Any, encoder: Encoder, **data: Any) -> Features:
-    return Features(model, find_parts(model), encoder.processor, DataConfig(**data), Accelerator(cpu=True))
+def features_of(model: Any, encoder: Encoder, **data: Any) -> FeatureStore:
+    return FeatureStore(model, find_parts(model), encoder.processor, DataConfig(**data), Accelerator(cpu=True))
 
 
 def loss_and_gradient(model: Any, batch: Any) -> tuple[float, Tensor]:
@@ -200,7 +200,7 @@ def test_features_are_chosen_with_the_reason(encoder_of: Any, model_of: Callable
     assert once.store is None
     kept = chosen(model, encoder, "auto")
     assert "kept in memory (loss differs by" in kept.sentence
-    assert type(kept.store) is Features
+    assert type(kept.store) is FeatureStore
     assert encoder.image_cache is None, "a probe changes nothing"
     model.requires_grad_(True)
     assert "the projector and the vision train" in chosen(model, encoder, "auto").sentence
@@ -307,7 +307,7 @@ def test_kept_pixels_equal_those_made_anew(family: str, encoder_of: Any, tmp_pat
     for _ in range(2):  # written, then read
         image_cache.STORES.clear()
         config = DataConfig(cache_features="disk", cache_folder=str(tmp_path))
-        encoder = encoder.keeping(Pixels(pixels_mark(encoder.processor, True), config))
+        encoder = encoder.keeping(PixelStore(pixels_mark(encoder.processor, True), config))
         for _ in range(2):
             for make, plain in zip(layouts, wanted, strict=True):
                 batch = make(encoder, rows(encoder))
@@ -322,10 +322,10 @@ def test_pixels_are_kept_on_demand_where_the_tower_trains(
     assert "computed each time (the projector and the vision train)" in chosen(model, encoder, "auto").sentence
     kept = chosen(model, encoder, "memory")
     assert "but pixels are, in memory (bit-equal" in kept.sentence
-    assert type(kept.store) is Pixels
+    assert type(kept.store) is PixelStore
     image_cache.STORES.clear()
     monkeypatch.setattr(image_cache, "_key", lambda source, opened: "one for all")
-    with pytest.raises(ConfigError, match="pixels differ from those made anew; use auto or off"):
+    with pytest.raises(ConfigError, match="cached pixels differ from freshly computed ones; use auto or off"):
         chosen(model, encoder, "memory")
 
 

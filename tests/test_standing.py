@@ -75,7 +75,7 @@ def test_what_fails_behind_the_result_is_a_warning(
     def failing(*arguments: Any, **options: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    class Failing(tracking.Nothing):
+    class Failing(tracking.NoTracker):
         finish = failing
 
     monkeypatch.setattr(tracking, "build", lambda *_, **__: Failing())
@@ -194,9 +194,9 @@ def test_wandbs_variables_win_over_our_defaults_and_lose_to_keys(
     assert Path(tracker.run.dir).is_relative_to(tmp_path / "elsewhere")
     tracker.finish({})
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert isinstance(tracking.build(TrackerConfig(), {}, tmp_path), tracking.Nothing)
+    assert isinstance(tracking.build(TrackerConfig(), {}, tmp_path), tracking.NoTracker)
     typed = tracking.build(TrackerConfig(mode="offline"), {}, tmp_path / "mode")
-    assert not isinstance(typed, tracking.Nothing)
+    assert not isinstance(typed, tracking.NoTracker)
     typed.finish({})
 
 

@@ -118,7 +118,7 @@ def test_a_row_without_image_is_text_alone_and_shares_no_group(folder: Path) -> 
 
 
 def test_a_row_without_image_and_question_is_bad(folder: Path) -> None:
-    assert "neither an image nor a question" in bad(",,that\n", folder)[0].reason
+    assert "neither image nor question" in bad(",,that\n", folder)[0].reason
 
 
 # ---------------------------------------------------------------- paths
@@ -163,7 +163,7 @@ def test_a_url_is_refused_with_what_to_do(url: str, folder: Path) -> None:
         ((HEADER + "0.png,what?,red\n").encode("utf-16"), "is text in UTF-16"),
         (b"", "is empty"),
         (HEADER.encode(), "has a header and no rows"),
-        (b"answer,image_path,answer\nred,0.png,blue\n", "2 columns are called 'answer'"),
+        (b"answer,image_path,answer\nred,0.png,blue\n", "2 columns are named 'answer'"),
         (b"image_path\tquestion\tanswer\n0.png\twhat, now?\tred\n", r"separated by '\t'"),
         (b"image_path;question;answer\n0.png;what?;red\n", "separated by ';'"),
         (HEADER.encode() + b'0.png,what?,red\n0.png,"so,red\n1.png,b,c\n', "line 3, row 2: unclosed quote"),

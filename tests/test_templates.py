@@ -179,4 +179,4 @@ def test_a_date_in_prompts_is_told(encoder_of: Callable[[str], Encoder], caplog:
     encoder = with_template(encoder_of("qwen2_vl"), TEMPLATES["today's date"])
     with caplog.at_level("INFO", "vlmtune"):
         check_rows(encoder, {}, tiny.config(None), Limits(positions=None, embeddings=10**6))
-    assert "prompts hold today's date" in caplog.text
+    assert "writes today's date into prompts" in caplog.text

@@ -16,7 +16,7 @@ import wandb_offline
 from vlmtune.config.schema import TrackerConfig
 from vlmtune.errors import ConfigError
 from vlmtune.record import tracking
-from vlmtune.record.tracking import MetricsFile, Nothing, Sample, Surviving, build, read_metrics, without_secrets
+from vlmtune.record.tracking import MetricsFile, NoTracker, Sample, Surviving, build, read_metrics, without_secrets
 
 CONFIG = {
     "adapter": {"method": "LORA", "r": 16},
@@ -97,7 +97,7 @@ def test_wandb_marks_a_failed_run(tmp_path: Path) -> None:
 
 def test_wandb_mode_of_the_environment_wins_over_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert isinstance(build(TrackerConfig(), {}, tmp_path), Nothing)
+    assert isinstance(build(TrackerConfig(), {}, tmp_path), NoTracker)
     monkeypatch.setenv("WANDB_MODE", "ofline")
     with pytest.raises(ConfigError, match="did you mean offline"):
         build(TrackerConfig(), {}, tmp_path)
@@ -112,7 +112,7 @@ def test_online_without_a_login_says_what_to_do(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_failing_tracker_warns_once_and_training_goes_on(caplog: pytest.LogCaptureFixture) -> None:
-    class Broken(Nothing):
+    class Broken(NoTracker):
         def log(self, values: object, step: int) -> None:
             raise OSError("disk full")
 

@@ -334,7 +334,7 @@ def test_columns_of_a_data_set_are_refused_and_named(folder: Path, caplog: pytes
     table.add_column("bbox", [None, [1, 2, 3, 4]]).save_to_disk(str(folder / "set"))
     split = load(DataConfig(train=str(folder / "set"), **HUB), TaskConfig(), 0)["train"]
     assert [bad.row for bad in split.bad] == [2]
-    assert "column 'bbox' holds places in the image: [1, 2, 3, 4]" in split.bad[0].reason
+    assert "column 'bbox' holds positions in the image: [1, 2, 3, 4]" in split.bad[0].reason
     assert "columns not read: score" in caplog.text
     caplog.clear()
     stream = {**HUB, "streaming": True, "shuffle_buffer": 1}
@@ -349,7 +349,7 @@ def test_a_data_sets_questions_are_asked_for(folder: Path) -> None:
     table = labelled(folder, [1, 0], datasets.ClassLabel(names=["cat", "dog"])).rename_column("question", "ask")
     table.save_to_disk(str(folder / "set"))
     for more in ({}, {"streaming": True}):
-        with pytest.raises(DataError, match="no column 'question'; columns with texts that nothing reads: ask"):
+        with pytest.raises(DataError, match="no column 'question'; unused columns with texts: ask"):
             load(DataConfig(train=str(folder / "set"), **HUB, **more), TaskConfig(), 0)
 
 

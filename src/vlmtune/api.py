@@ -1,4 +1,4 @@
-"""The Python way in: `vlmtune.train([...])` and `vlmtune.load(folder).predict(dataframe)`."""
+"""The Python interface: `vlmtune.train([...])` and `vlmtune.load(folder).predict(dataframe)`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ log = logging.getLogger("vlmtune")
 
 
 def train(overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Run one training, as `vlmtune train ...overrides` does, and return what its result.json holds, with the run's
+    """Train one run, as `vlmtune train ...overrides` does. Returns the content of its result.json and the run's
     `folder`.
 
     >>> vlmtune.train(["model=qwen2vl_7b", "adapter=lora", "data=csv", "data.train=my.csv"])  # doctest: +SKIP
@@ -33,10 +33,10 @@ def train(overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def run_in(folder: Path, config: Config, world: World = ALONE) -> dict[str, Any]:
-    """Run `config` in `folder`, and leave a result.json there whatever happens.
+    """Run `config` in `folder`, and write a result.json there whatever happens.
 
-    Raises ConfigError where the folder holds another run, and whatever ends the run early: on several processes the
-    error of the one that failed first.
+    Raises ConfigError if the folder holds another run, and any error that ends the run early: with several processes
+    the error of the process that failed first.
     """
     from vlmtune import display
     from vlmtune.launch import ranks, signals, surroundings
@@ -46,7 +46,7 @@ def run_in(folder: Path, config: Config, world: World = ALONE) -> dict[str, Any]
     tracking.check(config.tracker)
     with surroundings.kept(), ranks.closed_at_exit(world):
         if not world.is_main:
-            with display.logging_to(None), signals.ending_at_once(), ranks.telling(world):
+            with display.logging_to(None), signals.ending_at_once(), ranks.reporting(world):
                 return _trained(config, None)
         with guard.held(folder, config, world):
             return _run_held(folder, config)
@@ -57,8 +57,8 @@ def _run_held(folder: Path, config: Config) -> dict[str, Any]:
     from vlmtune.record import runfolder
 
     result = _trained(config, folder)
-    gc.collect()  # libraries leave cycles (torch.fx of the frame that imported it) that hold the model
-    if config.preflight == "only" and not config.resume:  # or the run that was looked at loses its own result
+    gc.collect()  # libraries leave reference cycles (torch.fx, to the frame that imported it) that keep the model alive
+    if config.preflight == "only" and not config.resume:  # else the checked run would lose its own result
         runfolder.write_json(folder / "result.json", result)
     return result
 
@@ -68,7 +68,7 @@ def _trained(config: Config, folder: Path | None) -> dict[str, Any]:
     """One run: from rows to a fine-tuned model in `folder`, which is None on processes other than the first."""
     from vlmtune.data import table
 
-    splits = table.load(config.data, config.task, config.trainer.seed)  # audited before anything heavy is imported
+    splits = table.load(config.data, config.task, config.trainer.seed)  # checked before anything heavy is imported
     if config.trainer.best_metric and "validation" not in splits:
         raise ConfigError("trainer.best_metric: needs rows to evaluate; set data.validation(_fraction)")
     log.info("fine-tuning %s for %s", config.model.name, config.task.name)
@@ -81,11 +81,12 @@ def _trained(config: Config, folder: Path | None) -> dict[str, Any]:
 
 
 def load(folder: str | Path, *, overrides: Sequence[str] = ()) -> Predictor:
-    """Open a finished run (its folder, or the `model/` in it) to answer questions.
+    """Open a finished run (its folder, or the `model/` folder in it) to answer questions.
 
-    `overrides`: keys of the run's config to change, for instance `["generation.max_new_tokens=32"]`. The folder of the
-    run's own images, `data.image_root`, counts only where it is among them: other tables have other images.
-    Raises CheckpointError: no run there; ModelError: its base model can't be opened.
+    `overrides`: keys of the run's config to change, for instance `["generation.max_new_tokens=32"]`. The run's own
+    `data.image_root` is not used unless it is among them: other tables have other images.
+
+    Raises CheckpointError if there is no run, ModelError if its base model can't be opened.
     """
     from vlmtune.config.compose import names, normalise, saved_config
     from vlmtune.config.paths import home

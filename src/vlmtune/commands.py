@@ -1,4 +1,4 @@
-"""Commands as the user of this process types them, for help and errors that print one."""
+"""Commands as the user typed them, for help texts and errors."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ PACKAGE = Path(__file__).resolve().parent
 
 
 def typed(command: str) -> str:
-    """`python src/train.py`, `python -m vlmtune train` or `vlmtune train`, by what this process was started with."""
+    """`python src/train.py`, `python -m vlmtune train` or `vlmtune train`, as this process was started."""
     if _is_script():
         return f"python {shlex.quote(str(Path(sys.argv[0]).with_name(f'{command}.py')))}"
     return f"python -m vlmtune {command}" if _is_module() else f"vlmtune {command}"
 
 
 def launched(command: str) -> str:
-    """What follows `torchrun` or `accelerate launch` for the same command: `src/train.py` or `-m vlmtune train`."""
+    """The same command after `torchrun` or `accelerate launch`: `src/train.py` or `-m vlmtune train`."""
     return typed(command).removeprefix("python ") if _is_script() else f"-m vlmtune {command}"
 
 
 def _is_script() -> bool:
-    """Whether one of the scripts beside the package was started, and not somebody's own train.py."""
+    """Whether one of this package's scripts in `src/` was started, not a user's own train.py."""
     place = Path(sys.argv[0])
     return place.suffix == ".py" and place.resolve().with_name(PACKAGE.name) == PACKAGE
 

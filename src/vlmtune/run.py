@@ -1,6 +1,6 @@
-"""The page that is the architecture: `build` makes everything of a run, in order, and `fit` trains it.
+"""The whole architecture on one page: `build` makes everything that a run needs, in order, and `fit` trains it.
 
-Rows are read before this page is imported: it takes torch with it, and a mistake in a table is told at once.
+Rows are read before this module is imported, because it imports torch: a mistake in a table is reported at once.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ log = logging.getLogger("vlmtune")
 
 
 def build(config: Config, splits: dict[str, Split], folder: Path | None) -> Setup:
-    """Everything that a run needs, proven on its own rows. `folder`: the run folder, on the first process.
+    """Everything that a run needs, checked on its own rows. `folder`: the run folder, on the first process.
 
-    Raises VlmtuneError for what the user can solve.
+    Raises VlmtuneError for everything that the user can fix.
     """
     # processes and number types
     engine = session.engine(config)
     folder = session.agree_on_folder(folder, engine)
     dtypes = session.dtypes(config, engine)
 
-    # the model, and what trains of it
+    # the model, and which of its weights train
     adapters.check(config)
     if config.model.fresh:
         load.make_fresh(config.model, folder / "base", config.trainer.seed, engine)
@@ -53,7 +53,7 @@ def build(config: Config, splits: dict[str, Split], folder: Path | None) -> Setu
     model = adapters.adapt(model, config, parts)
     gradient_checkpointing.prepare(model, config.trainer)
 
-    # proof before time is spent, and what follows from it
+    # checks before time is spent, and the decisions that follow from them
     records = splits["train"].records
     sample = first_rows(records, config.trainer, most=8)
     prove(model, parts, encoder, sample, rows, config, engine)
@@ -65,7 +65,7 @@ def build(config: Config, splits: dict[str, Split], folder: Path | None) -> Setu
     loader = Loader(encoder, records, decision.plan, decision.layout, config.trainer, engine)
     log.info(first_pass.check_longest(model, loader, rows.longest, engine))
 
-    # what trains it
+    # optimizer and schedule
     optimizer = build_optimizer(model, parts, config.trainer, config.optimizer)
     scheduler = Schedule(optimizer, config.trainer, loader.total_steps)
     adapters.set_total_steps(model, config, loader.total_steps)
@@ -76,7 +76,7 @@ def build(config: Config, splits: dict[str, Split], folder: Path | None) -> Setu
 
 
 def fit(run: Setup) -> dict[str, Any]:
-    """Train what `build` made, and leave its result in the run folder; returns what result.json holds."""
+    """Train the run that `build` made and write its result to the run folder. Returns the content of result.json."""
     stopping = Stopping(run.engine)
     with stopping.watching():
         saving = Saving(run, stopping)

@@ -1,4 +1,4 @@
-"""What rows have in common: the images they show, and all that is written in front of them."""
+"""Which rows can share a prefix: those with the same images and the same text before them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from vlmtune.prompt.encode import Encoder
 
 
 def groups_of(records: Records, encoder: Encoder) -> Sequence[Hashable]:
-    """What each row shares with others: images and all that is written in front of them, or the images alone where
-    rows are read when asked for. Nothing of a stream is known before it is read.
+    """The group of each row: rows of one group have the same images and the same text before them, or just the same
+    images if rows are read on demand. Rows of a stream have no groups, since they are not known in advance.
     """
     if records.on_demand:
         return records.groups()

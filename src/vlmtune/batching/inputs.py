@@ -1,4 +1,4 @@
-"""The arguments of a model's forward pass for either layout of a batch."""
+"""The arguments of a model's forward pass, for both batch layouts."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from vlmtune.models.parts import base_of
 
 
 def model_inputs(model: Any, batch: Batch) -> dict[str, Any]:
-    """Keyword arguments of the model's forward pass for either layout of a batch."""
+    """Keyword arguments of the model's forward pass, for both batch layouts."""
     inputs = {"input_ids": batch.input_ids, "use_cache": False, **batch.inputs}
     if batch.branches is None:
         return {**inputs, "attention_mask": batch.attention_mask}
     positions = prefix_positions(model, batch)
-    inputs.pop("mm_token_type_ids", None)  # served the positions
+    inputs.pop("mm_token_type_ids", None)  # only needed to compute the positions
     mask = branch_mask(batch.branches)
     return {**inputs, "attention_mask": mask, "position_ids": branch_positions(positions, batch.branches)}
 
 
 def prefix_positions(model: Any, batch: Batch) -> Tensor:
-    """Positions of the prefix tokens as the model itself would give them: [B, T], or [3, B, T] under mRoPE."""
+    """Positions of the prefix tokens as the model itself would compute them: [B, T], or [3, B, T] under mRoPE."""
     assert batch.branches is not None
     prefix = (batch.branches == 0).long()
     rope_index = getattr(getattr(base_of(getattr(model, "module", model)), "model", None), "get_rope_index", None)

@@ -1,7 +1,7 @@
 """Encoded rows -> tensors, in two layouts that give the same loss.
 
-Padded: one row of the batch per record. Shared: one row per image; its tokens once (the prefix), then each record's
-own tokens as a branch that attends to the prefix and to itself, at positions that go on from the prefix.
+Padded: one row of the batch per record. Shared: one row per image, with the image's tokens once (the prefix), then each
+record's own tokens as a branch. A branch attends to the prefix and to itself; its positions continue from the prefix.
 
 Shapes: B rows, T tokens.
 """
@@ -25,12 +25,12 @@ PADDING = -1
 
 @dataclass(frozen=True)
 class Layout:
-    """How a run lays its rows out, as found out at its start."""
+    """The batch layout of a run, chosen at its start."""
 
     share: bool = False
-    """Rows that show the same image are one row of a batch."""
+    """Whether records that show the same image become one row of a batch."""
     share_answers: bool = False
-    """Evaluation generates so as well."""
+    """Whether generation in evaluation shares images too."""
     reason: str = ""
 
     @property
@@ -40,22 +40,22 @@ class Layout:
 
 @dataclass
 class Batch:
-    """What a forward pass takes."""
+    """The input of one forward pass."""
 
     input_ids: Tensor
     """[B, T]"""
     attention_mask: Tensor
     """[B, T], 1 for tokens, 0 for padding."""
     labels: Tensor
-    """[B, T], IGNORE where not supervised."""
+    """[B, T], IGNORE where a token is not trained on."""
     inputs: dict[str, Tensor] = field(default_factory=dict)
-    """Everything else that the processor made for the model."""
+    """All other tensors that the processor returned for the model."""
     branches: Tensor | None = None
-    """[B, T] in the shared layout: 0 prefix, 1.. the record's branch, PADDING."""
+    """[B, T] in the shared layout: 0 for the prefix, 1, 2, ... for each record's branch, PADDING."""
     rows: int = 0
     """Records in the batch."""
     ends_step: bool = True
-    """Whether it is this process's last one of an optimizer step."""
+    """Whether it is this process's last micro-batch of an optimizer step."""
 
     def to(self, device: torch.device) -> Batch:
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
@@ -75,26 +75,26 @@ class Batch:
 
     @property
     def supervised(self) -> int:
-        """Tokens that carry loss: labels that a token before them predicts."""
+        """Number of tokens in the loss: labels that a previous token predicts."""
         return int((self.labels[:, 1:] != IGNORE).sum())
 
     @property
     def tokens(self) -> int:
-        """Tokens that are computed, padding not counted."""
+        """Number of tokens without padding."""
         return int((self.attention_mask != 0).sum())
 
     @property
-    def places(self) -> int:
-        """Tokens that are computed, padding counted."""
+    def padded_tokens(self) -> int:
+        """Number of tokens including padding."""
         return self.input_ids.numel()
 
     def without_labels(self) -> Batch:
-        """The same batch with nothing supervised: a rank without rows of its own runs it for the others' sake."""
+        """The same batch without labels: a rank without rows of its own runs it so that the other ranks don't wait."""
         return replace(self, labels=torch.full_like(self.labels, IGNORE), rows=0)
 
 
 def lay_out(encoder: Encoder, records: Sequence[Record], layout: Layout) -> Batch:
-    """The rows as a run's batches have them."""
+    """A batch of these rows in the run's layout."""
     return (shared if layout.share else padded)(encoder, records)
 
 
@@ -116,14 +116,12 @@ def padded(encoder: Encoder, records: Sequence[Record], *, answered: bool = True
 
 
 def shared(encoder: Encoder, records: Sequence[Record], *, answered: bool = True) -> Batch:
-    """One row per run of records whose prompts are the same up to the last image.
+    """One row per run of consecutive records whose prompts are the same up to the last image.
 
-    Raises ValueError for families that can't be laid out so.
+    Raises ValueError for families that don't support this layout.
     """
     if not encoder.family.shares_prefix:
-        raise ValueError(
-            f"{type(encoder.processor).__name__}: an image's tokens are not the same for all its questions"
-        )
+        raise ValueError(f"{type(encoder.processor).__name__}: an image's tokens depend on the question")
     encoded = encoder.encode(records, answered=answered, images_once=True)
     keys = [("alone", n) if (group := encoder.prompt.group(r)) is None else group for n, r in enumerate(records)]
     runs = [list(run) for _, run in groupby(range(len(records)), key=keys.__getitem__)]
@@ -144,8 +142,8 @@ def shared(encoder: Encoder, records: Sequence[Record], *, answered: bool = True
 
 
 def _branched(encoded: Encoded, run: list[int]) -> dict[str, list[int]]:
-    """One row of the shared layout from the records `run`. A record alone is all prefix where it is answered: its later
-    images may stand behind labels, and have the positions that the model gives them.
+    """One row of the shared layout from the records `run`. A single answered record is all prefix, because its later
+    images may follow labels and need the positions that the model computes.
     """
     ids, labels = [encoded.input_ids[i] for i in run], [encoded.labels[i] for i in run]
     alone = len(run) == 1 and any(label != IGNORE for label in labels[0])
@@ -166,10 +164,10 @@ def _branched(encoded: Encoded, run: list[int]) -> dict[str, list[int]]:
 
 
 def prefix_length(ids: list[list[int]], labels: list[list[int]]) -> int:
-    """Tokens that all rows begin with, and that predict no label of any of them.
+    """Number of tokens that all rows begin with, and that predict no label in any of them.
 
-    The token before a branch's first one is another branch's last, so that first token must not carry a label: the
-    prefix ends at least one token before the first supervised one.
+    In the layout, the token before a branch's first token is the last one of another branch, so a branch's first
+    token must not have a label: the prefix ends at least one token before the first supervised one.
     """
     unsupervised = min(next((n for n, label in enumerate(row) if label != IGNORE), len(row)) for row in labels)
     longest = min(unsupervised, *(len(row) for row in ids)) - 1
@@ -180,9 +178,9 @@ def prefix_length(ids: list[list[int]], labels: list[list[int]]) -> int:
 
 
 def branch_mask(branches: Tensor) -> Tensor:
-    """[B, 1, T, T], True where a query (dim 2) may attend to a key (dim 3): prefix or own branch, not later.
+    """[B, 1, T, T], True where a query (dim 2) may attend to a key (dim 3): prefix or own branch, never later tokens.
 
-    Padding attends to itself, so that no row of the softmax is empty.
+    Padding attends to itself, so that every row of the softmax has an entry.
     """
     length = branches.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=branches.device).tril()
@@ -192,14 +190,14 @@ def branch_mask(branches: Tensor) -> Tensor:
 
 
 def branch_positions(prefix_positions: Tensor, branches: Tensor) -> Tensor:
-    """Positions [..., B, T] of all tokens from those [..., B, T] of the prefixes: each branch goes on from the prefix.
+    """Positions [..., B, T] of all tokens, given those [..., B, T] of the prefixes: each branch continues the prefix.
 
-    `prefix_positions`: entries outside the prefix are ignored. Leading axes (mRoPE's three) share the branches' count.
+    `prefix_positions`: entries outside the prefix are ignored. Branches count the same on all leading axes (mRoPE's 3).
     """
     in_prefix = branches == 0
     last = prefix_positions.masked_fill(~in_prefix, -1).amax(-1, keepdim=True)  # [..., B, 1]
     while last.dim() > 2:
-        last = last.amax(0)  # text goes on from the largest position on any axis
+        last = last.amax(0)  # text continues from the largest position on any axis
     step = torch.ones_like(branches)
     counted = step.cumsum(1)
     starts = torch.ones_like(branches, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""The training rows as a stream of micro-batches, prepared ahead."""
+"""Loads the training rows as micro-batches, prepared in advance."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FAULTS = (VlmtuneError, OSError, MemoryError)
 
 
 class Loader:
-    """Makes this process's micro-batches of each step, in order, one at a time: a step never waits as a whole."""
+    """Makes this process's micro-batches in order, one at a time: a whole step is never held in memory."""
 
     def __init__(
         self,
@@ -41,15 +41,15 @@ class Loader:
         self.own, self.on_cpu = records.of_process(self.process, self.processes), engine.device.type == "cpu"
 
     def micro_batches(self, first_step: int = 0) -> Iterator[Batch]:
-        """The micro-batches of all steps from `first_step` on; the last of each step has `ends_step`."""
+        """The micro-batches of all steps from `first_step` on. `ends_step` marks the last one of each step."""
         loader = DataLoader(
             _Items(self),
             batch_size=None,
-            sampler=self._places(first_step),
+            sampler=self._micro_batch_numbers(first_step),
             num_workers=self._workers(),
             pin_memory=not self.on_cpu,
             worker_init_fn=_ignore_signals,
-            generator=torch.Generator(),  # or it draws its seed from the random state that a resume restored
+            generator=torch.Generator(),  # else it draws a seed from the random state that a resume restored
         )
         for item in loader:
             if isinstance(item, FAULTS):
@@ -57,23 +57,25 @@ class Loader:
             yield item
 
     def _workers(self) -> int:
-        """Processes that prepare ahead. None for a stream, of which each would read a part, or beside a cache of
-        images, of which each would keep its own."""
+        """Number of worker processes. 0 for a stream, since each worker would read only a part of it, and with an image
+        cache, since each worker would fill its own.
+        """
         if self.records.streamed or self.encoder.image_cache is not None:
             return 0
         if self.trainer.num_workers is not None:
             return self.trainer.num_workers
-        return 0 if self.on_cpu else 4  # on a CPU they would take the cores that compute
+        return 0 if self.on_cpu else 4  # on a CPU they would compete with training for cores
 
-    def _places(self, first_step: int) -> Iterator[tuple[int, int]]:
-        """(step, number of the micro-batch in it) of all that is to be made."""
+    def _micro_batch_numbers(self, first_step: int) -> Iterator[tuple[int, int]]:
+        """(step, index of the micro-batch in the step) of all micro-batches to make."""
         for step in range(first_step, self.total_steps):
             count = len(self.order.passes(step, self.process))
             yield from ((step, number) for number in range(max(count, 1)))
 
     def make(self, step: int, number: int) -> Batch:
-        """Micro-batch `number` of a step. A process without rows in it gets one row that nothing is learned from, since
-        the others wait for its gradients."""
+        """Micro-batch `number` of a step. A process without rows in this step gets one row without labels, because the
+        others wait for its gradients.
+        """
         parts = self.order.passes(step, self.process)
         rows = parts[number] if parts else self.order.step(step)[:1]
         batch = lay_out(self.encoder, [self.own[row] for row in rows], self.layout)
@@ -82,14 +84,14 @@ class Loader:
 
     @cached_property
     def expected_tokens(self) -> float:
-        """Supervised tokens of one process's step, from what the first rows have: the right size, not the count."""
+        """Estimate of the supervised tokens in one process's step, from the first rows."""
         if self.trainer.gradient_accumulation_steps == 1:
-            return 1.0  # each micro-batch ends its step, whose count is then known
+            return 1.0  # each micro-batch is a whole step, whose count is known
         rows = self._first_rows()
         return self._lay_out(rows).supervised / len(rows) * sum(map(len, self.order.passes(0, 0)))
 
     def due(self, every: int | str | None, step: int) -> bool:
-        """Whether something that is done every N steps, or every `epoch`, is due after `step` steps."""
+        """Whether something that happens every N steps, or every `epoch`, is due after `step` steps."""
         if every is None:
             return False
         return self.order.ends_epoch(step) if every == "epoch" else step % int(every) == 0
@@ -98,8 +100,8 @@ class Loader:
         return [self.records[row] for row in self.order.step(0)[: self.trainer.batch_size]]
 
     def around(self, record: Record, length: int) -> Batch:
-        """A micro-batch of the run's own size with `record`, which has `length` tokens: beside the first rows of the
-        run, or as often as `trainer.batch_tokens` holds it.
+        """A micro-batch of the run's size that contains `record`, which has `length` tokens: filled up with the run's
+        first rows, or with `trainer.batch_tokens` with as many copies of `record` as fit.
         """
         if self.trainer.batch_tokens:
             return self._lay_out([record] * max(self.trainer.batch_tokens // length, 1))
@@ -110,7 +112,7 @@ class Loader:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What must be equal for a resumed run to see the rows that a straight one sees."""
+        """What must be equal for a resumed run to see the same rows as an uninterrupted one."""
         trainer = self.trainer
         return {
             "rows per step": trainer.batch_size * trainer.gradient_accumulation_steps * self.processes,
@@ -133,8 +135,8 @@ class Loader:
 
 
 class _Items(Dataset[Any]):
-    """What worker processes run. A row's fault is an item too: raised in a worker, it would come back wrapped in the
-    text of torch.
+    """The dataset that worker processes run. An error is returned as an item: raised in a worker, torch would wrap it
+    in its own message.
     """
 
     def __init__(self, loader: Loader):
@@ -148,6 +150,6 @@ class _Items(Dataset[Any]):
 
 
 def _ignore_signals(worker: int) -> None:
-    """A signal to the process group is for the main process, which ends its step; it would miss a worker that died."""
+    """Only the main process handles signals to the process group: it finishes its step and needs its workers for it."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

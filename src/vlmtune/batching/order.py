@@ -1,6 +1,6 @@
-"""Which rows each optimizer step takes: a pure function of seed and step, so that resuming is only counting on.
+"""Which rows each optimizer step takes: a pure function of seed and step, so a resumed run only needs the step number.
 
-A step is cut into forward passes, `passes_per_step` on all processes together. `passes` are those of one process.
+A step is split into forward passes, `passes_per_step` over all processes. `passes` are those of one process.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from vlmtune.errors import ConfigError
 
 @dataclass(frozen=True)
 class Cut:
-    """How a step's rows are cut into forward passes."""
+    """How a step's rows are split into forward passes."""
 
     batch_size: int
     """Rows per forward pass."""
@@ -35,16 +35,16 @@ class Cut:
         return self.batch_size * self.accumulation * self.processes
 
     def passes(self, rows: list[int], process: int) -> list[list[int]]:
-        """The rows of each forward pass of one process. Where an epoch ends within a step there are fewer, or none."""
+        """The rows of each forward pass of one process. If an epoch ends within a step there are fewer, or none."""
         size = self.batch_size
         numbers = range(process * self.accumulation, (process + 1) * self.accumulation)
         return [part for n in numbers if (part := rows[n * size : (n + 1) * size])]
 
 
 class Order:
-    """Each epoch goes through all rows once, in an order drawn from (seed, epoch).
+    """Each epoch takes every row once, in a random order that depends on (seed, epoch).
 
-    With `by_group`, groups (images) are shuffled and so are the rows in them, but rows of a group stay together.
+    With `by_group`, groups (images) are shuffled, and rows within each group, but rows of a group stay together.
     """
 
     def __init__(self, groups: Sequence[Hashable], cut: Cut, *, seed: int, by_group: bool):
@@ -72,7 +72,7 @@ class Order:
         return self.cut.passes(self.step(number), process)
 
     def steps_in(self, epochs: float) -> int:
-        """Optimizer steps of so many epochs."""
+        """Number of optimizer steps in `epochs` epochs."""
         return math.ceil(epochs * self.steps_per_epoch)
 
     def ends_epoch(self, steps: int) -> bool:
@@ -81,15 +81,15 @@ class Order:
 
 
 class ByTokens:
-    """Each epoch goes through all rows once, in forward passes of about equal size in tokens, padding counted.
+    """Each epoch takes every row once, in forward passes of about equal size in tokens, including padding.
 
-    Rows (or groups, with `by_group`) are shuffled, sorted by length within windows of some hundred, cut into forward
-    passes of at most `batch_tokens`, and those are shuffled again: neighbours in length come together, in other company
-    each epoch. What is longer by itself goes alone; a group that is, in pieces.
+    Rows (or groups, with `by_group`) are shuffled, sorted by length within windows of a few hundred, split into
+    forward passes of at most `batch_tokens`, and the passes are shuffled again: rows of similar length are combined,
+    differently in each epoch. A row longer than `batch_tokens` gets a pass of its own; a longer group is split.
     """
 
     WINDOW = 32
-    """Forward passes in a window, about."""
+    """Approximate number of forward passes in a window."""
 
     def __init__(
         self,
@@ -102,7 +102,7 @@ class ByTokens:
         seed: int,
         by_group: bool,
     ):
-        """`lengths`: tokens of each row's images and of its text. `accumulation`: as for `Cut`."""
+        """`lengths`: tokens of each row's images, and of its text. `accumulation`: as in `Cut`."""
         self.batch_tokens, self.accumulation, self.seed = batch_tokens, accumulation, seed
         self.passes_per_step = accumulation * processes
         self.lengths = lengths
@@ -111,15 +111,15 @@ class ByTokens:
         self.costs = [self.cost(unit) for unit in self.units]
         self.epoch = functools.lru_cache(maxsize=2)(self._epoch)
         self.ends: list[int] = []
-        """Steps after which each epoch is complete, as far as counted."""
+        """Total steps at the end of each epoch, computed as needed."""
 
     @property
     def steps_per_epoch(self) -> int:
-        """Of the first epoch; others may have a few more or less."""
+        """Steps of the first epoch; other epochs may have a few more or fewer."""
         return len(self.epoch(0))
 
     def cost(self, rows: Sequence[int]) -> int:
-        """Tokens of these rows with their images once; text that they begin with alike counts for each."""
+        """Tokens of these rows with their images counted once, and their text for each row."""
         return self.lengths[rows[0]][0] + sum(self.lengths[row][1] for row in rows)
 
     def _pieces(self, rows: list[int]) -> list[list[int]]:
@@ -132,7 +132,7 @@ class ByTokens:
         return pieces
 
     def _epoch(self, epoch: int) -> list[list[list[int]]]:
-        """Steps of forward passes of row numbers."""
+        """The steps of an epoch: per step its forward passes, as lists of row numbers."""
         random = np.random.default_rng([self.seed, epoch])
         order = random.permutation(len(self.units))
         mean = max(sum(self.costs) / len(self.costs), 1)
@@ -167,7 +167,7 @@ class ByTokens:
         return self.epoch(epoch)[place][process * self.accumulation : (process + 1) * self.accumulation]
 
     def steps_in(self, epochs: float) -> int:
-        """Optimizer steps of so many epochs."""
+        """Number of optimizer steps in `epochs` epochs."""
         whole = sum(len(self.epoch(epoch)) for epoch in range(int(epochs)))
         part = epochs - int(epochs)
         return whole + (math.ceil(part * len(self.epoch(int(epochs)))) if part else 0)
@@ -178,7 +178,7 @@ class ByTokens:
 
 
 class InOrder:
-    """Rows of a stream, as they come; an epoch never ends. Each process counts its own rows, which it alone reads."""
+    """Rows of a stream in their order, without epochs. Each process reads and numbers its own rows."""
 
     steps_per_epoch = sys.maxsize
 
@@ -190,7 +190,7 @@ class InOrder:
         return list(range(number * self.cut.rows_per_step, (number + 1) * self.cut.rows_per_step))
 
     def passes(self, number: int, process: int) -> list[list[int]]:
-        """Rows of each forward pass of a process in step `number`, by their numbers in its own part of the stream."""
+        """Rows of each forward pass of a process in step `number`, numbered within its own part of the stream."""
         alone = replace(self.cut, processes=1)
         first = number * alone.rows_per_step
         return alone.passes(list(range(first, first + alone.rows_per_step)), 0)
@@ -226,14 +226,14 @@ def plan(
     streamed: bool,
     by_group: bool,
 ) -> Plan:
-    """The steps of a run, by row or by token, in which rows of a group (an image) stay together if `by_group`.
+    """The steps of a run, by rows or by tokens. Rows of a group (an image) stay together if `by_group`.
 
-    `lengths`: as for `ByTokens`, only needed with `trainer.batch_tokens`. Raises ConfigError where that is asked for a
+    `lengths`: as in `ByTokens`, only needed with `trainer.batch_tokens`. Raises ConfigError if that is set for a
     stream.
     """
     cut = Cut(trainer.batch_size, trainer.gradient_accumulation_steps, processes)
     if trainer.batch_tokens and streamed:
-        raise ConfigError("trainer.batch_tokens: the lengths of a stream's rows aren't known; use trainer.batch_size")
+        raise ConfigError("trainer.batch_tokens: a stream has no known row lengths; use trainer.batch_size")
     order: Order | ByTokens | InOrder
     if streamed:
         order = InOrder(cut)
@@ -253,8 +253,8 @@ def plan(
 
 
 def first_rows(records: Records, trainer: TrainerConfig, *, most: int) -> list[Record]:
-    """Rows to look at before the steps are planned, no more than fit into one forward pass: those that a run by rows
-    begins with, or a stream's first ones.
+    """Sample rows from before the steps are planned, at most as many as fit into one forward pass: those that training
+    by rows begins with, or the first rows of a stream.
     """
     count = min(most, trainer.batch_size)
     if records.streamed:

@@ -1,6 +1,6 @@
-"""How a command ends: a user's mistake in one piece, and an exit code that says how it went.
+"""How a command ends: one message for a user's mistake, and an exit code.
 
-0: done; 1: failed; 2: the command line can't be read; 128 + n: ended by signal n (130 by Ctrl-C).
+0: done; 1: failed; 2: invalid command line; 128 + n: ended by signal n (130: Ctrl-C).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from vlmtune.launch.signals import Interrupted
 
 
 def guard(job: Callable[[], int]) -> int:
-    """Run `job`; a user's mistake is printed in one piece, without a traceback unless VLMTUNE_TRACEBACK is set."""
+    """Run `job`. A user's mistake is printed as one message, without a traceback unless VLMTUNE_TRACEBACK is set."""
     try:
         with memory_advice(), storage_advice():
             return job()
@@ -37,7 +37,7 @@ def guard(job: Callable[[], int]) -> int:
 
 
 def message(error: VlmtuneError) -> str:
-    """`error: ...`, or a list of problems."""
+    """`error: ...`, or a list of problems, one per line."""
     kinds = {UsageError: "usage ", ConfigError: "config ", DataError: "data "}
     label = next((kind for cls, kind in kinds.items() if isinstance(error, cls)), "") + "error"
     if len(error.problems) == 1:
@@ -46,17 +46,17 @@ def message(error: VlmtuneError) -> str:
 
 
 def say(text: object, stream: Any = None) -> None:
-    """Print to whoever still reads."""
+    """Print, ignoring a closed stream."""
     with suppress(OSError):
         print(text, file=stream, flush=True)
 
 
 def leave(code: int) -> None:
-    """End the process."""
+    """End the process with this exit code."""
     for stream in (sys.stdout, sys.stderr):
         try:
             if stream is not None:
                 stream.flush()
-        except OSError:  # nobody reads any more; Python would try again at its end, and complain
+        except OSError:  # the reader is gone; Python would flush again at exit, and complain
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(code)

@@ -1,4 +1,4 @@
-"""The ways in from a shell: the command `vlmtune`, `python -m vlmtune`, and the scripts in `src/`."""
+"""The entry points from a shell: the command `vlmtune`, `python -m vlmtune`, and the scripts in `src/`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vlmtune.errors import ConfigError, UsageError, nearest
 from vlmtune.launch.world import World
 
 COMMANDS: dict[str, Any] = {"train": train, "predict": predict, "evaluate": evaluate}
-"""Each module has `check(overrides, multirun, world)` and `job(composed, world) -> exit code`."""
+"""Each module defines `check(overrides, multirun, world)` and `job(composed, world) -> exit code`."""
 
 
 def main() -> None:
@@ -36,10 +36,10 @@ def main() -> None:
 
 
 def overview() -> str:
-    """The commands, each with what it does."""
+    """The list of commands, each with one line of help."""
     width = max(len(typed(name)) for name in COMMANDS)
     lines = [f"  {typed(name):{width}}  {(module.__doc__ or '').strip()}" for name, module in COMMANDS.items()]
-    return "\n".join(["Commands, each followed by key=value; --help behind one lists its keys:", "", *lines])
+    return "\n".join(["Usage: COMMAND key=value ...; COMMAND --help lists its keys. Commands:", "", *lines])
 
 
 def _refuse(first: str) -> int:

@@ -1,4 +1,4 @@
-"""Answer the rows of a CSV file with a finished run."""
+"""Answer the rows of a table with a finished run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def check(overrides: list[str], multirun: bool, world: World) -> None:
 
 
 def job(composed: Any, world: World) -> int:
-    """Write the answers, and say where; returns the exit code."""
+    """Write the answers and print where they are; returns the exit code."""
     from vlmtune.predict.files import predict_file
 
     config = compose.overlay(composed, overrides_given("predict"))

@@ -24,7 +24,7 @@ def check(overrides: list[str], multirun: bool, world: World) -> None:
 
 
 def job(composed: Any, world: World) -> int:
-    """One run; returns its exit code."""
+    """Train one run; returns the exit code."""
     from hydra.core.hydra_config import HydraConfig
 
     from vlmtune.config.strict import strict

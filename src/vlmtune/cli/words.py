@@ -1,4 +1,4 @@
-"""The words of a command line: checked before anything is written, and left in `sys.argv` as Hydra takes them."""
+"""The arguments of a command line: checked before anything is written, then left in `sys.argv` in Hydra's form."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from vlmtune.errors import ConfigError, StorageError, UsageError
 from vlmtune.launch.world import World
 
 Check = Callable[[list[str], bool, World], None]
-"""Given the overrides and whether -m is set; raises VlmtuneError with what is wrong without opening data or model."""
+"""Gets the overrides and whether -m is set. Raises VlmtuneError for what is wrong, without opening data or model."""
 
 
 def prepare(command: str, check: Check, world: World) -> int:
-    """Check the command line, and leave it in `sys.argv` as Hydra takes it. Raises VlmtuneError with all problems."""
+    """Check the command line and put it into Hydra's form in `sys.argv`. Raises VlmtuneError with all problems."""
     try:
         Path.cwd()
     except FileNotFoundError:
@@ -40,7 +40,7 @@ def prepare(command: str, check: Check, world: World) -> int:
 
 
 def flags_and_overrides(command: str) -> Any:
-    """The command line as Hydra's own parser reads it. Raises UsageError for flags that don't apply here."""
+    """The command line as Hydra's parser reads it. Raises UsageError for flags that don't apply here."""
     from hydra._internal.utils import get_args_parser
 
     words, unknown = get_args_parser().parse_known_intermixed_args()
@@ -58,7 +58,7 @@ def flags_and_overrides(command: str) -> Any:
 
 
 def overrides_given(command: str) -> list[str]:
-    """The `key=value` words of this process's command line, or of the multirun job that it is in."""
+    """The `key=value` arguments of this process's command line, or of its multirun job."""
     from hydra.core.hydra_config import HydraConfig
 
     if HydraConfig.initialized():
@@ -67,7 +67,7 @@ def overrides_given(command: str) -> list[str]:
 
 
 def refuse_launcher(command: str, overrides: list[str], multirun: bool, world: World) -> None:
-    """Raise ConfigError for what can't be done under a launcher, or would make one W&B run of a sweep."""
+    """Raise ConfigError for what can't work under a launcher, or would merge a sweep into one W&B run."""
     if multirun and not world.is_alone:
         raise ConfigError(
             "-m under a launcher would give each process other parameters. Run the sweep on one process: "
@@ -82,7 +82,7 @@ def refuse_launcher(command: str, overrides: list[str], multirun: bool, world: W
 
 
 def folder_of_resumed(overrides: list[str]) -> list[str]:
-    """The Hydra override that makes a resumed run go on in its own folder."""
+    """The Hydra override that makes a resumed run continue in its own folder."""
     resumed = [o for o in compose.parse(overrides) if o.key_or_group == "resume" and not o.is_sweep_override()]
     found = [override.value() for override in resumed]
     return [f"hydra.run.dir={paths.quoted(str(found[-1]))}", "hydra.output_subdir=null"] if found and found[-1] else []

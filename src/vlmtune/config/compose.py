@@ -1,4 +1,4 @@
-"""From a command line to a `Config`: Hydra composes, we check."""
+"""From a command line to a `Config`: Hydra composes it, this package checks it."""
 
 from __future__ import annotations
 
@@ -21,28 +21,30 @@ from vlmtune.config.schema import SCHEMA, Config, defaults, home
 from vlmtune.config.strict import strict, unreadable
 from vlmtune.errors import CheckpointError, ConfigError, UsageError, nearest
 
-NOT_ONE_RUN = "means several runs; put -m in front of it, or quote the value if it is one text"
+NOT_ONE_RUN = "means several runs; add -m, or quote the value if it is one text"
 PACKAGE = Path(__file__).resolve().parents[1]
 OmegaConf.register_new_resolver("package", lambda path: str(PACKAGE / path), replace=True)
 OmegaConf.register_new_resolver("or_plain", lambda name: name if name not in (None, "None") else "plain", replace=True)
 OmegaConf.register_new_resolver("home", lambda: str(home()), replace=True)
 OmegaConf.register_new_resolver("typed", typed, replace=True)
-ConfigStore.instance().store("defaults", defaults())  # what conf/train.yaml starts from, so that --help shows it too
+ConfigStore.instance().store(
+    "defaults", defaults()
+)  # the defaults that conf/train.yaml starts from, so that --help shows them too
 
 
 @functools.cache
 def groups() -> dict[str, list[str]]:
-    """Config groups and their options."""
+    """The config groups and their options."""
     folders = [*sorted((home() / "conf").iterdir()), home() / "sweeps"]
     found = {f.name: sorted(file.stem for file in f.glob("*.yaml")) for f in folders if f.is_dir()}
     return {name: options for name, options in found.items() if name != "hydra"}
 
 
 def normalise(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Overrides as Hydra takes them, and the problems of those that it would refuse or worse, let through.
+    """Overrides in the form that Hydra needs, and problems that Hydra would miss or report poorly.
 
-    Keys are set whether or not a YAML file names them (`++`), since `strict` knows which exist; `a=1` and `+a=1` are
-    the same here. Raises UsageError for what is not an override at all.
+    Every key is set with `++`, whether or not a YAML file has it, because `strict` knows which keys exist: `a=1` and
+    `+a=1` are the same. Raises UsageError for arguments that are not overrides.
     """
     out, problems = [], []
     for override in parse(overrides):
@@ -66,7 +68,7 @@ def normalise(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def parse(overrides: Sequence[str]) -> list[Any]:
-    """Hydra's `Override` objects. Raises UsageError that lists all words which are none."""
+    """Hydra's `Override` objects. Raises UsageError that lists all arguments that are not overrides."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -81,7 +83,7 @@ def parse(overrides: Sequence[str]) -> list[Any]:
             parsed.append(override)
         except HydraException:
             key, equals, value = text.partition("=")
-            quoting = f"; with quotes around what it holds: {paths.shown(key, value)}" if key and equals else ""
+            quoting = f"; to quote the value: {paths.shown(key, value)}" if key and equals else ""
             problems.append(f"{text}: is not an override; write key=value{quoting}")
     if problems:
         raise UsageError(problems)
@@ -103,9 +105,9 @@ def compose(command: str, overrides: Sequence[str]) -> DictConfig:
 
 
 def read(command: str, overrides: Sequence[str], *, multirun: bool = False) -> tuple[Config, DictConfig]:
-    """The checked config of a run, and Hydra's composition it came from. Raises ConfigError with all problems.
+    """The checked config of a run, and the Hydra composition that it came from. Raises ConfigError with all problems.
 
-    `multirun`: overrides may have several values, of which the first counts here.
+    `multirun`: overrides may have several values; the first one is used here.
     """
     usable, problems = normalise(overrides)
     if not multirun:
@@ -125,18 +127,18 @@ def _several(override: str) -> str:
     key, _, value = override.partition("=")
     if key in ("data.train", "data.validation", "data.test"):
         again = shlex.quote(f"{key}=[{value}]")
-        return f"{override}: to read several files write {again}; to make a run of each put -m in front"
+        return f"{override}: to read several files write {again}; to start one run per value add -m"
     return f"{override}: {NOT_ONE_RUN}: {paths.shown(key, value)}"
 
 
 def asks_for_several(override: str) -> bool:
-    """True for `a=1,2` and for `sweeps=NAME`, which one run can't follow."""
+    """True for `a=1,2` and for `sweeps=NAME`, which mean several runs."""
     [parsed] = parse([override])
     return parsed.is_sweep_override() or (parsed.key_or_group == "sweeps" and parsed.value() is not None)
 
 
 def one_choice(override: str) -> str:
-    """The first of the values that a sweep goes through, so that one config can be looked at before all are run."""
+    """The first value of a sweep, so that one config can be checked before all of them run."""
     [parsed] = parse([override])
     if not parsed.is_sweep_override():
         return override
@@ -144,9 +146,9 @@ def one_choice(override: str) -> str:
 
 
 def saved_config(run: str | Path, overrides: Sequence[str]) -> DictConfig:
-    """The config of an earlier run with these overrides on top.
+    """The config of an earlier run with these overrides applied.
 
-    Raises CheckpointError where there is none, ConfigError where it names code that no override asks for again.
+    Raises CheckpointError if there is none, ConfigError if it names code that no override confirms.
     """
     path = Path(run).expanduser() / "config.yaml"
     if not path.is_file():
@@ -157,11 +159,13 @@ def saved_config(run: str | Path, overrides: Sequence[str]) -> DictConfig:
     parsed = [override for override in parse(overrides) if not override.key_or_group.startswith("hydra")]
     for override in parsed:
         if override.key_or_group in groups():
-            raise ConfigError(f"{override.key_or_group}: a finished run keeps its groups; set single keys of them")
+            raise ConfigError(
+                f"{override.key_or_group}: a finished run's groups can't be replaced; set single keys of them"
+            )
         try:
             OmegaConf.update(config, override.key_or_group, override.value(), force_add=True)
         except OmegaConfBaseException as error:
-            raise CheckpointError(f"{path}: holds no group for {override.key_or_group}; restore the file") from error
+            raise CheckpointError(f"{path}: has no group for {override.key_or_group}; restore the file") from error
     saved.refuse_code(config, path, {override.key_or_group for override in parsed})
     return config
 
@@ -172,7 +176,7 @@ def _runs_nearby(path: Path) -> str:
 
 
 def overlay(composed: DictConfig, overrides: Sequence[str]) -> Config:
-    """For scripts that use a finished run: its config with the keys of `overrides` on top. Raises VlmtuneError."""
+    """For commands that use a finished run: its config with the keys of `overrides` applied. Raises VlmtuneError."""
     usable, problems = normalise(overrides)
     if composed.get("run") is None:
         problems.append("run: missing; give a run folder, for instance run=outputs/runs/<stamp>")
@@ -185,19 +189,19 @@ def overlay(composed: DictConfig, overrides: Sequence[str]) -> Config:
         raise ConfigError(problems)
     own = [o for o in usable if o.lstrip("+").split("=")[0] not in ("run", "output")]
     config = saved_config(composed.run, own)
-    OmegaConf.update(config, "data.streaming", False)  # that was for training rows
+    OmegaConf.update(config, "data.streaming", False)  # the run's own value was for its training rows
     if names(own, "data.test") and not names(own, "data.image_root") and not _own_test(composed.run, config):
-        OmegaConf.update(config, "data.image_root", None)  # it was for the run's own tables
+        OmegaConf.update(config, "data.image_root", None)  # the run's own value was for its own tables
     return strict(config)
 
 
 def names(overrides: Sequence[str], key: str) -> bool:
-    """Whether one of the overrides sets `key`, or a key in it."""
+    """Whether one of the overrides sets `key`, or a key inside it."""
     return any(f"{override.key_or_group}.".startswith(f"{key}.") for override in parse(overrides))
 
 
 def _own_test(run: str | Path, config: DictConfig) -> bool:
-    """Whether `data.test` names what it named in the run itself."""
+    """Whether `data.test` is the same as in the run itself."""
     own = saved.read(Path(run).expanduser() / "config.yaml")
     before, now = (
         [Path(name).expanduser().absolute() for name in files_of(OmegaConf.select(one, "data.test"))]

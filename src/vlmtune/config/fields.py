@@ -1,8 +1,8 @@
-"""Which fields PEFT's and transformers' own config classes take, known without importing them, which takes seconds.
+"""The fields of PEFT's and transformers' config classes, without importing those packages, which takes seconds.
 
-`known_fields.json` was written by `installed` from the versions that it names. Where another version is installed, a
-method or field that the table lacks is looked up in the classes themselves; one that the installed version lacks is
-refused when a run builds its class, before a model loads.
+`installed` wrote `known_fields.json` from the versions named in it. If another version is installed, a method or field
+that the table lacks is looked up in the classes themselves. A field that the installed version lacks is refused when a
+run builds its class, before a model loads.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ def table() -> dict[str, Any]:
 
 
 def known(group: str) -> Methods:
-    """The methods of `adapter` or `quantization` with their fields, as the table has them."""
+    """The methods of `adapter` or `quantization` with their fields, from the table."""
     methods: Methods = table()[group]["methods"]
     return methods
 
 
 def methods(group: str, method: str, fields: Iterable[str]) -> Methods:
-    """The methods of a group with their fields: the table's, or the installed package's where the table lacks `method`
-    or one of `fields` and was written from another version.
+    """The methods of a group with their fields: from the table, or from the installed package if the table was written
+    from another version and lacks `method` or one of `fields`.
     """
     known_ones, made_from = known(group), table()[group]
     if method in known_ones and set(fields) <= set(known_ones[method]):
@@ -51,8 +51,8 @@ def methods(group: str, method: str, fields: Iterable[str]) -> Methods:
 
 @functools.cache
 def installed() -> dict[str, Any]:
-    """The table of the installed versions, made in a process of its own: PEFT imports bitsandbytes, which asks the
-    device what it can do, before a rank has its own.
+    """The table for the installed versions, made in a separate process: PEFT imports bitsandbytes, which initializes a
+    device, before this rank has chosen its own.
     """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "vlmtune.config.installed"]

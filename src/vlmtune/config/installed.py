@@ -1,4 +1,4 @@
-"""The fields of the config classes of the PEFT and transformers that are installed, for `fields`.
+"""The fields of the config classes in the installed PEFT and transformers, for `fields`.
 
 python -m vlmtune.config.installed > src/vlmtune/config/known_fields.json
 """
@@ -23,7 +23,7 @@ NOT_FOR_USERS = {
 
 
 def adapter_fields() -> dict[str, list[str]]:
-    """Fields that a user may set, per PEFT method (`lora`, `ia3`, ...)."""
+    """The fields that a user may set, per PEFT method (`lora`, `ia3`, ...)."""
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     return {
@@ -33,7 +33,7 @@ def adapter_fields() -> dict[str, list[str]]:
 
 
 def quantization_fields() -> dict[str, list[str]]:
-    """Parameters of each quantization config class, by transformers' registry name (`bitsandbytes_4bit`, ...)."""
+    """The parameters of each quantization config class, by its name in transformers (`bitsandbytes_4bit`, ...)."""
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
     return {
@@ -55,7 +55,7 @@ def table() -> dict[str, Any]:
 
 
 def written(found: dict[str, Any]) -> str:
-    """A table as JSON, a line per method."""
+    """A table as JSON, with one line per method."""
     lines = []
     for group, known in found.items():
         head = f'"{group}": {{"package": "{known["package"]}", "version": "{known["version"]}", "methods": {{'

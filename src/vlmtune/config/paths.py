@@ -1,4 +1,4 @@
-"""Paths on a command line, as a shell's user types them: `~`, spaces, `=`, commas and brackets are part of the name."""
+"""Paths on a command line, as a shell user types them: `~`, spaces, `=`, commas and brackets are part of the name."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ QUOTES = " '\""
 
 
 def literal(word: str, parser: Any) -> str:
-    """The override `word`, its value in quotes where it is a path that Hydra's grammar would read as something else.
+    """The override `word`, with its value in quotes if it is a path that Hydra's grammar would misread.
 
-    Commas separate paths, as in a list or a sweep, unless a file of just that name exists.
+    Commas separate paths, as in a list or a sweep, unless a file with exactly that name exists.
     """
     from hydra.errors import HydraException
 
@@ -49,7 +49,7 @@ def literal(word: str, parser: Any) -> str:
 
 
 def _separated(value: str) -> str:
-    """A path, several between commas, or one for each name of a mapping; each in quotes."""
+    """A path, several paths separated by commas, or one per key of a mapping; each in quotes."""
     if re.match(r"{\s*\w+\s*: ", value) and value.endswith("}"):  # one for each split
         pairs = (pair.partition(":") for pair in value[1:-1].split(","))
         return "{" + ",".join(f"{name}:{quoted(home(path.strip(QUOTES)))}" for name, _, path in pairs) + "}"
@@ -59,29 +59,29 @@ def _separated(value: str) -> str:
 
 
 def home(value: str) -> str:
-    """`value` with the home folder in place of a leading `~`. Raises ConfigError for that of nobody."""
+    """`value` with a leading `~` expanded. Raises ConfigError for an unknown user."""
     expanded = os.path.expanduser(value)
     if not expanded.startswith("~"):
         return expanded
-    if os.path.exists(value):  # a file whose name begins with it
+    if os.path.exists(value):  # a file whose name begins with ~
         return os.path.abspath(value)
-    raise ConfigError(f"{value}: there is no user {value[1:].split('/')[0]!r}, nor such a file")
+    raise ConfigError(f"{value}: there is no user {value[1:].split('/')[0]!r} and no such file")
 
 
 def quoted(value: str) -> str:
-    """A text as Hydra's grammar reads it back, whatever it holds."""
-    end = len(value) - len(value.rstrip("\\"))  # before a quote, and only there, a backslash is doubled
+    """A text quoted for Hydra's grammar, so that it reads back unchanged."""
+    end = len(value) - len(value.rstrip("\\"))  # a backslash is doubled only before a quote
     return '"' + re.sub(r'(\\*)"', r'\1\1\\"', value) + "\\" * end + '"'
 
 
 def shown(key: str, value: str) -> str:
-    """How to type `key=value` in a shell so that the value is one text."""
+    """How to write `key=value` in a shell so that the value is one text."""
     value = value[1:-1].replace('","', ",") if value.startswith('"') else value
     return shlex.quote(f"{key}={quoted(value)}")
 
 
 def expand(raw: Any, key: str = "") -> Any:
-    """Composed configuration with `~` resolved in the values that are paths, those in a list or a mapping too."""
+    """A composed configuration with `~` expanded in all paths, also inside lists and mappings."""
     if isinstance(raw, dict):
         return {name: expand(value, key if key in KEYS else f"{key}.{name}".lstrip(".")) for name, value in raw.items()}
     if isinstance(raw, list):
@@ -90,15 +90,17 @@ def expand(raw: Any, key: str = "") -> Any:
 
 
 def check_writable(folder: Path) -> None:
-    """Raise StorageError where `folder` could not be made or written to; nothing is written yet."""
+    """Raise StorageError if `folder` could not be created or written to; nothing is written yet."""
     folder = folder.absolute()
     existing = next(each for each in (folder, *folder.parents) if each.exists())
     if not existing.is_dir():
-        raise StorageError(f"{folder}: can't be made, as {existing} is a file; choose another hydra.run.dir")
+        raise StorageError(f"{folder}: can't be created because {existing} is a file; choose another hydra.run.dir")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise StorageError(f"{folder}: can't be written, as {existing} can't; choose another hydra.run.dir")
+        raise StorageError(
+            f"{folder}: can't be created because {existing} is not writable; choose another hydra.run.dir"
+        )
 
 
 def files_of(value: str | Sequence[str] | None) -> list[str]:
-    """The files that a key such as `data.train` names: none, one or several."""
+    """The files in a value such as `data.train`: none, one or several."""
     return [] if value is None else [value] if isinstance(value, str) else list(value)

@@ -1,4 +1,4 @@
-"""Which fields of `quantization` a method reads, as far as its class doesn't say so itself."""
+"""Which fields of `quantization` a method reads, where its class doesn't say so."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ OTHERS = {
     "bitsandbytes_4bit": ("load_in_8bit", "llm_int8_t", "llm_int8_h"),
     "bitsandbytes_8bit": ("load_in_4bit", "bnb_"),
 }
-"""Beginnings of the fields that transformers' one class of bitsandbytes only reads for the other method."""
+"""Prefixes of fields in transformers' shared bitsandbytes class that only the other method reads."""
 
 
 def problems(quantization: MethodConfig) -> list[str]:
-    """What is known of `quantization` without a model: fields that would change nothing."""
+    """Problems of `quantization` that are known without the model, such as fields without effect."""
     method, fields = str(quantization.method), quantization.fields
     found = [
         f"quantization.{key}: {method} does not read it; leave it out"

@@ -1,7 +1,7 @@
-"""The config.yaml of an earlier run, read as what it may be: a file from somebody else.
+"""The config.yaml of an earlier run, read as untrusted input: it may come from somebody else.
 
-Its values are plain: an interpolation in it is text, so that it can't read the environment. Code that it names is run
-only where this command line asks for it again.
+Its values are plain: an interpolation in it is text, so that it can't read the environment. Code that it names only
+runs if this command line names it again.
 """
 
 from __future__ import annotations
@@ -28,15 +28,19 @@ MOVED = {
     "vlmtune.data.drawn.load_see": "vlmtune.data.sources.drawn.courses.load_see",
     "vlmtune.data.drawn.load_compare": "vlmtune.data.sources.drawn.courses.load_compare",
 }
-"""Functions that runs of version 0.1 name in `data._target_`, and where they are now."""
+"""Functions in `data._target_` of runs from version 0.1, and their new names."""
 
 
 def read(path: Path) -> DictConfig:
-    """The values in `path`. Raises CheckpointError where it is no config that a run wrote."""
+    """The values in `path`. Raises CheckpointError if it is not a config that a run wrote."""
     try:
         text = path.read_text(encoding="utf-8")
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):  # a few lines of them fill the memory
-            raise CheckpointError(f"{path}: refers to itself (*name), which no run's config does; restore the file")
+        if any(
+            isinstance(token, yaml.AliasToken) for token in yaml.scan(text)
+        ):  # a few lines of aliases can fill the memory
+            raise CheckpointError(
+                f"{path}: contains YAML aliases (*name), which a run's config never does; restore the file"
+            )
         values = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
     except OSError as error:
         raise CheckpointError(f"{path}: can't be read: {error.strerror}") from error
@@ -57,14 +61,14 @@ def present_name(target: Any) -> Any:
 
 
 def refuse_links(run: Path) -> None:
-    """Raise CheckpointError where a file that a resumed run adds to is a link, which could lead to any file."""
+    """Raise CheckpointError if a file that a resumed run appends to is a link, which could point to any file."""
     links = [run / name for name in ("train.log", "metrics.jsonl") if (run / name).is_symlink()]
     if links:
-        raise CheckpointError([f"{link}: is a symbolic link; put the file itself in its place" for link in links])
+        raise CheckpointError([f"{link}: is a symbolic link; replace it with the file itself" for link in links])
 
 
 def refuse_code(saved: DictConfig, path: Path, asked: Collection[str]) -> None:
-    """Raise ConfigError where `saved` would run code that is neither ours nor among the keys `asked` for again."""
+    """Raise ConfigError if `saved` would run code that is neither ours nor confirmed by the keys `asked`."""
     problems = []
     metrics = [str(name) for name in OmegaConf.select(saved, "task.metrics") or []]
     own = [name for name in metrics if "." in name]
@@ -75,18 +79,20 @@ def refuse_code(saved: DictConfig, path: Path, asked: Collection[str]) -> None:
         if value is not None and str(value) not in shipped(key.rpartition(".")[2]) and key not in asked:
             problems.append(_refusal(path, key, str(value), str(value)))
     if OmegaConf.select(saved, "model.trust_remote_code") and "model.trust_remote_code" not in asked:
-        problems.append(f"{path}: that run ran its model's own code; to run it again, set model.trust_remote_code=true")
+        problems.append(
+            f"{path}: that run executed its model's own code; to allow it again, set model.trust_remote_code=true"
+        )
     if problems:
         raise ConfigError(problems)
 
 
 def _refusal(path: Path, key: str, names: str, value: str) -> str:
     again = shlex.quote(f"{key}={value}")
-    return f"{path}: {key} names code outside vlmtune, {names}; if you know that code, ask for it again: {again}"
+    return f"{path}: {key} names code outside vlmtune, {names}; if you trust that code, repeat the key: {again}"
 
 
 @functools.cache
 def shipped(key: str) -> frozenset[str]:
-    """The functions that the YAML files in conf/ name under `key`."""
+    """The functions that YAML files in conf/ set for `key`."""
     texts = (file.read_text(encoding="utf-8") for file in (home() / "conf").rglob("*.yaml"))
     return frozenset(name for text in texts for name in re.findall(rf"(?m)^\s*{key}:\s*(\S+\.\S+)\s*$", text))

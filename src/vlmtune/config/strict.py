@@ -1,4 +1,4 @@
-"""The composed configuration into dataclasses, with every problem of it in one error."""
+"""Reads the composed configuration into dataclasses, and reports all of its problems in one error."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vlmtune.errors import ConfigError, nearest
 def strict(composed: DictConfig) -> Config:
     """Turn a composed config into a `Config`.
 
-    Raises ConfigError that lists every unknown key, wrong type, value out of bounds and impossible combination.
+    Raises ConfigError with every unknown key, wrong type, value out of bounds and impossible combination.
     """
     problems: list[str] = []
     ours = OmegaConf.masked_copy(composed, [str(key) for key in composed if key not in ("sweeps", "hydra")])
@@ -39,7 +39,7 @@ def strict(composed: DictConfig) -> Config:
 
 
 def unreadable(saved: DictConfig) -> list[str]:
-    """Problems of a saved config by itself: keys that don't exist here, wrong types, values out of bounds."""
+    """Problems of a saved config: unknown keys, wrong types, values out of bounds."""
     problems: list[str] = []
     raw = OmegaConf.to_container(saved)
     assert isinstance(raw, dict)
@@ -77,7 +77,9 @@ def _value(schema: type, spec: dataclasses.Field[Any], key: str, value: Any, pro
         return None
     rule = spec.metadata
     if "files" in rule and not (value is None or _is_name(value) or _are_names(value)):
-        problems.append(f"{key}={value}: must be a file, or a list of files: {key}=[a.csv,b.csv]; quote a number")
+        problems.append(
+            f"{key}={value}: must be a file, or a list of files: {key}=[a.csv,b.csv]; a number needs quotes"
+        )
     if "per_split" in rule and not (value is None or _is_name(value) or _are_roots(value)):
         problems.append(f"{key}={value}: must be a folder, or one per split: {key}={{train: A, test: B}}")
     if "choices" in rule and value not in rule["choices"]:
@@ -90,7 +92,7 @@ def _value(schema: type, spec: dataclasses.Field[Any], key: str, value: Any, pro
 
 
 def literal(value: Any) -> Any:
-    """`value` in the form in which OmegaConf takes every text in it as it stands: `${...}` is no reference."""
+    """`value` escaped for OmegaConf, so that `${...}` in a text is not an interpolation."""
     if isinstance(value, dict):
         return {key: literal(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -120,13 +122,13 @@ def _annotations(schema: type) -> dict[str, Any]:
 
 
 def _read_open(group: str, raw: dict[Any, Any], problems: list[str]) -> MethodConfig:
-    """Check an `adapter` or `quantization` group against the config class of the package that defines the method."""
+    """Check an `adapter` or `quantization` group against the config class that defines its method."""
     fields = {str(key): value for key, value in raw.items() if key not in ("method", "parts")}
     method, parts = raw.get("method"), raw.get("parts", ["language"])
     if not isinstance(parts, list):
         problems.append(f"{group}.parts={parts}: must be a list, for instance [language]")
     if method is None:
-        problems += [f"{group}.{key}: there is nothing to set with {group}=none" for key in fields]
+        problems += [f"{group}.{key}: has no effect with {group}=none" for key in fields]
         return MethodConfig(None, parts)
     methods = known_fields.methods(group, str(method), fields)
     if str(method) not in methods:
@@ -139,6 +141,6 @@ def _read_open(group: str, raw: dict[Any, Any], problems: list[str]) -> MethodCo
 
 
 def _meant(field: str, allowed: list[str]) -> str:
-    """The nearest fields, and all others in the order of their class, which puts the main ones first."""
+    """The nearest fields, or all fields in the order of their class, which starts with the main ones."""
     hint = nearest(field, allowed, most=0)
     return f"{hint} " * hint.startswith("did") + f"choose from: {', '.join(allowed)}"

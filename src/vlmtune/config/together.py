@@ -1,4 +1,4 @@
-"""Problems of keys that are fine alone but not together, each group's own."""
+"""Problems of keys that are valid alone but not in combination, per group."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vlmtune.metrics import resolve
 
 
 def combinations(config: Config) -> list[str]:
-    """All problems of `config`, whose values are of the right type and within their bounds."""
+    """All problems of `config`, whose values already have the right types and bounds."""
     groups = (of_model, of_trainer, of_data, of_stream, of_optimizer, of_task, of_adapter, of_quantization)
     return [problem for group in groups for problem in group(config)]
 
@@ -25,16 +25,16 @@ def of_model(config: Config) -> Iterator[str]:
         yield "model.path: missing; give a hub id or a folder, or choose a model by name (model=qwen2vl_7b)"
     if model.trust_remote_code and not Path(str(model.path)).expanduser().is_dir() and not is_commit(model.revision):
         yield (
-            f"model.revision={model.revision}: code of a repository is only run at a pinned commit; give the 40 "
-            "characters of one that you have read"
+            f"model.revision={model.revision}: code from a repository only runs at a pinned commit; give the 40 "
+            "characters of a commit that you have read"
         )
     yield from _no_part("model.freeze", model.freeze)
     if config.uses_adapter and model.save_layout == "original":
         yield "model.save_layout=original: is for whole models (adapter=none); an adapter has no such layout"
     if config.uses_adapter and model.freeze:
         yield (
-            f"model.freeze={model.freeze}: under an adapter the whole base model is frozen already; "
-            "drop model.freeze, or use adapter=none"
+            f"model.freeze={model.freeze}: with an adapter the whole base model is frozen already; "
+            "remove model.freeze, or use adapter=none"
         )
     if image.min_tokens and image.max_tokens and image.min_tokens > image.max_tokens:
         yield f"model.image.min_tokens={image.min_tokens}: above model.image.max_tokens={image.max_tokens}"
@@ -55,16 +55,16 @@ def of_trainer(config: Config) -> Iterator[str]:
         if name not in metrics:
             yield f"trainer.best_metric={trainer.best_metric}: {nearest(name, [f'eval/{m}' for m in metrics])}"
         if not trainer.eval_every:
-            yield "trainer.best_metric: also needs trainer.eval_every, or there is nothing to choose from"
+            yield "trainer.best_metric: also needs trainer.eval_every, or there are no checkpoints to choose from"
     if trainer.precision == "fp16" and config.model.dtype == "bf16":
-        yield "trainer.precision=fp16: does not go with model.dtype=bf16; use precision=bf16 or dtype=fp16"
+        yield "trainer.precision=fp16: can't be combined with model.dtype=bf16; use precision=bf16 or dtype=fp16"
 
 
 def of_data(config: Config) -> Iterator[str]:
     data = config.data
     for role, name in vars(data.columns).items():
         if name in data.ignore:
-            yield f"data.ignore: {name} is what data.columns.{role} reads; leave it out of one of them"
+            yield f"data.ignore: {name} is the column that data.columns.{role} reads; remove it from one of them"
     if (data.streaming or data.subset) and data._target_ != "vlmtune.data.sources.hub.load":
         yield "data.streaming, data.subset: are for data=hub"
     if data.header is None:
@@ -80,17 +80,17 @@ def of_stream(config: Config) -> Iterator[str]:
     if not data.streaming:
         return
     if data.on_duplicate != "keep":
-        yield "data.on_duplicate: repeated rows of a stream aren't found; leave it out"
+        yield "data.on_duplicate: repeated rows of a stream can't be detected; leave it out"
     if trainer.share_prefix == "on":
         yield "trainer.share_prefix=on: rows of a stream can't be grouped by their images; use auto"
     if "epoch" in (trainer.save_every, trainer.eval_every if data.validation else None):
         yield "data.streaming: a stream has no epochs; set trainer.eval_every and save_every to steps or null"
     if trainer.max_steps is None:
-        yield "data.streaming: a stream has no length; set trainer.max_steps"
+        yield "data.streaming: a stream has no end; set trainer.max_steps"
     if data.validation_fraction:
         yield "data.validation_fraction: nothing can be held out of a stream; set data.validation"
     if (data.validation or data.test) and data.max_eval_rows is None:
-        yield "data.max_eval_rows: missing; with data.streaming only so many rows are read for evaluation"
+        yield "data.max_eval_rows: missing; data.streaming needs it to limit the rows that are evaluated"
 
 
 def of_optimizer(config: Config) -> Iterator[str]:
@@ -110,7 +110,7 @@ def of_task(config: Config) -> Iterator[str]:
 def of_adapter(config: Config) -> Iterator[str]:
     yield from _no_part("adapter.parts", config.adapter.parts)
     if config.resume and config.adapter.method == "adalora":
-        yield "resume: AdaLoRA keeps part of its state to itself, so a resumed run would be another one"
+        yield "resume: not supported with AdaLoRA, which does not save part of its state"
     if config.uses_adapter:
         bits = {"bitsandbytes_4bit": 4, None: None}.get(config.quantization.method, 8)
         yield from peft_fields.problems(config.adapter, bits=bits)
@@ -121,16 +121,16 @@ def of_quantization(config: Config) -> Iterator[str]:
     if not config.is_quantized:
         return
     if not config.uses_adapter:
-        yield "quantization: quantized weights can't be trained themselves; add an adapter, for instance adapter=lora"
+        yield "quantization: quantized weights can't be trained; add an adapter, for instance adapter=lora"
     yield from quantization_fields.problems(config.quantization)
 
 
 def is_commit(revision: str | None) -> bool:
-    """True for a commit's full hash: a branch or a tag may hold other code tomorrow."""
+    """True for a full commit hash: a branch or a tag may point to different code tomorrow."""
     return re.fullmatch("[0-9a-f]{40}", revision or "") is not None
 
 
 def _no_part(key: str, names: Iterable[Any]) -> Iterator[str]:
     for name in names:
         if name not in PARTS:
-            yield f"{key}: {name} is no part; {nearest(str(name), PARTS)}"
+            yield f"{key}: {name} is not a part; {nearest(str(name), PARTS)}"

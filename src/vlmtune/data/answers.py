@@ -1,7 +1,7 @@
 """The references of an answer cell.
 
-A list of texts is several references, of which the first is trained on; anything else is the answer itself.
-`data.answer_lists=text` makes lists of texts answers as well.
+A list of texts means several references; the first one is trained on. Anything else is the answer itself.
+`data.answer_lists=text` treats lists of texts as answers too.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ PYTHON_LIST = re.compile(r"\s*\[\s*'.*'\s*\]\s*", re.DOTALL)
 
 
 def answers_of(cell: Any, lists: str) -> tuple[tuple[str, ...], bool]:
-    """The references of an answer cell, and whether they stood in a list of texts.
+    """The references of an answer cell, and whether they came from a list of texts.
 
-    `lists`: such a list is several `references`, or the answer's own `text`, as JSON.
+    `lists`: treat such a list as several `references`, or as the answer's `text`, in JSON.
     """
     cell = as_list(cell)
     if isinstance(cell, str) and lists == "references" and PYTHON_LIST.fullmatch(cell):
@@ -46,7 +46,7 @@ def _is_text(item: Any) -> bool:
 
 
 def _doubtful(found: list[Any]) -> str | None:
-    """What speaks against a list being the answer itself."""
+    """Why a list is probably not meant as the answer itself."""
     if any(item is None for item in found) and any(map(_is_text, found)):
         return f"answer is a list of texts with a null in it: {found!s:.60}"
     if all(isinstance(item, dict) and "answer" in item for item in found):
@@ -54,27 +54,27 @@ def _doubtful(found: list[Any]) -> str | None:
     return None
 
 
-class Lists:
-    """Counts answers that are lists of texts, to say once how they are read."""
+class ListAnswers:
+    """Counts answers that are lists of texts, to log once how they are read."""
 
     def __init__(self, reading: str):
         self.reading, self.rows = reading, 0
         self.example: str | None = None
 
     def add(self, cell: Any, answer: str) -> None:
-        """Note that an answer is a list, of which `answer` is trained on."""
+        """Count an answer that is a list; `answer` is trained on."""
         self.rows += 1
         if self.rows == 1:
             self.example = f"{as_list(cell)!s:.60} as {answer:.60}"
 
-    def tell(self, file: str) -> None:
-        """Say it in the log."""
+    def log(self, file: str) -> None:
+        """Log how lists are read."""
         if self.example is None:
             return
         if self.reading == "references":
-            said = "the first of each is trained on and all are accepted", "text to train on the whole list"
+            said = "the first text is trained on, all are accepted as correct", "text trains on the whole list"
         else:
-            said = "the whole list is trained on, as JSON", "references to train on the first of each"
+            said = "the whole list is trained on as JSON", "references trains on the first text"
         shown = (file, self.rows, said[0], self.example, said[1])
         log.info("%s: answers that are lists of texts: %d; %s (%s); data.answer_lists=%s", *shown)
         self.example = None

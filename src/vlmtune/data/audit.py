@@ -1,6 +1,6 @@
-"""Rows of a frame become records, or bad rows with their reasons. Nothing is repaired, replaced or guessed.
+"""Turns the rows of a frame into records, or bad rows with reasons. Nothing is repaired, replaced or guessed.
 
-The part of a reason up to its first colon or number names its kind.
+The part of a reason before its first colon or number is its category.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from vlmtune import display
 from vlmtune.config.schema import DataConfig, TaskConfig
 from vlmtune.data.cells import column_values
-from vlmtune.data.columns import column_problems, columns_with_text, filled, sample_of, tell_unread
+from vlmtune.data.columns import column_problems, columns_with_text, filled, log_unread, sample_of
 from vlmtune.data.images import Source, content_key, image_size, open_image
 from vlmtune.data.reader import RowReader
 from vlmtune.data.records import Record
@@ -27,20 +27,20 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MANY = 2000
-"""Images from which on checking them shows a progress bar."""
+"""From this many images on, checking them shows a progress bar."""
 
 
 def audit_frame(
     frame: pd.DataFrame, config: DataConfig, task: TaskConfig, file: str = "", answers_required: bool = True
 ) -> Split:
-    """Turn a frame's rows into records, and keep apart those that can't be used, with their reasons.
+    """Turn a frame's rows into records; rows that can't be used are kept separately, with their reasons.
 
     An image cell holds a path, a PIL image, bytes, a function that returns a PIL image, a list of these, or nothing (a
-    text-only row). `<image>` in a question says where each image stands. Relative paths start from `data.image_root`,
-    else from the folder of the row's file: `file`, where the frame's own index does not name one. `Record.row` is the
-    position in `frame`. Without `answers_required`, as in prediction, answers may be missing.
+    text-only row). `<image>` in a question is the placeholder for an image. Relative paths start from
+    `data.image_root`, else from the folder of the row's file: `file`, if the frame's index names none. `Record.row` is
+    the position in `frame`. Without `answers_required`, as in prediction, answers may be missing.
 
-    Raises DataError when a column is missing; bad rows raise nothing.
+    Raises DataError if a column is missing; bad rows raise nothing.
     """
     texts = columns_with_text(sample_of(frame))
     if problems := column_problems(frame.columns, config.columns, file, answers_required, task, texts):
@@ -49,7 +49,7 @@ def audit_frame(
     files = dict.fromkeys([place.file for place in at] or [file])
     readers = {name: RowReader(config, task, name, answers_required, present) for name in files}
     reader = next(iter(readers.values()))
-    tell_unread(file, present, config, reader.refusable)
+    log_unread(file, present, config, reader.refusable)
     columns = [_cells(frame, name) for name in reader.columns]
     records, faults = [], []
     for row, (place, *cells) in enumerate(zip(at, *columns, strict=True)):
@@ -60,8 +60,8 @@ def audit_frame(
     _add_image_faults(records, faults, config)
     good = _group_by_content([record for record, found in zip(records, faults, strict=True) if not found])
     for each in readers.values():
-        each.tell()
-    reader.tell_images(good, frame.columns)
+        each.log()
+    reader.warn_of_no_images(good, frame.columns)
     bad = [record.refused("; ".join(found)) for record, found in zip(records, faults, strict=True) if found]
     return Split(RecordList(good), frame, bad, repeats_of(good) if answers_required else [])
 
@@ -75,7 +75,7 @@ def _cells(frame: pd.DataFrame, name: str) -> list[Any]:
 
 
 def _add_image_faults(records: list[Record], faults: list[list[str]], config: DataConfig) -> None:
-    """Open each distinct image once, in threads, and note its fault at every row that shows it."""
+    """Open each distinct image once, in threads, and add its fault to every row that shows it."""
     distinct = {key: source for record in records for key, source in zip(keys_of(record), record.images, strict=True)}
     check = open_image if config.check_images == "decode" else image_size
 
@@ -94,7 +94,7 @@ def _add_image_faults(records: list[Record], faults: list[list[str]], config: Da
 
 
 def _group_by_content(records: list[Record]) -> list[Record]:
-    """Give rows one group where their image files are copies of each other; files of different sizes aren't read."""
+    """Give rows the same group if their image files are identical; files of different sizes are not read."""
     files: dict[Hashable, Any] = {
         key: source for r in records for key, source in zip(keys_of(r), r.images, strict=True)
     }
@@ -118,7 +118,7 @@ def _group_by_content(records: list[Record]) -> list[Record]:
 
 
 def keys_of(record: Record) -> tuple[Hashable, ...]:
-    """The keys of a record's images, of which its group is made."""
+    """The keys of a record's images, which make up its group."""
     return record.group if isinstance(record.group, tuple) else (record.group,) * len(record.images)
 
 
@@ -130,7 +130,7 @@ def _with_progress(results: Iterable[str | None], total: int) -> Iterator[str | 
 
 
 def repeats_of(records: Iterable[Record]) -> list[tuple[int, int]]:
-    """Positions of records that say the same of the same images as an earlier one, each with that one's."""
+    """Positions of records that repeat an earlier one (same images and texts), each with the earlier position."""
     first: dict[Hashable, int] = {}
     numbered = enumerate((record.group, record.turns, record.system) for record in records)
     return [(at, original) for at, said in numbered if (original := first.setdefault(said, at)) != at]

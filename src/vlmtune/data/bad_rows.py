@@ -1,4 +1,4 @@
-"""What happens to rows that can't be used, and to those that repeat an earlier one: stop, or go on without them."""
+"""What happens to rows that can't be used, and to repeated rows: stop, or continue without them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ log = logging.getLogger("vlmtune")
 
 
 class BadRowsError(DataError):
-    """Rows can't be used and the policy is to stop. `bad` holds them all; the message shows the first of each file."""
+    """Some rows can't be used and the policy is to stop. `bad` has all of them; the message the first of each file."""
 
     def __init__(self, problems: Sequence[str], bad: list[BadRow]):
         super().__init__(problems)
@@ -29,7 +29,7 @@ class BadRowsError(DataError):
 
 
 def write_quarantine(path: Path, bad: Sequence[BadRow]) -> None:
-    """Write bad rows as CSV with the columns file, line, row, reason; `line` is empty for rows of no file."""
+    """Write bad rows as CSV with the columns file, line, row, reason; `line` is empty for rows without one."""
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["file", "line", "row", "reason"])
@@ -37,7 +37,7 @@ def write_quarantine(path: Path, bad: Sequence[BadRow]) -> None:
 
 
 def refusals(name: str, split: Split, config: DataConfig) -> list[str]:
-    """Why the policy does not let this split pass, if it doesn't."""
+    """Why the policy refuses this split; empty if it doesn't."""
     total = len(split.records) + len(split.bad)
     if total == 0:
         return [f"{name}: has no rows"]
@@ -46,7 +46,7 @@ def refusals(name: str, split: Split, config: DataConfig) -> list[str]:
     share = len(split.bad) / total
     summary = f"{split.bad[0].file}: {len(split.bad)} of {total} rows can't be used ({_kinds(split.bad)})"
     if config.on_bad_row == "fail":
-        advice = "Correct them, or leave them out with data.on_bad_row=drop; quarantine.csv then lists them all."
+        advice = "Correct them, or skip them with data.on_bad_row=drop; quarantine.csv then lists all of them."
         return [summary, *_first(split.bad), advice]
     if share > config.max_bad_fraction or share == 1:
         limit = f"above data.max_bad_fraction={config.max_bad_fraction:g}" if share < 1 else "no row is left"
@@ -61,7 +61,7 @@ def _kinds(bad: Sequence[BadRow]) -> str:
 
 
 def _first(bad: Sequence[BadRow]) -> list[str]:
-    """The first faults, each once, with the row that has it first and how many others do."""
+    """The first faults, each once, with its first row and the number of other rows."""
     alike: dict[tuple[str, str], list[BadRow]] = {}
     for row in bad:
         alike.setdefault((row.file, row.reason), []).append(row)
@@ -80,7 +80,7 @@ def _first(bad: Sequence[BadRow]) -> list[str]:
 
 
 def _repeats(split: Split, most: int | None = None) -> list[BadRow]:
-    """Rows that repeat an earlier one, as rows that can't be used."""
+    """Rows that repeat an earlier one, as bad rows."""
     pairs = ((split.records[at], split.records[original]) for at, original in split.repeats[:most])
     return [record.refused(f"duplicate of {_other(record, first)}") for record, first in pairs]
 
@@ -91,26 +91,26 @@ def _other(record: Record, first: Record) -> str:
 
 
 def repeats_refused(name: str, split: Split, config: DataConfig, bad: list[BadRow]) -> list[str]:
-    """Why data.on_duplicate=fail does not let this split pass, if it doesn't; `bad` gets the rows."""
+    """Why data.on_duplicate=fail refuses this split; empty if it doesn't. `bad` gets the repeated rows."""
     if not split.repeats or config.on_duplicate != "fail":
         return []
     rows = _repeats(split)
     bad += rows
     summary = f"{name}: {len(rows)} of {len(split.records)} rows repeat an earlier one"
-    return [summary, *_first(rows), "data.on_duplicate=keep trains on them as they stand, drop leaves them out."]
+    return [summary, *_first(rows), "data.on_duplicate=keep uses them, drop skips them."]
 
 
 def without_repeats(name: str, split: Split, config: DataConfig) -> Split:
-    """The split by data.on_duplicate; what happens to repeated rows is logged."""
+    """Apply data.on_duplicate to a split, and log what happens to repeated rows."""
     if not split.repeats:
         return split
     [first] = _repeats(split, most=1)
     found = f"{name}: {len(split.repeats)} of {len(split.records)} rows repeat an earlier one"
     example = f"{first.file}, {first.place} is a {first.reason}"
     if config.on_duplicate == "keep":
-        log.info("%s (%s) and are used as they stand; data.on_duplicate=drop leaves them out", found, example)
+        log.info("%s (%s); they are used; data.on_duplicate=drop skips them", found, example)
         return dataclasses.replace(split, repeats=[])
-    log.info("%s (%s) and are left out, as data.on_duplicate=drop says", found, example)
+    log.info("%s (%s); they are skipped (data.on_duplicate=drop)", found, example)
     repeated = {at for at, _ in split.repeats}
     kept = split.records.select([at for at in range(len(split.records)) if at not in repeated])
     return Split(kept, split.frame, split.bad + _repeats(split))

@@ -1,7 +1,7 @@
-"""A PNG without what stands beside its pixels.
+"""A PNG reduced to its pixels, without metadata.
 
-Image generators write megabytes of text into a PNG, and editors leave colour profiles and other chunks half written;
-decoders refuse the whole file for them. Its pixels are sound all the same.
+Image generators write megabytes of text into a PNG, and editors leave colour profiles and other chunks incomplete.
+Decoders then refuse the whole file although its pixels are fine.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import zlib
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PIXELS = (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"eXIf")
-"""Chunks that say how the picture looks: size, palette, pixels, transparency, and which side is up."""
+"""Chunks that define how the image looks: size, palette, pixels, transparency and orientation."""
 
 
 def bare_png(content: bytes) -> bytes | None:
-    """`content` with the chunks in `PIXELS` alone, or None where it is no PNG or has none but these.
+    """`content` with only the chunks in `PIXELS`, or None if it is not a PNG or has no other chunks.
 
-    An `eXIf` whose checksum is wrong is left out; the checksums of the others stay as they are, for the decoder to see.
+    An `eXIf` chunk with a wrong checksum is dropped; the other checksums are kept, for the decoder to verify.
     """
     if not content.startswith(SIGNATURE):
         return None

@@ -1,6 +1,6 @@
-"""What a cell holds -> the text that a model sees: the text of the source, or JSON's form where the source has none.
+"""A cell's value -> the text that a model sees: the text in the source, or JSON if the source has no text.
 
-Numbers keep their digits, truth values are true and false, objects are JSON, and nothing takes a detour through floats.
+Numbers keep their digits, booleans are true and false, objects are JSON, and nothing is converted through floats.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 
 
 class Number(str):
-    """A number of a JSON file, with the digits that stand there: neither 1.50 nor 12345678901234567890 survives a
-    float."""
+    """A number from a JSON file with its digits as written: neither 1.50 nor 12345678901234567890 survives a float."""
 
     __slots__ = ()
 
@@ -34,13 +33,13 @@ class Number(str):
 
 
 class Unreadable(str):
-    """A value that can't be used, which only matters where it is read; as a text it is the value itself."""
+    """A value that can't be used; this only matters if it is read. As a text it is the value itself."""
 
     reason: str = ""
 
     @classmethod
     def of(cls, value: Any, reason: str) -> Unreadable:
-        """`value` with the reason why it can't be used."""
+        """`value`, with the reason why it can't be used."""
         found = cls(value)
         found.reason = reason
         return found
@@ -50,9 +49,9 @@ class Unreadable(str):
 
 
 def from_json(text: str, **options: Any) -> Any:
-    """Read JSON, its numbers as they are written; `options` of json.JSONDecoder.
+    """Read JSON, with numbers as they are written. `options`: those of json.JSONDecoder.
 
-    Raises json.JSONDecodeError, or DataError where it is too deep.
+    Raises json.JSONDecodeError, or DataError if it is nested too deeply.
     """
     try:
         return _decoder(**options).decode(text)
@@ -62,17 +61,19 @@ def from_json(text: str, **options: Any) -> Any:
 
 @functools.lru_cache
 def _decoder(**options: Any) -> json.JSONDecoder:
-    """Made once, not for each line of a file."""
+    """Created once, not for each line of a file."""
     return json.JSONDecoder(parse_float=Number, parse_int=Number, parse_constant=_constant, **options)
 
 
 def _constant(name: str) -> Any:
-    """NaN is what a table without a value there was written as."""
+    """NaN in JSON is how tables write a missing value."""
     return None if name == "NaN" else Number(name)
 
 
 def to_json(value: Any, default: Callable[[Any], str] | None = None) -> str:
-    """A value as one line of JSON, its numbers as they are written. `default` names what has no text."""
+    """A value as one line of JSON, with numbers as they are written. `default` is used in messages about values without
+    a text.
+    """
     value = as_list(value)
     if isinstance(value, dict):
         return "{" + ", ".join(f"{_quoted(key)}: {to_json(item, default)}" for key, item in value.items()) + "}"
@@ -95,7 +96,7 @@ def _quoted(text: Any) -> str:
 
 
 def json_list(text: str) -> list[Any] | None:
-    """The list that a text holds as JSON, or None."""
+    """The list in a JSON text, or None."""
     try:
         found = from_json(text) if text.lstrip().startswith("[") else None
     except (json.JSONDecodeError, DataError):
@@ -107,7 +108,7 @@ def json_list(text: str) -> list[Any] | None:
 
 
 def as_list(cell: Any) -> Any:
-    """Arrays, series and tuples of values as lists; anything else is left as it is."""
+    """Arrays, series and tuples as lists; anything else is unchanged."""
     if isinstance(cell, str | bytes) or not hasattr(cell, "tolist") or getattr(cell, "ndim", 0) == 0:
         return cell
     return [as_list(item) for item in cell]
@@ -123,16 +124,16 @@ def is_missing(cell: Any) -> bool:
 
 
 def is_blank(cell: Any) -> bool:
-    """Missing, or nothing but spaces."""
+    """Missing, or only white space."""
     return not cell.strip() if isinstance(cell, str) else is_missing(cell)
 
 
 WRITTEN = (str, numbers.Number, datetime.date, datetime.time, datetime.timedelta, uuid.UUID, os.PathLike)
-"""Types whose `str` is what a file would hold."""
+"""Types whose `str` is the text that a file would contain."""
 
 
 def text_of(cell: Any, role: str) -> str:
-    """A cell as text; nothing for a missing one. Raises DataError for what has no text."""
+    """A cell as text; empty for a missing one. Raises DataError for a value without a text."""
     if type(cell) is str:
         return cell
     if isinstance(cell, Unreadable):
@@ -167,7 +168,7 @@ def _decoded(cell: bytes, role: str) -> str:
 
 
 def column_values(series: pd.Series) -> list[Any]:
-    """The values of a column as they are, without a detour through wider floats."""
+    """The values of a column, without conversion to wider floats."""
     kind = series.dtype
     if kind.name == "category":
         names = column_values(series.cat.categories.to_series())
@@ -181,7 +182,7 @@ def column_values(series: pd.Series) -> list[Any]:
 
 
 def says_nothing(value: Any) -> bool:
-    """Whether a value is missing, empty, or holds such values alone: as it is where a row lacks a key."""
+    """Whether a value is missing, empty, or contains only such values, like a row that lacks the key."""
     value = as_list(value)
     if isinstance(value, dict):
         return all(says_nothing(item) for item in value.values())
@@ -191,30 +192,30 @@ def says_nothing(value: Any) -> bool:
 
 
 def is_structure(value: Any) -> bool:
-    """A list or an object, also as JSON in a text."""
+    """Whether it is a list or an object, also as JSON in a text."""
     return isinstance(as_list(value), list | tuple | dict) or str(value).lstrip().startswith(("[", "{"))
 
 
 def is_truth(value: Any) -> bool:
-    """A truth value, also as a text."""
+    """Whether it is a boolean, also as a text."""
     return _is_truth_type(value) or (isinstance(value, str) and value.strip().casefold() in ("true", "false"))
 
 
 def is_image(value: Any) -> bool:
-    """An image, by its kind or by the ending of its file's name."""
+    """Whether it is an image, by type or file extension."""
     if isinstance(value, str):
         return re.search(r"\.(png|jpe?g|webp|gif|bmp|tiff?)$|^data:image/", value.strip(), re.IGNORECASE) is not None
     return isinstance(value, bytes) or hasattr(value, "getpixel") or (isinstance(value, dict) and "bytes" in value)
 
 
 def is_media(value: Any) -> bool:
-    """A video or a sound, by the ending of its file's name or by its content."""
+    """Whether it is a video or audio, by file extension or content."""
     endings = r"\.(mp4|m4v|avi|mov|mkv|webm|gif|wav|mp3|m4a|flac|ogg|opus)$"
     return re.search(endings, str(value).strip(), re.IGNORECASE) is not None or is_structure(value)
 
 
 def is_one(value: Any) -> bool:
-    """The number 1, also as a text or as true, or a list of such."""
+    """Whether it is the number 1, also as a text or as true, or a list of these."""
     value = as_list(value)
     if isinstance(value, list | tuple):
         return all(map(is_one, value))

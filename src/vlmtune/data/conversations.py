@@ -1,20 +1,20 @@
-"""Conversations as data sets hold them -> turns.
+"""Conversations in the formats of data sets -> turns.
 
-Two forms are read, told apart by their keys. ShareGPT's, which LLaVA's data sets use:
+Two formats are read, distinguished by their keys. ShareGPT's, which LLaVA's data sets use:
 
     [{"from": "human", "value": "<image>\\nWhat is it?"}, {"from": "gpt", "value": "A cat."}]
 
-and the one of OpenAI's chat interface, whose content is a text or a list of parts:
+and OpenAI's chat format, in which content is a text or a list of parts:
 
     [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]},
      {"role": "assistant", "content": "A cat."}]
 
 Pairs such as {"user": "What is it?", "assistant": "A cat."} (The Cauldron) are read as two messages each.
 
-`<image>` in a question, or a part of type image, stands for the row's next image; beside parts of type image it stays
-text. Whether the model sees an image where it is placed is for its chat template to say: LLaVA 1.5's puts images first.
-Nothing is guessed: turns must take turns, and places and images must match in number. Keys that nothing reads are
-named, or refused where they change what a row means (`meanings`).
+`<image>` in a question, or a part of type image, stands for the row's next image. If there are parts of type image,
+`<image>` stays text. The chat template decides where the model sees an image: LLaVA 1.5's puts images first. Nothing is
+guessed: questions and answers must alternate, and the numbers of placeholders and images must match. Unused keys are
+logged, or refused if they change the meaning of a row (`meanings`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vlmtune.data.cells import as_list, from_json
-from vlmtune.data.meanings import Unread
+from vlmtune.data.meanings import UnreadKeys
 from vlmtune.data.messages import ROLE_KEYS, Message, MessageReader, kind_of_part
 from vlmtune.data.records import Turn
 from vlmtune.errors import DataError
@@ -38,19 +38,18 @@ class Conversation:
     turns: tuple[Turn, ...]
     system: str | None = None
     images: list[Any] = field(default_factory=list)
-    """One for each place, in order: what a message carries itself (a path, or a data URL), or None for the next of the
-    row's own images."""
+    """One per placeholder, in order: the image in the message itself (a path or a data URL), or None for the row's next
+    image."""
 
 
-def parse(cell: Any, *, answers_required: bool, unread: Unread | None = None) -> Conversation:
+def parse(cell: Any, *, answers_required: bool, unread: UnreadKeys | None = None) -> Conversation:
     """Read a conversation: a list of messages, or its JSON.
 
-    The last message is an answer to train on; without `answers_required` it may be missing, and is left off. `unread`
-    collects the keys that nothing reads.
-    Raises DataError that names the message, from 1.
+    The last message is an answer to train on; without `answers_required` it may be missing, and is dropped if present.
+    `unread` collects unused keys. Raises DataError that names the message, counted from 1.
     """
     messages = _messages(cell)
-    reader = MessageReader(unread or Unread(training=answers_required), _has_image_parts(messages))
+    reader = MessageReader(unread or UnreadKeys(training=answers_required), _has_image_parts(messages))
     found = Conversation(())
     turns: list[Turn] = []
     question: Message | None = None
@@ -111,7 +110,7 @@ def _messages(cell: Any) -> list[Any]:
 
 
 def _by_message(cell: Any) -> Any:
-    """Older data sets hold one list for each key; as messages. Anything else is left as it is."""
+    """Older data sets have one list per key; convert it to messages. Anything else is unchanged."""
     lists = [as_list(value) for value in cell.values()] if isinstance(cell, dict) else []
     if not lists or not all(isinstance(value, list) for value in lists) or len(set(map(len, lists))) > 1:
         return cell
@@ -119,7 +118,7 @@ def _by_message(cell: Any) -> Any:
 
 
 def _of_pair(item: Any) -> list[Any]:
-    """The question and the answer of an item that holds both, as in The Cauldron; a message alone."""
+    """An item with both question and answer, as in The Cauldron, as two messages; a single message as it is."""
     asker = next((key for key in ("user", "human") if isinstance(item, dict) and key in item), None)
     if asker is None or "assistant" not in item or any(key in item for key in ROLE_KEYS):
         return [item]
@@ -129,7 +128,7 @@ def _of_pair(item: Any) -> list[Any]:
 
 
 def _has_image_parts(messages: Iterable[Any]) -> bool:
-    """Whether any message shows an image by a part of its own, so that `<image>` in a text is a text."""
+    """Whether any message has an image part, so that `<image>` in a text is plain text."""
     contents = (as_list(value) for message in messages if isinstance(message, dict) for value in message.values())
     parts = (part for content in contents if isinstance(content, list) for part in content)
     return any(isinstance(part, dict) and kind_of_part(part) in ("image", "image_url") for part in parts)

@@ -1,4 +1,4 @@
-"""What a file is by its first bytes, for messages about one that is not what its name says."""
+"""Recognises a file's type by its first bytes, for messages about files that are not what their name says."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ KINDS = (
     (b"\xff\xd8\xff", "a JPEG image"),
     (b"\xff\xfe", "text in UTF-16; save it as UTF-8"),
     (b"\xfe\xff", "text in UTF-16; save it as UTF-8"),
-    (b"version https://git-lfs", "a pointer of Git LFS in place of the file; fetch it with: git lfs pull"),
+    (b"version https://git-lfs", "a Git LFS pointer, not the file itself; fetch it with: git lfs pull"),
 )
 NO_IMAGES = (
     (b"<svg", "an SVG drawing"),
@@ -26,16 +26,16 @@ NO_IMAGES = (
     (b"%!ps", "a PostScript file"),
 )
 CODED = {b"hei": "an HEIC photo", b"hev": "an HEIC photo", b"mif": "an HEIC photo"}
-"""By the brand of an ISO media file, in bytes 8 to 10; the others are videos."""
+"""By the brand of an ISO media file, in bytes 8 to 10; all other brands are videos."""
 
 
 def kind_of(head: bytes) -> str | None:
-    """What a file is that begins like this and is no text; None where that isn't known."""
+    """The type of a non-text file with this beginning; None if unknown."""
     return next((kind for start, kind in KINDS if head.startswith(start)), None)
 
 
 def no_image(head: bytes) -> str | None:
-    """What a file is that begins like this and is no image in a format that is read; None where that isn't known."""
+    """The type of a file with this beginning that is not a supported image; None if unknown."""
     if head[4:8] == b"ftyp":
         return CODED.get(head[8:11], "a video")
     folded = head.lstrip().lower()

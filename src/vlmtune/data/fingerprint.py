@@ -1,4 +1,4 @@
-"""Hashes that tell rows, images and base models from others."""
+"""Hashes that identify rows, images and base models."""
 
 from __future__ import annotations
 
@@ -17,17 +17,19 @@ def fingerprint(records: Sequence[Record]) -> str:
     digest, seen = hashlib.blake2b(digest_size=12), dict[Hashable, int]()
     for record in records:
         images = [image.name for image in record.images if isinstance(image, Path)]  # the folder may move
-        turns = repr(record.turns).replace(", trained=True", "")  # older versions did not know it: their runs go on
+        turns = repr(record.turns).replace(
+            ", trained=True", ""
+        )  # older versions did not have it, and their runs must still resume
         group = seen.setdefault(record.group, len(seen))
         digest.update(f"({turns}, {record.system!r}, {images!r}, {group})".encode())
     return digest.hexdigest()
 
 
 def image_fingerprint(records: Sequence[Record]) -> str:
-    """A hash of what all rows' images hold, in order.
+    """A hash of the content of all rows' images, in order.
 
-    Of a file's bytes the first, middle and last 16 KiB count, and their number: headers, and small images in full.
-    Images that a function makes count by their number alone. Raises DataError where a file can't be read.
+    For a file it covers the size and the first, middle and last 16 KiB: headers, and small images in full. Images
+    made by a function only count by number. Raises DataError if a file can't be read.
     """
     digest, seen = hashlib.blake2b(digest_size=12), set[Path]()
     for record in records:
@@ -41,7 +43,7 @@ def image_fingerprint(records: Sequence[Record]) -> str:
 
 
 def model_files(path: str, commit: str | None) -> str:
-    """What tells one base model from another: of a folder a hash of its weights and config, else its name and commit.
+    """What identifies a base model: for a folder a hash of its weights and config, else its name and commit.
 
     `commit`: what the hub resolved the revision to.
     """
@@ -72,7 +74,7 @@ def sampled(file: Path) -> bytes:
 
 
 def _content(image: Any) -> bytes:
-    """A hash of an image in memory: its file's bytes, or its pixels."""
+    """A hash of an image in memory: of its file's bytes, or of its pixels."""
     if isinstance(image, bytes):
         return hashlib.blake2b(image, digest_size=16).digest()
     if not hasattr(image, "tobytes"):

@@ -1,16 +1,16 @@
-"""From any image a user has to upright 8-bit RGB pixels, or to a DataError that says what would work.
+"""Any image of a user -> upright 8-bit RGB pixels, or a DataError that says what would work.
 
-The rules, one per trap:
+The rules, one per pitfall:
 
-- Only raster formats in `FORMATS` are opened; PIL's others may start programs (EPS) or fetch stub handlers.
+- Only the raster formats in `FORMATS` are opened; PIL's other formats may start programs (EPS) or load stub handlers.
 - Transparent pixels are put on white, as browsers and document viewers show them.
-- More than 8 bits are scaled by the range of the type, 0..65535 to 0..255, never by an image's own extremes: equal
-  pixel values stay equal across images. Floats are read as 0..1. Values beyond these ranges are refused.
-- The first frame of an animation counts.
-- A file that ends early is refused; it never becomes a half-grey picture.
-- What stands beside the pixels (texts, colour profiles, broken EXIF data) makes no image a damaged one.
+- Values of more than 8 bits are scaled by the type's range, 0..65535 to 0..255, never by an image's own extremes: equal
+  pixel values stay equal across images. Floats are read as 0..1. Values outside these ranges are refused.
+- Of an animation, the first frame is used.
+- A truncated file is refused; it never becomes a half-grey image.
+- Broken metadata (texts, colour profiles, EXIF) does not make an image unusable.
 
-The part of a message up to its first colon names the kind of fault; the audit counts by it.
+The part of a message before its first colon is the category of the fault; the audit counts by it.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from vlmtune.errors import DataError
 
 log = logging.getLogger("vlmtune")
 Source = Path | bytes | Image.Image | Callable[[], Image.Image]
-"""Where an image comes from: a file, a file's content, an image in memory, or a function that returns one."""
+"""An image source: a file, a file's content, an image in memory, or a function that returns one."""
 
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-READABLE = f"readable are {', '.join(FORMATS)}"
+READABLE = f"supported formats: {', '.join(FORMATS)}"
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -47,22 +47,22 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What makes an image upright, by its EXIF orientation."""
+"""The operation that makes an image upright, by EXIF orientation."""
 T = TypeVar("T")
 
 
 @dataclass
 class NeededSize:
-    """How large an image must stay for a processor that will scale it down further."""
+    """The minimum size of an image that a processor will scale down further."""
 
     pixels: int = 0
     side: int = 0
-    """Of the shorter side."""
-    told: bool = field(default=False, compare=False)
-    """Whether the log says that images are reduced."""
+    """Minimum of the shorter side, in pixels."""
+    logged: bool = field(default=False, compare=False)
+    """Whether the log already says that images are reduced."""
 
     def reduction(self, width: int, height: int) -> int:
-        """The largest of 8, 4, 2 by which both sides may be divided and still be 1.4 times what is needed; else 1."""
+        """The largest of 8, 4, 2 by which both sides can be divided and stay 1.4 times as large as needed; else 1."""
         fits = (
             scale
             for scale in (8, 4, 2)
@@ -70,31 +70,30 @@ class NeededSize:
         )
         return next(fits, 1)
 
-    def tell(self, name: str, width: int, height: int, scale: int) -> None:
-        """Log the first image that is decoded at a reduced size: the model sees slightly other pixels."""
-        if not self.told:
+    def log(self, name: str, width: int, height: int, scale: int) -> None:
+        """Log the first image that is decoded at a reduced size: the model sees slightly different pixels."""
+        if not self.logged:
             log.info(
                 "data.fast_jpeg: JPEG files much larger than the model sees are decoded at a reduced size, first %s, "
-                "%d x %d at 1/%d; pixels differ a little from those of the whole image scaled down, in training and "
-                "prediction alike (data.fast_jpeg=false: never)",
+                "%d x %d at 1/%d; pixels differ slightly from those of the full image scaled down, in training and "
+                "prediction alike; data.fast_jpeg=false disables it",
                 *(name, width, height, scale),
             )
-        self.told = True
+        self.logged = True
 
 
 def open_image(source: Source | str, max_pixels: int, needed: NeededSize | None = None) -> Image.Image:
-    """Decode `source` to an upright RGB image of its own, which the caller may change.
+    """Decode `source` to a new upright RGB image, which the caller may modify.
 
-    `needed`: what its user needs of it; a much larger JPEG is then decoded at a half, a quarter or an eighth of its
-    size, which takes a fraction of the time.
+    `needed`: the minimum size; a much larger JPEG is decoded at 1/2, 1/4 or 1/8 of its size, which is much faster.
 
-    Raises DataError when it is missing, not an image, damaged, or has more than `max_pixels` pixels (width x height,
+    Raises DataError if it is missing, not an image, damaged, or has more than `max_pixels` pixels (width x height,
     checked before anything is decoded).
     """
 
     def decoded(image: Image.Image) -> Image.Image:
         if needed is not None and image.format == "JPEG" and (scale := needed.reduction(*image.size)) > 1:
-            needed.tell(_name(source), *image.size, scale)
+            needed.log(_name(source), *image.size, scale)
             image.draft(None, (-(-image.width // scale), -(-image.height // scale)))
         return _rgb(_upright(image))
 
@@ -102,23 +101,23 @@ def open_image(source: Source | str, max_pixels: int, needed: NeededSize | None 
 
 
 def image_size(source: Source | str, max_pixels: int) -> tuple[int, int]:
-    """Width and height in pixels of what `open_image` would return, from the header alone.
+    """Width and height in pixels of what `open_image` would return, only from the header.
 
-    Raises DataError as `open_image` does, except for damage behind the header, which only decoding finds.
+    Raises DataError as `open_image` does, except for damage after the header, which only decoding finds.
     """
 
     def upright_size(image: Image.Image) -> tuple[int, int]:
         width, height = image.size
-        if image.format == "TIFF":  # PIL has swapped its sides already
+        if image.format == "TIFF":  # PIL has already swapped the sides
             return width, height
-        # a PNG's own getexif decodes it, to find EXIF written behind the pixels
+        # PNG's getexif decodes the image, to find EXIF data after the pixels
         return (height, width) if _orientation(image, Image.Image.getexif) in (5, 6, 7, 8) else (width, height)
 
     return _look(source, max_pixels, upright_size)
 
 
 def content_key(source: Path | bytes) -> str:
-    """Equal for equal bytes of an image's file. Raises OSError where it can't be read."""
+    """A hash of an image file's bytes. Raises OSError if it can't be read."""
     if isinstance(source, bytes):
         return hashlib.sha256(source).hexdigest()
     return _file_key(source, source.stat().st_mtime_ns)
@@ -130,9 +129,9 @@ def _file_key(path: Path, modified: int) -> str:
 
 
 def _look(source: Source | str, max_pixels: int, look: Callable[[Image.Image], T]) -> T:
-    """What `look` makes of an image whose header is read and whose size is allowed; all faults become a DataError."""
+    """The result of `look` for an image with a readable header and an allowed size. Faults become DataErrors."""
     name = _name(source)
-    # PIL's own bound would warn below ours or stop below it; raising it, never lowering it, is safe from any thread.
+    # PIL's own limit would warn or stop below ours; raising it, never lowering it, is thread-safe
     if Image.MAX_IMAGE_PIXELS is not None:
         Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)
     try:
@@ -141,7 +140,7 @@ def _look(source: Source | str, max_pixels: int, look: Callable[[Image.Image], T
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise DataError(_too_large(name, "far more", max_pixels)) from None
-    except Exception as error:  # on damaged input PIL's decoders raise nearly every type there is
+    except Exception as error:  # on damaged input PIL's decoders raise nearly every type of exception
         with suppress(Exception):
             if (bare := bare_png(_content(source))) is not None:
                 return _within(bare, name, max_pixels, look)
@@ -150,14 +149,14 @@ def _look(source: Source | str, max_pixels: int, look: Callable[[Image.Image], T
 
 def _within(source: Source | str, name: str, max_pixels: int, look: Callable[[Image.Image], T]) -> T:
     image = _header(source)
-    with image if isinstance(source, str | Path | bytes) else nullcontext(image):  # close what we opened only
+    with image if isinstance(source, str | Path | bytes) else nullcontext(image):  # only close what was opened here
         if image.width * image.height > max_pixels:
             raise DataError(_too_large(name, f"{image.width} x {image.height}", max_pixels))
         return look(image)
 
 
 def _fault(source: Source | str, name: str, error: Exception) -> str:
-    """What is wrong with an image that PIL does not open or decode."""
+    """Why PIL can't open or decode an image."""
     if isinstance(error, UnidentifiedImageError):
         kind = no_image(_content(source)[:64])
         if kind in ("a PNG image", "a JPEG image"):
@@ -186,7 +185,7 @@ def _name(source: Source | str) -> str:
 
 
 def _header(source: Source | str) -> Image.Image:
-    """Open a source so far that its size and mode are known."""
+    """Open a source far enough that its size and mode are known."""
     if isinstance(source, str | Path):
         return Image.open(existing(Path(source)), formats=FORMATS)
     if isinstance(source, bytes):
@@ -195,22 +194,24 @@ def _header(source: Source | str) -> Image.Image:
         return Image.open(io.BytesIO(source), formats=FORMATS)
     image = source if isinstance(source, Image.Image) else source()
     if not isinstance(image, Image.Image):
-        raise DataError(f"not an image: the function gave {type(image).__name__}; it must return a PIL image")
+        raise DataError(f"not an image: the function returned {type(image).__name__}; it must return a PIL image")
     return image
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """A copy of an image, turned as its EXIF data says."""
+    """A copy of an image, rotated according to its EXIF data."""
     image.load()
     turn = TURNS.get(_orientation(image, type(image).getexif))
     return image.copy() if turn is None else image.transpose(turn)
 
 
 def _orientation(image: Image.Image, getexif: Callable[[Any], Image.Exif]) -> int:
-    """The orientation in an image's EXIF data, 1 to 8; 1, upright, where that can't be read, as viewers have it."""
+    """The orientation in an image's EXIF data, 1 to 8; 1 (upright) if it can't be read, as in image viewers."""
     try:
         return int(getexif(image).get(ExifTags.Base.Orientation, 1))
-    except Exception:  # PIL's parsers raise nearly every type on broken metadata, whose pixels are sound
+    except (
+        Exception
+    ):  # PIL's parsers raise nearly every type of exception on broken metadata, although the pixels are fine
         return 1
 
 
@@ -227,7 +228,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
-    """Scale integers from 0..65535, or floats from 0..1, to 8-bit grey, rounded to the nearest."""
+    """Scale integers from 0..65535, or floats from 0..1, to 8-bit grey, rounding to nearest."""
     values, top = image.convert("F"), 1 if image.mode == "F" else 65535
     low, high = values.getextrema()
     if not 0 <= low <= high <= top:  # type: ignore[operator]

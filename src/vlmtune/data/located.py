@@ -1,4 +1,4 @@
-"""Cells that name images -> where each image comes from; nothing is opened here."""
+"""Image cells -> image sources; nothing is opened here."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vlmtune.config.schema import DataConfig
 from vlmtune.data.answers import PYTHON_LIST
 from vlmtune.data.cells import Number, as_list, is_blank, json_list
 from vlmtune.data.images import Source
-from vlmtune.data.meanings import PARTS, Unread
+from vlmtune.data.meanings import PARTS, UnreadKeys
 from vlmtune.data.paths import local_path
 from vlmtune.errors import DataError
 
@@ -24,9 +24,9 @@ EXAMPLE = "data.image_name={}.jpg, or COCO_train2014_{:012d}.jpg"
 
 
 class Locator:
-    """Finds the images of one file's rows. Relative paths start from `data.image_root`, else from the file's folder."""
+    """Locates the images of one file's rows. Relative paths start at `data.image_root`, else at the file's folder."""
 
-    def __init__(self, config: DataConfig, file: str, unread: Unread):
+    def __init__(self, config: DataConfig, file: str, unread: UnreadKeys):
         own = Path(file).expanduser()
         self.root = Path(config.image_root).expanduser() if config.image_root else own if own.is_dir() else own.parent
         self.separator, self.unread = config.image_separator, unread
@@ -42,7 +42,7 @@ class Locator:
 
     def locate(self, cell: Any) -> tuple[Source, Hashable]:
         """One image and its key: equal for equal images."""
-        if isinstance(cell, dict) and {"bytes", "path"} & cell.keys():  # an image as Hugging Face's data sets store it
+        if isinstance(cell, dict) and {"bytes", "path"} & cell.keys():  # as in Hugging Face's data sets
             self.unread.check(cell, frozenset(("bytes", "path")), PARTS, "an image's ")
             path = cell.get("path")
             if not cell.get("bytes") and "://" in str(path):  # in an archive, or on a hub
@@ -67,7 +67,7 @@ class Locator:
 
 
 def checked_name(pattern: str | None) -> str | None:
-    """`data.image_name`, which has one place for what a cell holds. Raises DataError for any other."""
+    """`data.image_name`, which must have exactly one placeholder. Raises DataError otherwise."""
     if pattern is None:
         return None
     try:
@@ -75,16 +75,16 @@ def checked_name(pattern: str | None) -> str | None:
     except (ValueError, IndexError, KeyError, AttributeError):
         fits = False
     if not fits:
-        raise DataError(f"data.image_name={pattern}: one place for what the cell holds is needed, as in {EXAMPLE}")
+        raise DataError(f"data.image_name={pattern}: needs exactly one placeholder, as in {EXAMPLE}")
     return pattern
 
 
 def named(pattern: str, cell: str) -> str:
-    """The name of an image's file by what its cell holds."""
+    """The file name of an image, made from its cell."""
     if ":" not in pattern[pattern.index("{") : pattern.index("}")]:
         return pattern.format(cell)
     if not cell.strip().isdecimal():
-        raise DataError(f"not an image: {cell!r:.60} is no whole number, as data.image_name={pattern} needs")
+        raise DataError(f"not an image: {cell!r:.60} is not a whole number, which data.image_name={pattern} needs")
     return pattern.format(int(cell))
 
 
@@ -96,7 +96,7 @@ def _from_data_set(cell: dict[str, Any]) -> Image.Image:
 
 
 def _list(cell: Any, separator: str | None) -> list[Any] | None:
-    """The items of a cell that holds several images: a list, a JSON list of texts, or texts between separators."""
+    """The items of a cell with several images: a list, a JSON list of texts, or texts between separators."""
     cell = as_list(cell)
     if isinstance(cell, list | tuple):
         return list(cell)

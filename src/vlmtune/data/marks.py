@@ -1,4 +1,4 @@
-"""Marks of LLaVA's notation in texts: `<image>` where an image stands, and others for what is not read."""
+"""LLaVA's placeholders in texts: `<image>`, and others for media that are not supported."""
 
 from __future__ import annotations
 
@@ -7,24 +7,27 @@ import re
 PLACE = "<image>"
 
 MEDIA = re.compile(r"(?:^|\n)(?:<image>\s*)*<(video|audio)>(?=\S|\n|$)|<(video|audio)>\s*$")
-"""A mark of LLaVA's notation for something else than an image: where a text begins, ends, or on a line of its own."""
+"""A LLaVA placeholder for other media than images: at the start or end of a text, or on a line of its own."""
 
 
 def media_mark(text: str, anywhere: bool) -> str | None:
-    """Why a question can't be used that shows a video or a sound by a mark: where LLaVA puts one, or `anywhere`."""
+    """Why a question with a placeholder for video or audio can't be used. Only positions where LLaVA puts one count, or
+    any position if `anywhere`.
+    """
     if "<video>" not in text and "<audio>" not in text:
         return None
     found = re.search("<(video)>|<(audio)>", text) if anywhere else MEDIA.search(text)
     if found is None:
         return None
     kind = found[1] or found[2]
-    return f"<{kind}> stands where a {'video' if kind == 'video' else 'sound'} is shown, and only images are read"
+    return f"<{kind}> is a placeholder for {'a video' if kind == 'video' else 'audio'}, and only images are supported"
 
 
 def placed(text: str) -> tuple[str, tuple[int, ...]]:
-    """`text` without its `<image>` marks, and the characters in front of which they stood.
+    """`text` without its `<image>` placeholders, and their character positions.
 
-    A line break between a mark at either end and the text belongs to the notation; the chat template writes its own.
+    A line break between the text and a placeholder at either end is part of the notation; the chat template writes
+    its own.
     """
     pieces = text.split(PLACE)
     if len(pieces) == 1:

@@ -1,7 +1,7 @@
-"""Columns and keys of other programs' data sets that change what a row means, and that this version does not read.
+"""Columns and keys in other programs' data sets that change the meaning of a row and are not supported here.
 
-A row that holds something there is refused by name: LLaVA's, ShareGPT's, OpenAI's, Qwen's, ms-swift's, LLaMA-Factory's,
-Axolotl's and TRL's forms each carry some of them. Every other name that nothing reads is only named in the log.
+A row with a value in one of them is refused by name: the formats of LLaVA, ShareGPT, OpenAI, Qwen, ms-swift,
+LLaMA-Factory, Axolotl and TRL each have some. All other unused names are only logged.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from vlmtune.errors import DataError
 
 log = logging.getLogger("vlmtune")
 SHOWN = 40
-"""Characters of a value that a message shows."""
+"""Maximum length of a value in a message, in characters."""
 
 
 @dataclass(frozen=True)
 class Meaning:
-    """What a value under a name means, and what to do instead."""
+    """What a value with this name means, and what to do instead."""
 
     what: str
     way: str = ""
     when: str = "any"
-    """Values that change a row: `any`, a `structure` (a list or an object), a `truth` value, an `image`, a video
-    or sound as `media`, `not one`, or `not auto`."""
+    """Values that change a row: `any`, a `structure` (a list or an object), a `truth` value (a boolean), an `image`, a
+    video or audio as `media`, `not one`, or `not auto`."""
     beside: str = ""
-    """The question column beside which alone it has that meaning."""
+    """The name only has this meaning together with this question column."""
     of_answer: bool = False
-    """It is about what is trained on, so a prediction does not need it."""
+    """It only matters for training, so a prediction ignores it."""
 
     def holds(self, value: Any) -> bool:
-        """Whether `value` changes what its row means."""
+        """Whether `value` changes the meaning of its row."""
         return (
             not says_nothing(value)
             and {
@@ -51,28 +51,30 @@ class Meaning:
         )
 
 
-VIDEO = Meaning("a video", "images are read, videos are not; a few frames may stand in a list of images")
-AUDIO = Meaning("a sound", "images are read, sounds are not")
-TOOLS = Meaning("tools", "calls of tools are not read; leave such rows out")
-REASONING = Meaning("the thinking before an answer", "write it into the answer as the model should", of_answer=True)
+VIDEO = Meaning("a video", "videos are not supported; use a few frames as a list of images")
+AUDIO = Meaning("audio", "audio is not supported")
+TOOLS = Meaning("tools", "tool calls are not supported; remove such rows")
+REASONING = Meaning(
+    "the reasoning before an answer", "put it into the answer as the model should write it", of_answer=True
+)
 PREFERENCE = Meaning(
-    "preference data", "one answer a row is trained on: name it in data.columns.answer", of_answer=True
+    "preference data", "each row trains on one answer: name its column with data.columns.answer", of_answer=True
 )
-SIZE = Meaning("a size of its own for an image", "model.image.max_tokens and min_tokens say it for all images")
-BOXES = Meaning("places in the image", "boxes and points are not read; write them into the texts", of_answer=True)
-WEIGHT = Meaning(
-    "a weight of the row", "every row weighs the same; repeat or leave out rows", "not one", of_answer=True
+SIZE = Meaning("a size per image", "set model.image.max_tokens and min_tokens for all images")
+BOXES = Meaning(
+    "positions in the image", "boxes and points are not supported; write them into the texts", of_answer=True
 )
-SEVERAL = Meaning("another image of the row", "several images of a row stand in one column, as a list")
+WEIGHT = Meaning("a row weight", "all rows have the same weight; repeat or remove rows", "not one", of_answer=True)
+SEVERAL = Meaning("another image of the row", "put several images of a row into one column, as a list")
 SYSTEM = Meaning("a system prompt", "name its column: data.columns.system=...")
 HISTORY = Meaning("earlier turns", "write whole conversations: data=messages or data=conversations", "structure")
-TEMPLATE = Meaning("arguments of the chat template", "the template is called in one way for all rows")
-OPTIONS = Meaning("the options of a multiple choice", "write them into the question", "structure")
+TEMPLATE = Meaning("arguments for the chat template", "the template is called with the same arguments for all rows")
+OPTIONS = Meaning("multiple-choice options", "write them into the question", "structure")
 SECOND_HALF = Meaning("the second half of an instruction", "join both in one column", beside="instruction")
-VIEW = Meaning("a view of its own of an image", "change the image's file")
+VIEW = Meaning("a transformation of an image", "change the image's file")
 MASK = Meaning("whether an answer is trained on", "write it as weight: 0 or 1", of_answer=True)
 CONTENT = Meaning("an image's content", "give a path or a data URL under image_url")
-FILE = Meaning("a file", "text and images are read")
+FILE = Meaning("a file", "only text and images are supported")
 
 SHAPES = ("bbox", "bboxes", "box", "boxes", "bounding_box", "bounding_boxes", "box_2d", "point_2d")
 SIZES = ("max_pixels", "min_pixels", "total_pixels", "resized_height", "resized_width")
@@ -123,10 +125,10 @@ COLUMNS = _table(
     (["choices", "options"], OPTIONS),
     (["input"], SECOND_HALF),
     (["chat_template_kwargs", "chat_template", "enable_thinking", "add_generation_prompt"], TEMPLATE),
-    (["mm_processor_kwargs", "processor_kwargs", "images_kwargs"], replace(SIZE, what="arguments of the processor")),
+    (["mm_processor_kwargs", "processor_kwargs", "images_kwargs"], replace(SIZE, what="arguments for the processor")),
     (["documents"], replace(TEMPLATE, when="structure")),
 )
-"""Of a table, or of the objects of a file."""
+"""Names in a table, or in the objects of a file."""
 
 MESSAGES = _table(
     (VIDEOS, VIDEO),
@@ -140,12 +142,12 @@ MESSAGES = _table(
     (["mask", "masked", "loss_mask", "trainable", "is_trained", "train_on", "train_on_turn", "compute_loss"], MASK),
     (["learn", "ignore", "do_train", "supervised"], MASK),
     (["tool_plan"], TOOLS),
-    (["loss_scale", "loss_weight", "train_detail"], replace(WEIGHT, what="a weight of single words")),
-    (["image", "images", "image_url"], Meaning("images of one message", "put them in the row, or in the content")),
+    (["loss_scale", "loss_weight", "train_detail"], replace(WEIGHT, what="a weight for single words")),
+    (["image", "images", "image_url"], Meaning("images in a message", "put them into the row or into the content")),
     (["files", "file", "attachments", "documents"], FILE),
-    (["refusal"], Meaning("a refusal in place of an answer", "write it as the content", of_answer=True)),
+    (["refusal"], Meaning("a refusal instead of an answer", "write it as the content", of_answer=True)),
 )
-"""Of one message of a conversation."""
+"""Names in one message of a conversation."""
 
 PARTS = _table(
     (SIZES, SIZE),
@@ -153,52 +155,52 @@ PARTS = _table(
     (["crop", "crops", "image_size", "size", "resize", "max_tokens", "min_tokens", "do_resize"], SIZE),
     (["num_crops", "max_crops", "num_tiles", "max_tiles", "max_num", "max_dynamic_patch"], SIZE),
     (["rotate", "rotation", "region", "flip"], VIEW),
-    (["weight", "loss", "train", "loss_scale"], replace(WEIGHT, what="a weight of a part of a message")),
+    (["weight", "loss", "train", "loss_scale"], replace(WEIGHT, what="a weight for a part of a message")),
     ([*VIDEOS, "nframes", "fps", "video_start", "video_end"], VIDEO),
     (AUDIOS, AUDIO),
     (["source", "data", "base64", "b64_json", "file_id"], CONTENT),
     (["file", "file_data", "document"], FILE),
     ([*SHAPES, "mask", "objects"], BOXES),
-    (["text"], Meaning("a text at an image", "make it a part of type text")),
-    (["image", "image_url"], Meaning("an image at a text", "make it a part of type image")),
+    (["text"], Meaning("a text in an image part", "make it a part of type text")),
+    (["image", "image_url"], Meaning("an image in a text part", "make it a part of type image")),
 )
-"""Of one part of a message's content, of its `image_url`, or of an image as an object."""
+"""Names in a part of a message's content, in its `image_url`, or in an image object."""
 
 FOREIGN = re.compile(r"<img>[^<]+</img>|<image[ _]\d+>|<\|image(_\d+|_pad)?\|>|<image_placeholder>|<ImageHere>")
-"""How Qwen-VL, MMMU, Phi-3, Qwen2-VL, DeepSeek-VL and InternLM-XComposer mark an image in a text."""
+"""Image placeholders of Qwen-VL, MMMU, Phi-3, Qwen2-VL, DeepSeek-VL and InternLM-XComposer."""
 
 TOOL_ROLES = ("tool", "function", "function_call", "observation", "tool_call", "tool_response", "ipython")
-"""Roles of messages that stand for a tool's part."""
+"""Roles of tool messages."""
 
 
 def meaning_of(name: str, table: Mapping[str, Meaning]) -> Meaning | None:
-    """What a name means, in any case and with either dash."""
+    """What a name means, ignoring case and the kind of dash."""
     return table.get(name.casefold().replace("-", "_"))
 
 
-class Unread:
-    """What nothing reads: refused where it changes what a row means, else counted, and named once in the log.
+class UnreadKeys:
+    """Unused names: refused if they change the meaning of a row, else counted and logged once.
 
-    `ignored`: names that the user leaves unread on purpose. `training`: answers matter as well.
+    `ignored`: names that the user ignores on purpose. `training`: whether answers matter too.
     """
 
     def __init__(self, ignored: Collection[str] = (), training: bool = True):
         self.ignored, self.training = frozenset(ignored), training
         self.media = False
-        """Whether the table has a column of videos or sounds, so that `<video>` in a text is one."""
+        """Whether the table has a video or audio column, so that `<video>` in a text is a placeholder."""
         self.keys: Counter[str] = Counter()
-        """Keys of messages and images, and how often they held something."""
+        """Keys of messages and images, and how often they had a value."""
         self.marks: Counter[str] = Counter()
-        """Marks of other notations in questions, and how many have them."""
-        self.told = False
+        """Placeholders of other formats in questions, and how many questions have them."""
+        self.logged = False
 
     def meaning(self, name: str, table: Mapping[str, Meaning]) -> Meaning | None:
-        """What a name that nothing reads means, if it is refused."""
+        """The meaning of an unused name, if it is refused."""
         found = meaning_of(name, table)
         return None if found is None or name in self.ignored or (found.of_answer and not self.training) else found
 
     def check(self, owner: Mapping[Any, Any], read: frozenset[str], table: Mapping[str, Meaning], where: str) -> None:
-        """Look at the keys of `owner` beyond `read`. Raises DataError that begins with `where`."""
+        """Check the keys of `owner` that are not in `read`. Raises DataError that begins with `where`."""
         for key in owner.keys() - read:
             value, name = owner[key], str(key)
             meaning = self.meaning(name, table)
@@ -208,19 +210,19 @@ class Unread:
                 self.keys[name] += 1
 
     def note_marks(self, question: str) -> None:
-        """Count a question in which an image has another program's mark."""
+        """Count a question with another program's image placeholder."""
         if ("<im" in question or "<|im" in question or "<Im" in question) and (found := FOREIGN.search(question)):
             self.marks[found[0]] += 1
 
-    def tell(self, file: str) -> None:
-        """Name the keys in the log, once, and the marks that stay text."""
-        if self.marks and not self.told:
+    def log(self, file: str) -> None:
+        """Log, once, the unused keys and the placeholders that stay text."""
+        if self.marks and not self.logged:
             count, example = sum(self.marks.values()), next(iter(self.marks))
             log.warning(
-                "%s: %d questions hold a mark such as %s, which stays text: an image stands where <image> does",
+                "%s: %d questions contain a marker such as %s, which stays text: the image placeholder is <image>",
                 *(file, count, example),
             )
-            self.told = True
+            self.logged = True
         if self.keys:
             log.info("%s: keys of messages not read: %s", file, ", ".join(self.keys))
             self.ignored |= self.keys.keys()
@@ -228,9 +230,9 @@ class Unread:
 
 
 def refusal(name: str, meaning: Meaning, value: Any) -> str:
-    """Why a row that holds `value` under `name` can't be used, and what to do."""
+    """Why a row with `value` under `name` can't be used, and what to do."""
     way = f"; {meaning.way}" if meaning.way else ""
-    return f"{name!r} holds {meaning.what}: {_shown(value)}{way}; to leave it unread on purpose: data.ignore=[{name}]"
+    return f"{name!r} holds {meaning.what}: {_shown(value)}{way}; to ignore it: data.ignore=[{name}]"
 
 
 def _shown(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""One message of a conversation: its role, its text, where images stand in it, and whether it is trained on."""
+"""One message of a conversation: its role, its text, the positions of its images, and whether it is trained on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from vlmtune.data.cells import as_list, as_number, is_missing, says_nothing, text_of
 from vlmtune.data.marks import media_mark, placed
-from vlmtune.data.meanings import MESSAGES, PARTS, TOOL_ROLES, Unread
+from vlmtune.data.meanings import MESSAGES, PARTS, TOOL_ROLES, UnreadKeys
 from vlmtune.errors import DataError
 
 ROLES = {
@@ -21,7 +21,7 @@ ROLES = {
 }
 ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value")
 TRAINED_KEYS = ("weight", "loss", "train", "training")
-"""Whether an answer is trained on: OpenAI's key (0 or 1), and those of ms-swift and Axolotl (true or false)."""
+"""Keys for whether an answer is trained on: OpenAI's (0 or 1), and those of ms-swift and Axolotl (true or false)."""
 READ = frozenset((*ROLE_KEYS, *CONTENT_KEYS, *TRAINED_KEYS))
 READ_OF_TEXT = frozenset(("type", "text", "index"))
 READ_OF_IMAGE = frozenset(("type", "image", "image_url", "path", "url", "bytes", "index"))
@@ -29,7 +29,7 @@ READ_OF_IMAGE = frozenset(("type", "image", "image_url", "path", "url", "bytes",
 
 @dataclass
 class Message:
-    """One message: `role` is system, user or assistant; images stand in front of the characters `places`."""
+    """One message: `role` is system, user or assistant; `places` are the character positions of its images."""
 
     role: str
     text: str
@@ -48,11 +48,11 @@ def kind_of_part(part: dict[str, Any]) -> Any:
 class MessageReader:
     """Reads the messages of one conversation."""
 
-    def __init__(self, unread: Unread, image_parts: bool):
+    def __init__(self, unread: UnreadKeys, image_parts: bool):
         self.unread, self.image_parts = unread, image_parts
 
     def read(self, message: Any, images: list[Any]) -> Message:
-        """A message; `images` gets what is known of each image in it."""
+        """Read a message; appends what is known of its images to `images`."""
         if not isinstance(message, dict):
             raise DataError(f"is {type(message).__name__}; an object with a role and a content is needed")
         role = self._role(message)
@@ -63,7 +63,7 @@ class MessageReader:
         else:
             if content is None:
                 keys = ", ".join(sorted(map(str, message)))
-                raise DataError(f"has no content: its keys are {keys}; read is content, or value")
+                raise DataError(f"has no content: its keys are {keys}; expected content or value")
             if isinstance(content, dict):
                 raise DataError("content is an object; a text or a list of parts is needed")
             text, at = placed(text_of(content, "content"))
@@ -78,15 +78,17 @@ class MessageReader:
         said = _one_of(ROLE_KEYS, message)
         if said is None:
             keys = ", ".join(sorted(map(str, message))) or "none"
-            raise DataError(f"has no role: its keys are {keys}; read are role and content, or from and value")
+            raise DataError(f"has no role: its keys are {keys}; expected role and content, or from and value")
         if str(said) in TOOL_ROLES:
-            raise DataError(f"role {said!r}: tools are not read; leave such rows out")
+            raise DataError(f"role {said!r}: tools are not supported; remove such rows")
         if not isinstance(said, str) or said not in ROLES:
-            raise DataError(f"role {said!r} is not read; choose from: {', '.join(ROLES)}")
+            raise DataError(f"role {said!r} is not supported; choose from: {', '.join(ROLES)}")
         return ROLES[said]
 
     def _is_trained(self, message: dict[str, Any], role: str) -> bool:
-        """Whether an answer is trained on. Raises DataError for a weight between, and for a question to train on."""
+        """Whether an answer is trained on. Raises DataError for a weight between 0 and 1, and for a weight of a
+        question.
+        """
         trained = True
         for key in TRAINED_KEYS:
             value = message.get(key)
@@ -94,14 +96,14 @@ class MessageReader:
                 continue
             number = as_number(value)
             if number not in (0, 1):
-                raise DataError(f"{key} {value!s:.40}: 0 or 1 is needed; an answer is trained on or it isn't")
+                raise DataError(f"{key} {value!s:.40}: must be 0 or 1; an answer is trained on or it isn't")
             if number == 1 and role != "assistant" and key != "weight":
-                raise DataError(f"{key} {value}: only answers are trained on, and this is role {role}")
+                raise DataError(f"{key} {value}: only answers are trained on, but this message has role {role}")
             trained = trained and number == 1
         return trained
 
     def _joined(self, content: Sequence[Any], images: list[Any]) -> tuple[str, tuple[int, ...]]:
-        """The text of a list of parts, and the characters in front of which its images stand."""
+        """The text of a list of parts, and the character positions of its images."""
         text, at = "", []
         for part in content:
             kind = kind_of_part(part) if isinstance(part, dict) else type(part).__name__
@@ -116,7 +118,7 @@ class MessageReader:
                 images.append(self._source(part, sum(image is None for image in images)))
             else:
                 keys = f" (its keys are {', '.join(map(str, part))})" if isinstance(part, dict) else ""
-                raise DataError(f"a part of type {kind!r}{keys}; text, image and image_url are read")
+                raise DataError(f"a part of type {kind!r}{keys}; supported are text, image and image_url")
         if self.image_parts:
             return text, tuple(at)
         text, places = placed(text)
@@ -124,7 +126,7 @@ class MessageReader:
         return text, places
 
     def _source(self, part: dict[str, Any], number: int) -> Any:
-        """The image that a part carries: a path or content. None where it stands for the row's image `number`."""
+        """The image in a part: a path or content. None if it stands for the row's image `number`."""
         given = [part[key] for key in ("image_url", "image", "path", "url", "bytes") if not says_nothing(part.get(key))]
         if len(given) > 1:
             raise DataError("a part with two images; make it two parts")
@@ -141,7 +143,7 @@ class MessageReader:
 
 
 def _one_of(keys: Sequence[str], message: dict[str, Any]) -> Any:
-    """The value of the one of `keys` that is there; a file of two forms has both, one of them null."""
+    """The value of whichever of `keys` is present. A file with mixed formats has both, one of them null."""
     given = [(key, message[key]) for key in keys if key in message and message[key] is not None]
     if len(given) > 1 and given[0][1] != given[1][1]:
         raise DataError(f"has both {given[0][0]} and {given[1][0]}; one of them is needed")

@@ -1,4 +1,4 @@
-"""Where a file is: what a user wrote, what is there, and what may have been meant."""
+"""Resolves the paths that users write, and suggests what may have been meant."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vlmtune.errors import DataError
 
 
 def local_path(name: str) -> str:
-    """The path that a user names, `file://` URIs among them. Raises DataError for what is on no disk."""
+    """The path that a user names, or that a `file://` URI names. Raises DataError for other URIs."""
     if re.match("file:/", name, re.IGNORECASE):
         host, slash, path = name[5:].removeprefix("//").partition("/")
         if host not in ("", "localhost"):
@@ -25,7 +25,7 @@ def local_path(name: str) -> str:
 
 
 def existing(path: Path) -> Path:
-    """This path, which is an image's file. Raises DataError that says what is there in its place."""
+    """This path, if it is a regular file. Raises DataError that says what it is instead."""
     if path.is_dir():
         raise DataError(f"not an image: {path}: is a folder; name a file in it")
     if path.is_symlink() and not path.exists():
@@ -40,7 +40,7 @@ def existing(path: Path) -> Path:
 
 
 def whats_there(path: Path) -> str:
-    """What to write instead of a file that does not exist: a near name in its folder, or the folder that is missing."""
+    """A suggestion for a file that does not exist: a similar name in its folder, or the folder that is missing."""
     if "\\" in path.name:
         slashed = path.parent / path.name.replace("\\", "/")
         return (
@@ -61,12 +61,12 @@ def whats_there(path: Path) -> str:
 
 
 def _numbers(name: str) -> list[int]:
-    """The numbers in a name: files that differ in one show different things."""
+    """The numbers in a name: files whose numbers differ are different images, not typos."""
     return [int(digits) for digits in re.findall(r"[0-9]+", name)]
 
 
 @functools.lru_cache(maxsize=8)
 def _listing(folder: Path, modified: int) -> tuple[list[str], dict[str, str]]:
-    """Names in a folder, sorted, and by their stem in lower case. `modified` makes a changed folder a new entry."""
+    """The names in a folder, sorted, and by lower-case stem. `modified` makes a changed folder a new cache entry."""
     names = sorted(entry.name for entry in folder.iterdir())
     return names, {Path(name).stem.casefold(): name for name in names}

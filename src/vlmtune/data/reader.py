@@ -1,4 +1,4 @@
-"""Cells of a row -> a record, and what is wrong with them. Nothing is repaired, replaced or guessed."""
+"""Cells of a row -> a record and its faults. Nothing is repaired, replaced or guessed."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 from vlmtune.config.schema import DataConfig, TaskConfig
-from vlmtune.data.answers import Lists, answers_of
+from vlmtune.data.answers import ListAnswers, answers_of
 from vlmtune.data.cells import text_of
 from vlmtune.data.columns import names_of, refusable
 from vlmtune.data.conversations import parse
 from vlmtune.data.images import Source
 from vlmtune.data.located import Locator
 from vlmtune.data.marks import PLACE, media_mark, placed
-from vlmtune.data.meanings import AUDIO, COLUMNS, VIDEO, Unread, meaning_of, refusal
+from vlmtune.data.meanings import AUDIO, COLUMNS, VIDEO, UnreadKeys, meaning_of, refusal
 from vlmtune.data.records import Record, Turn
 from vlmtune.errors import DataError
 
@@ -22,9 +22,9 @@ log = logging.getLogger("vlmtune")
 
 
 class RowReader:
-    """Rows to records, noting the faults in their cells; images are located, not opened.
+    """Turns rows into records and collects the faults in their cells; images are located, not opened.
 
-    `present`: the columns that there are. `columns`: those whose cells are read of each row, in this order.
+    `present`: all columns of the table. `columns`: the columns that are read from each row, in this order.
     """
 
     def __init__(
@@ -33,20 +33,20 @@ class RowReader:
         self.task, self.file, self.answers_required = task, file, answers_required
         self.config = config
         self.names = names_of(config.columns)
-        self.unread = Unread(config.ignore, answers_required)
+        self.unread = UnreadKeys(config.ignore, answers_required)
         self.refusable = refusable(present, config, self.unread)
-        """Columns in which a row must not hold anything that changes its meaning."""
+        """Columns in which a row must not have a value, because it would change the row's meaning."""
         self.unread.media = any(meaning_of(name, COLUMNS) in (VIDEO, AUDIO) for name in self.refusable)
         self.columns = [*self.names.values(), config.columns.system or "", *self.refusable]
-        self.lists = Lists(config.answer_lists)
+        self.lists = ListAnswers(config.answer_lists)
         self.images = Locator(config, file, self.unread)
 
     def read_cells(self, row: int, cells: Mapping[str, Any]) -> tuple[Record, list[str]]:
-        """A row as columns and cells."""
+        """Read a row given as columns and cells."""
         return self.read(row, [cells.get(name) for name in self.columns])
 
     def read(self, row: int, cells: Sequence[Any]) -> tuple[Record, list[str]]:
-        """A row as the cells of `columns`."""
+        """Read a row given as the cells of `columns`."""
         of_role = dict(zip(self.names, cells, strict=False))
         system, *others = cells[len(self.names) :]
         read = self.read_conversation if "conversation" in of_role else self.read_question
@@ -58,20 +58,20 @@ class RowReader:
             record, found = self._record((Turn(""),), [], row), error.problems
         return record, faults + found
 
-    def tell(self) -> None:
-        """Say in the log what was not read, and how lists were."""
-        self.unread.tell(self.file or "data")
-        self.lists.tell(self.file or "data")
+    def log(self) -> None:
+        """Log which keys were not read, and how lists were read."""
+        self.unread.log(self.file or "data")
+        self.lists.log(self.file or "data")
 
-    def tell_images(self, records: Sequence[Record], present: Iterable[Any]) -> None:
-        """Warn where there is no image column and none of the usable `records` shows an image."""
+    def warn_of_no_images(self, records: Sequence[Record], present: Iterable[Any]) -> None:
+        """Warn if there is no image column and none of the usable `records` has an image."""
         name, done = self.names["image"], "trained" if self.answers_required else "answered"
         if name not in map(str, present) and len(records) and not any(record.images for record in records):
-            none = f"none of the {len(records)} usable rows carries an image"
-            log.warning("%s: no column %r, and %s: %s on text alone", self.file or "data", name, none, done)
+            none = f"none of the {len(records)} usable rows has an image"
+            log.warning("%s: no column %r, and %s: %s on text only", self.file or "data", name, none, done)
 
     def _refusals(self, cells: Sequence[Any]) -> list[str]:
-        """Why the cells of columns that nothing reads make this a bad row."""
+        """Why values in unused columns make this a bad row."""
         found = zip(self.refusable, cells, strict=True)
         meant = [(name, value, self.unread.meaning(name, COLUMNS)) for name, value in found]
         return [
@@ -92,12 +92,12 @@ class RowReader:
             text, places = placed(text_of(question, "question"))
             images = self.images.of_cell(image)
             if len(places) not in (0, len(images)):
-                faults.append(f"places and images differ: {len(places)} places ({PLACE}) for {len(images)} images")
+                faults.append(f"placeholders and images differ: {len(places)} x {PLACE} for {len(images)} images")
             if mark := media_mark(text, self.unread.media):
                 faults.append(mark)
             self.unread.note_marks(text)
             if not images and not text.strip():
-                faults.append("nothing to answer: the row has neither an image nor a question")
+                faults.append("nothing to answer: the row has neither image nor question")
         except DataError as error:
             faults += error.problems
         try:
@@ -108,7 +108,7 @@ class RowReader:
         return self._record((turn,), images, row, system), faults
 
     def _answers(self, cell: Any) -> tuple[str, ...]:
-        """The references of a row; a prediction needs none. Raises DataError for what can't be one."""
+        """The references of a row; a prediction needs none. Raises DataError for invalid ones."""
         if not self.answers_required:
             return ()
         answers, listed = answers_of(cell, self.config.answer_lists)
@@ -125,7 +125,7 @@ class RowReader:
         images = self.images.of_cell(image)
         open_places = sum(source is None for source in found.images)
         if open_places != len(images) and (found.images or not images):
-            raise DataError(f"places and images differ: {open_places} places ({PLACE}) for {len(images)} images")
+            raise DataError(f"placeholders and images differ: {open_places} x {PLACE} for {len(images)} images")
         of_row = iter(images)
         placed_images = [next(of_row) if source is None else self.images.locate(source) for source in found.images]
         if system is not None and found.system not in (None, system):
@@ -139,7 +139,7 @@ class RowReader:
         ), []
 
     def _untrained(self, turns: Sequence[Turn]) -> str | None:
-        """Why a conversation has no answer to train on, by the weights of its messages."""
+        """Why no answer of a conversation is trained on, by the weights of its messages."""
         if not any(turn.trained for turn in turns):
             return "no answer to train on: each has weight 0"
         if self.config.supervise == "last" and not turns[-1].trained:

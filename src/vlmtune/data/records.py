@@ -1,4 +1,4 @@
-"""What every data source becomes: records. The rest of the program knows nothing of files or columns."""
+"""Every data source is turned into records. The rest of the program doesn't know about files or columns."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A question and its reference answers; the first answer is the one trained on. A prompt alone has no answers."""
+    """A question and its reference answers; the first answer is trained on. In a prediction there may be no answers."""
 
     question: str
     answers: tuple[str, ...] = ()
     image_at: tuple[int, ...] = ()
-    """Characters of the question in front of which the record's next images stand, in order."""
+    """Character positions in the question of the record's next images, in order."""
     trained: bool = True
-    """Whether its answer is trained on, where all answers of a conversation are."""
+    """Whether its answer is trained on, if all answers of a conversation are (data.supervise=all)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One row: images and turns about them. Images that no turn places stand in front of the first question."""
+    """One row: images and turns about them. Images without a position come before the first question."""
 
     turns: tuple[Turn, ...]
     images: tuple[Path | bytes | Image.Image | Callable[[], Image.Image], ...] = ()
     group: Hashable = None
-    """Equal for rows that show the same images; None: shares with no other row."""
+    """Equal for rows that show the same images; None: shared with no other row."""
     file: str = ""
     row: int = 0
     """Position in its split's frame, from 0."""
     system: str | None = None
-    """The conversation's own system prompt, in place of `model.system_prompt`."""
+    """The conversation's own system prompt, which replaces `model.system_prompt`."""
     line: int = field(default=0, compare=False)
-    """Line of its file on which it begins, from 1; 0: it is of no file with lines."""
+    """Line of the file on which it begins, from 1; 0: not from a file with lines."""
     number: int = field(default=0, compare=False)
-    """Number in its own file, from 1; 0: `row` says it."""
+    """Row number in its own file, from 1; 0: same as `row` + 1."""
 
     @property
     def question(self) -> str:
@@ -51,12 +51,12 @@ class Record:
 
     @property
     def place(self) -> str:
-        """Where a person finds this row."""
+        """Where to find this row, for messages."""
         line = f"line {self.line}, " if self.line else ""
         return f"{self.file or 'data'}, {line}row {self.number or self.row + 1}"
 
     def refused(self, reason: str) -> BadRow:
-        """This row as one that can't be used."""
+        """This row as a bad row."""
         return BadRow(self.file, self.line, self.number or self.row + 1, reason, self.row)
 
 
@@ -66,12 +66,12 @@ class BadRow:
 
     file: str
     line: int
-    """Line of the file on which the row begins, from 1; the header is line 1. 0: the row is of no file."""
+    """Line of the file on which the row begins, from 1; the header is line 1. 0: not from a file with lines."""
     row: int
-    """Number of the row in its file, from 1, the header not counted."""
+    """Number of the row in its file, from 1, not counting the header."""
     reason: str
     position: int | None = field(default=None, compare=False)
-    """Position in its split's frame, from 0; None: `row` - 1, where the frame is one file."""
+    """Position in its split's frame, from 0; None: `row` - 1, if the frame is one file."""
 
     @property
     def index(self) -> int:
@@ -80,5 +80,5 @@ class BadRow:
 
     @property
     def place(self) -> str:
-        """Where a person finds this row in its file."""
+        """Where to find this row in its file, for messages."""
         return f"{f'line {self.line}, ' if self.line else ''}row {self.row}"

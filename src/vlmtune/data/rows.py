@@ -1,8 +1,8 @@
-"""Rows as a file holds them, and the frame that is made of them.
+"""The rows of a file, and the frame made from them.
 
-A frame's index says where each row stands: its file, the line on which it begins (0 where the file has no lines) and
-its number in the file, from 1. A row that can't be read stays in the frame with empty cells, so that answers keep the
-order of the input; `attrs["unread"]` has its fault.
+A frame's index says where each row is: its file, the line on which it begins (0 if the file has no lines) and its
+number in the file, from 1. A row that can't be read stays in the frame with empty cells, so that answers keep the order
+of the input; `attrs["unread"]` has its fault.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SHOWN = 20
-"""Faults that a message lists before it counts the rest."""
+"""The most faults that a message lists; it counts the rest."""
 INDEX = ["file", "line", "row"]
 
 
 @dataclass
 class FileRows:
-    """The rows of one file: cells by column, the line of each, and by position what is wrong with it."""
+    """The rows of one file: cells by column, the line of each row, and faults by row position."""
 
     columns: list[str] = field(default_factory=list)
     cells: list[dict[str, Any]] = field(default_factory=list)
@@ -60,7 +60,7 @@ class FileRows:
 def with_places(
     frame: pd.DataFrame, path: Path, lines: Sequence[int] = (), faults: dict[int, str] | None = None
 ) -> pd.DataFrame:
-    """`frame` with the index and the attributes of one that was read from `path`."""
+    """`frame` with the index and attributes of a frame that was read from `path`."""
     import pandas as pd
 
     count = len(frame)
@@ -72,7 +72,7 @@ def with_places(
 
 
 def joined(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """Frames of several files as one, in order; a column that a file lacks is empty in its rows."""
+    """The frames of several files as one, in order; a column that a file lacks is empty in its rows."""
     import pandas as pd
 
     if len(frames) == 1:
@@ -84,7 +84,7 @@ def joined(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
 
 
 class RowPlace(NamedTuple):
-    """Where a row of a frame stands."""
+    """Where a row of a frame is in its file."""
 
     file: str
     line: int
@@ -93,7 +93,7 @@ class RowPlace(NamedTuple):
 
 
 def row_places(frame: pd.DataFrame, file: str) -> Iterator[RowPlace]:
-    """The place of each row of a frame; `file` where the frame itself was read from none."""
+    """The place of each row of a frame. `file`: for a frame that was not read from a file."""
     unread = frame.attrs.get("unread", {})
     if list(frame.index.names) != INDEX:
         return (RowPlace(file, 0, number, None) for number in range(1, len(frame) + 1))

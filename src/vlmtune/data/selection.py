@@ -1,4 +1,4 @@
-"""Which rows of a split are used: whole images held out, the first or some drawn by seed."""
+"""Selects rows of a split: holds out whole images, or limits the number of rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vlmtune.errors import ConfigError, DataError
 
 
 def hold_out(train: Split, fraction: float, seed: int) -> tuple[Split, Split]:
-    """Split off `fraction` of the images (at least one, never all). A row of no group counts as an image of its own."""
+    """Split off `fraction` of the images (at least one, never all). A row without a group counts as its own image."""
     keys = _joined([("row", i) if group is None else group for i, group in enumerate(train.records.groups())])
     groups = list(dict.fromkeys(keys))
     if len(groups) < 2:

@@ -1,4 +1,4 @@
-"""What `data._target_` may return of a split, made one kind of thing: a source, which is audited into a split."""
+"""Turns whatever `data._target_` returns for a split into a source, which is audited into a split."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class Source(Protocol):
-    """Rows of one split before they are audited. One that is larger than memory reads its rows by itself."""
+    """The rows of one split before the audit. Sources that are larger than memory implement this themselves."""
 
     def audit(self, config: DataConfig, task: TaskConfig, answers_required: bool, seed: int) -> Split:
-        """The usable rows, and the bad ones with their reasons. Raises DataError where nothing can be read.
+        """The usable rows, and the bad ones with their reasons. Raises DataError if nothing can be read.
 
-        `config.image_root` is the one of this split. Without `answers_required`, rows may lack answers.
+        `config.image_root` is that of this split. Without `answers_required`, rows may lack answers.
         """
 
 
 class FrameSource:
-    """A frame, read from files or made by a user's function."""
+    """A frame, read from files or returned by a user's function."""
 
     def __init__(self, frame: pd.DataFrame, name: str):
         self.frame, self.name = frame, name
@@ -37,19 +37,19 @@ class FrameSource:
 
 
 class RecordSource:
-    """Records that a user's function made: they are taken as they are."""
+    """Records that a user's function returned: they are used as they are."""
 
     def __init__(self, records: Sequence[Record], name: str):
         self.records, self.name = records, name
 
     def audit(self, config: DataConfig, task: TaskConfig, answers_required: bool, seed: int) -> Split:
         if config.on_duplicate != "keep":
-            raise DataError(f"data.on_duplicate: the records of {self.name} are taken as they are; leave it out")
+            raise DataError(f"data.on_duplicate: has no effect on the records of {self.name}; leave it out")
         return Split(self.records if isinstance(self.records, Records) else RecordList(self.records))
 
 
 def source_of(rows: Any, name: str) -> Source | None:
-    """The rows of the split `name` as a source; None where they are nothing that rows can be read from."""
+    """The rows of the split `name` as a source; None if rows can't be read from them."""
     import pandas as pd
 
     if isinstance(rows, pd.DataFrame):  # first: a frame has its columns as attributes, and one may be called "audit"

@@ -1,4 +1,4 @@
-"""The rows of a split, whatever they come from: in memory, on disk, made when asked for, or from a stream."""
+"""The rows of a split, whatever their source: in memory, on disk, created on demand, or from a stream."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 
 
 class Records(Sequence[Record]):
-    """The usable rows of a split, in order. A source that makes its rows when asked for them is one of these.
+    """The usable rows of a split, in order. Sources that create rows on demand subclass this.
 
-    Length and items are the subclass's to give; the methods below have an answer for rows in memory.
+    Subclasses define length and items; the methods below have defaults for rows in memory.
     """
 
     on_demand: ClassVar[bool] = False
-    """Whether a row is read or made each time it is asked for, so that going through all of them is to be avoided."""
+    """Whether a row is read or created at each access, so that iterating over all rows is slow."""
     streamed: ClassVar[bool] = False
-    """Whether rows come one after the other, so that none can be picked and nothing is known of them beforehand."""
+    """Whether rows can only be read in sequence, so that nothing is known about them in advance."""
 
     @overload
     def __getitem__(self, index: int) -> Record: ...
@@ -33,19 +33,19 @@ class Records(Sequence[Record]):
     def __getitem__(self, index: int | slice) -> Record | Sequence[Record]: ...
 
     def groups(self) -> Sequence[Hashable]:
-        """The group of each row; nothing of a stream."""
+        """The group of each row; empty for a stream."""
         return [record.group for record in self]
 
     def fingerprint(self) -> str:
-        """Tells these rows from others."""
+        """A hash that identifies these rows."""
         return fingerprint.fingerprint(self)
 
     def image_fingerprint(self) -> str | None:
-        """Tells what these rows' images hold from others; None where `fingerprint` does so too."""
+        """A hash of the content of these rows' images; None if `fingerprint` covers it."""
         return fingerprint.image_fingerprint(self)
 
     def of_process(self, process: int, processes: int) -> Records:
-        """The rows that one of several processes takes from; all of them, where any can be picked."""
+        """The rows for one of several processes; all rows if they can be accessed by number."""
         return self
 
     def select(self, rows: Sequence[int]) -> Records:
@@ -53,16 +53,16 @@ class Records(Sequence[Record]):
         return RecordList([self[row] for row in rows])
 
     def refusing(self, faults_of: Callable[[Record], list[str]]) -> Records:
-        """These rows without those that `faults_of` finds a fault in; a stream asks when a row's turn comes."""
+        """These rows without those in which `faults_of` finds a fault; a stream checks each row when it is read."""
         return self.select([row for row, record in enumerate(self) if not faults_of(record)])
 
     def frame(self) -> pd.DataFrame | None:
-        """The columns of these rows as their source has them; None where only the split's own frame does."""
+        """The columns of these rows in their source; None if only the split's frame has them."""
         return None
 
 
 class RecordList(Records):
-    """A list of records, or any other sequence of them, which is not copied."""
+    """A list or any other sequence of records; it is not copied."""
 
     def __init__(self, rows: Sequence[Record]):
         self.rows = rows
@@ -87,10 +87,10 @@ class Split:
 
     records: Records
     frame: pd.DataFrame | None = None
-    """The input's own columns, for predictions.csv."""
+    """The columns of the input, for predictions.csv."""
     bad: list[BadRow] = field(default_factory=list)
     repeats: list[tuple[int, int]] = field(default_factory=list)
-    """Positions in `records` of rows that say the same as an earlier one, each with that one's."""
+    """Positions in `records` of rows that repeat an earlier one, each with the earlier position."""
 
     def __len__(self) -> int:
         return len(self.records)

@@ -1,10 +1,10 @@
-"""From `data.*` to splits of records: read, audit, hold out, limit.
+"""`data.*` -> splits of records: read, audit, hold out, limit.
 
 load
 ├── data._target_(config)    read_files by default: files to frames; yours may return frames or records
 ├── source_of(...).audit     records and bad rows
-├── data.on_bad_row          stop on bad rows, or go on without them
-├── data.on_duplicate        keep rows that repeat an earlier one, leave them out, or stop
+├── data.on_bad_row          stop on bad rows, or continue without them
+├── data.on_duplicate        keep repeated rows, skip them, or stop
 ├── data.validation_fraction
 └── data.max_*_rows
 """
@@ -34,10 +34,10 @@ SPLITS = ("train", "validation", "test")
 
 
 def read_files(config: DataConfig) -> dict[str, pd.DataFrame]:
-    """Read the files that `data.train`, `data.validation` and `data.test` name, those of one split as one frame.
+    """Read the files in `data.train`, `data.validation` and `data.test`; the files of one split become one frame.
 
-    Raises DataError with all that is wrong with any of them: form, header, missing columns. Rows that can't be read
-    are left to the audit.
+    Raises DataError with all problems of all files: format, header, missing columns. Rows that can't be read are left
+    to the audit.
     """
     frames, problems = {}, []
     for split in SPLITS:
@@ -47,7 +47,7 @@ def read_files(config: DataConfig) -> dict[str, pd.DataFrame]:
                 read.append(read_table(name, config.header))
             except DataError as error:
                 problems += error.problems
-            else:  # whether a test file needs answers depends on what it is read for
+            else:  # whether a test file needs answers depends on the command
                 problems += column_problems(read[-1].columns, config.columns, name, split != "test")
         if read:
             frames[split] = joined(read)
@@ -64,13 +64,13 @@ def load(
     *,
     answers_required: bool = True,
 ) -> dict[str, Split]:
-    """Read, audit and cut the wanted `splits`; the first of them must be there, the others are left out if they aren't.
+    """Read, audit and limit the wanted `splits`. The first one is required; the others are omitted if they don't exist.
 
     Without a validation split, `data.validation_fraction` of the training images are held out with all their rows.
-    Which images those are, and which rows `data.max_train_rows` keeps, depends on `seed` and the data alone.
+    Which images those are, and which rows `data.max_train_rows` keeps, depends only on `seed` and the data.
 
-    Raises ConfigError for a `_target_` or a key that doesn't work, DataError for a file that can't be read, and
-    BadRowsError for bad rows under `data.on_bad_row=fail`, or above `data.max_bad_fraction`; each with all problems.
+    Raises ConfigError for an invalid `_target_` or key, DataError for a file that can't be read, and BadRowsError for
+    bad rows with `data.on_bad_row=fail` or above `data.max_bad_fraction`; each with all problems.
     """
     holds_out = config.validation is None and config.validation_fraction > 0 and set(splits) != {"test"}
     wanted = {*splits, "train", "validation"} if holds_out else set(splits)
@@ -79,9 +79,9 @@ def load(
     holds_out = holds_out and "train" in tables and "validation" not in tables
     if splits[0] not in tables and not holds_out:
         target = f"let data._target_={config._target_} return the split {splits[0]!r}"
-        raise ConfigError(f"data.{splits[0]}: nothing to read; set data.{splits[0]}=FILE, or {target}")
+        raise ConfigError(f"data.{splits[0]}: missing; set data.{splits[0]}=FILE, or {target}")
     found = _audited(tables, config, task, answers_required, seed)
-    if holds_out:  # also where validation is not asked for: the rows that train are the same in every call
+    if holds_out:  # even if validation is not wanted, so that training rows are the same in every call
         found["train"], found["validation"] = hold_out(found["train"], config.validation_fraction, seed)
     return {name: limited(found[name], name, config, seed) for name in splits if name in found}
 
@@ -90,7 +90,7 @@ def load(
 
 
 def _tables(config: DataConfig, wanted: set[str]) -> dict[str, Source]:
-    """What `_target_` returns for the wanted splits."""
+    """The result of `_target_` for the wanted splits."""
     tables = _function(config._target_)(config)
     if not isinstance(tables, Mapping):
         raise ConfigError(f"data._target_={config._target_}: returned {type(tables).__name__}; return {{split: rows}}")
@@ -107,7 +107,7 @@ def _tables(config: DataConfig, wanted: set[str]) -> dict[str, Source]:
 
 
 def _function(target: str) -> Callable[[DataConfig], Any]:
-    """Import a function by its dotted path. Raises ConfigError that says which step of the path fails."""
+    """Import a function by its dotted path. Raises ConfigError that says which part of the path fails."""
     module_name, _, name = target.rpartition(".")
     if not module_name:
         raise ConfigError(f"data._target_={target}: must be a dotted path, for instance my_data.{target or 'load'}")
@@ -121,14 +121,16 @@ def _function(target: str) -> Callable[[DataConfig], Any]:
         functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise ConfigError(f"data._target_={target}: {module_name} has no {name}; {nearest(name, functions)}")
     if not callable(function):
-        raise ConfigError(f"data._target_={target}: is {type(function).__name__}; name a function of the data config")
+        raise ConfigError(
+            f"data._target_={target}: is {type(function).__name__}; name a function that takes the data config"
+        )
     return function  # type: ignore[no-any-return]
 
 
 def _audited(
     tables: dict[str, Source], config: DataConfig, task: TaskConfig, answers_required: bool, seed: int
 ) -> dict[str, Split]:
-    """Audit every source and apply the policy for bad rows to all of them together."""
+    """Audit every source, then apply the policy for bad rows to all of them together."""
     found: dict[str, Split] = {}
     problems: list[str] = []
     for name, source in tables.items():
@@ -147,6 +149,6 @@ def _audited(
 
 
 def image_root_of(config: DataConfig, split: str) -> str | None:
-    """The folder that relative image paths of this split start from; None: that of each file."""
+    """The folder that relative image paths of this split start from; None: the folder of each file."""
     root = config.image_root
     return root.get(split) if isinstance(root, Mapping) else root

@@ -1,6 +1,6 @@
-"""Greedy answers to a batch with shared prefixes: all branches of a row grow by a token a step.
+"""Greedy generation for a batch with shared prefixes: all branches of a row grow by one token per step.
 
-Shapes: B rows, T places, K the most branches of a row.
+Shapes: B rows, T tokens, K the largest number of branches in a row.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ def greedy_branches(
     suppress_tokens: list[int],
     **_: Any,
 ) -> list[list[int]]:
-    """Most likely tokens after each branch of a shared batch without answers, end token included.
+    """The most likely tokens after each branch of a shared batch without answers, including the end token.
 
-    A step's queries are [B, K], and each sees the prefix, its own branch and what it wrote itself.
+    The queries of a step are [B, K]; each attends to the prefix, its own branch and its own generated tokens.
     """
     assert batch.branches is not None
     branches = batch.branches  # [B, T], grows by K a step
     numbers = torch.arange(1, int(branches.max()) + 1, device=branches.device)  # [K]
-    exists, last = last_places(branches, numbers)
+    exists, last = last_indices(branches, numbers)
     out, positions = _prompts(model, batch, last)
     ends = torch.tensor(eos_token_id, device=branches.device)
     written: list[list[int]] = [[] for _ in range(int(exists.sum()))]
@@ -59,15 +59,17 @@ def greedy_branches(
     return written
 
 
-def last_places(branches: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
-    """Which branches each row has, and the place of their last tokens; both [B, K]."""
+def last_indices(branches: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """Which branches each row has, and the index of their last tokens; both [B, K]."""
     own = branches[:, None] == numbers[:, None]  # [B, K, T]
     exists = own.any(-1)
     return exists, torch.where(exists, own.int().cumsum(-1).argmax(-1), 0)
 
 
 def _prompts(model: Any, batch: Batch, last: Tensor) -> tuple[Any, Tensor]:
-    """The output of the prompts with logits [B, K, V] of the places `last` alone, and positions [..., B, K] there."""
+    """The model's output for the prompts, with logits [B, K, V] only at the indices `last`, and their positions
+    [..., B, K].
+    """
     inputs = model_inputs(model, batch)
     positions = inputs["position_ids"]
     positions = positions.gather(-1, last.expand(*positions.shape[:-1], -1))
@@ -81,7 +83,7 @@ def _prompts(model: Any, batch: Batch, last: Tensor) -> tuple[Any, Tensor]:
 
 
 def _seen(branches: Tensor, query: Tensor) -> Tensor:
-    """[B, K, T]: what each query sees of all places; the last K places are the queries themselves."""
+    """[B, K, T]: which tokens each query attends to; the last K tokens are the queries themselves."""
     seen = (branches[:, None] == query[..., None]) | (branches[:, None] == 0)
     seen[..., -query.shape[1] :] |= torch.eye(query.shape[1], dtype=torch.bool, device=branches.device)
     return seen

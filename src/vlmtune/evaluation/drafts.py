@@ -1,4 +1,4 @@
-"""Answers that are known from the forward pass of the loss alone."""
+"""Answers that the forward pass of the loss already reveals."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from vlmtune.prompt.labels import IGNORE
 class Draft:
     """Finds the rows whose greedy answer is the reference itself, from the forward pass that gives the loss.
 
-    Where the most likely token is the reference's at each place of the answer, its end token included, greedy
-    generation would write just that. This is speculative decoding with the reference as the draft, so the answers are
-    those of generation; rows that differ anywhere are generated.
+    If the most likely token equals the reference's token at every position of the answer, including its end token,
+    greedy generation would write exactly that. This is speculative decoding with the reference as the draft, so the
+    answers are the same as with generation; rows that differ anywhere are generated.
     """
 
     def __init__(self, model: Any, encoder: Encoder, generation: GenerationConfig):
@@ -32,8 +32,8 @@ class Draft:
         self.longest = generation.max_new_tokens
 
     def answers(self, records: Sequence[Record], batch: Batch, likely: list[int]) -> list[str | None]:
-        """The answer of each record of `batch`, None where it must be generated. `likely`: of each supervised token,
-        row by row, the one that greedy search would write there.
+        """The answer of each record of `batch`, None if it must be generated. `likely`: the token that greedy search
+        would write at each supervised position, row by row.
         """
         if not self.usable:
             return [None] * len(records)

@@ -16,24 +16,24 @@ from vlmtune.config.schema import Config
 from vlmtune.data.records import Record
 from vlmtune.evaluation.drafts import Draft
 from vlmtune.evaluation.generate import generate
-from vlmtune.launch.signals import Ended
+from vlmtune.launch.signals import EvaluationStopped
 from vlmtune.metrics import resolve, score
 from vlmtune.objectives.next_token import supervised_logits
 from vlmtune.prompt.encode import Encoder
 
 PIECE_BATCHES = 16
-"""Batches whose answers are handed over together, where they are: rows that still have to be generated fill a batch."""
+"""Number of batches whose answers are passed to `done` together, so that rows to generate still fill a batch."""
 
 
 @dataclass
 class Evaluation:
-    """What a model scored on some rows."""
+    """A model's loss and scores on some rows."""
 
     metrics: dict[str, float]
-    """`loss` per supervised token and the task's metrics, means over the rows."""
+    """`loss` per supervised token, and the task's metrics averaged over the rows."""
     predictions: list[str]
     scores: list[dict[str, float]]
-    """The task's metrics of each row."""
+    """The task's metrics for each row."""
 
 
 def evaluate(
@@ -49,12 +49,13 @@ def evaluate(
     stop: Callable[[], int | None] = lambda: None,
     done: Callable[[int, list[str]], None] | None = None,
 ) -> Evaluation:
-    """Answer all records and compare; each rank takes a stretch of them. `share` lays out the batches for the loss with
-    each image once, `share_answers` those for generation.
+    """Answer and score all records; each rank takes a contiguous part. `share`: batches for the loss contain each image
+    once; `share_answers`: so do batches for generation.
 
-    `stop`: asked after each batch, the number of a signal that asks to end. Raises `signals.Ended` then, on every rank.
-    `done`: told the answers of some batches at a time, in order, and the number of the first of these rows; on several
-    processes those of all rows at the end.
+    `stop`: called after each batch, returns the number of a signal that asks to stop, or None. On a signal, every rank
+    raises `signals.EvaluationStopped`.
+    `done`: called with the first row's number and the answers of a few batches, in order; with several processes once
+    at the end, with all answers.
     """
     from accelerate.utils import gather_object
 
@@ -67,20 +68,20 @@ def evaluate(
             def advance(rows: int) -> None:
                 shown(rows)
                 if number := stop():
-                    raise Ended(number)
+                    raise EvaluationStopped(number)
 
             def answer(rows: Sequence[Record]) -> tuple[float, int, list[str]]:
                 return _answer(model, encoder, rows, config, engine, share, share_answers, advance)
 
             alone = done if engine.num_processes == 1 else None
             gathered = [_in_pieces(answer, own, config.trainer.eval_batch_size, alone)]
-    except Ended as ended:
+    except EvaluationStopped as ended:
         gathered = [ended.number]
     if engine.num_processes > 1:
-        gathered = gather_object(gathered)  # in the order of the ranks
+        gathered = gather_object(gathered)  # in rank order
     for number in gathered:
-        if isinstance(number, int):  # a signal may reach some ranks alone, and all must end
-            raise Ended(number)
+        if isinstance(number, int):  # a signal may reach only some ranks, and all must stop
+            raise EvaluationStopped(number)
     loss, tokens = sum(g[0] for g in gathered), sum(g[1] for g in gathered)
     predictions = [text for g in gathered for text in g[2]]
     if done is not None and engine.num_processes > 1:
@@ -95,7 +96,7 @@ def _in_pieces(
     size: int,
     done: Callable[[int, list[str]], None] | None,
 ) -> tuple[float, int, list[str]]:
-    """What `answer` gives for all rows, a piece after the other where each is handed over to `done`."""
+    """The result of `answer` for all rows; piece by piece if there is a `done` to pass the answers to."""
     if done is None:
         return answer(own)
     loss, tokens = 0.0, 0
@@ -117,7 +118,7 @@ def _answer(
     share_answers: bool,
     advance: Callable[[int], None],
 ) -> tuple[float, int, list[str]]:
-    """Summed loss, count of supervised tokens, and the answers of these rows."""
+    """Summed loss, number of supervised tokens, and the answers of these rows."""
     size = config.trainer.eval_batch_size
     make = shared if share else padded
     draft = Draft(model, encoder, config.generation)
@@ -140,7 +141,7 @@ def _answer(
 
 
 PIECE = 256
-"""Tokens whose logits are held in float32 at once."""
+"""Number of tokens whose logits are held in float32 at once."""
 
 
 @torch.no_grad()
@@ -154,7 +155,7 @@ def loss_and_drafts(
     draft: Draft,
     advance: Callable[[int], None],
 ) -> tuple[float, int, list[str | None]]:
-    """Summed loss, count of supervised tokens, and the answers that are known from this pass alone."""
+    """Summed loss, number of supervised tokens, and the answers that this pass already reveals."""
     was_training = model.training
     model.eval()
     loss, tokens = 0.0, 0

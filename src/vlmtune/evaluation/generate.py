@@ -1,4 +1,4 @@
-"""Answers by generation, batched."""
+"""Batched generation of answers."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def generation_arguments(generation: GenerationConfig, encoder: Encoder, model: 
         "eos_token_id": sorted(ends),
         "pad_token_id": pad if pad is not None else min(ends),
         "do_sample": generation.temperature > 0,
-        "suppress_tokens": encoder.answers.image_ids,  # an image in an answer would want features that no one gave
+        "suppress_tokens": encoder.answers.image_ids,  # an image token in an answer would need features
     }
     if generation.temperature > 0:
         arguments |= {"temperature": generation.temperature, "top_p": generation.top_p, "top_k": 0}
-    else:  # values that the checkpoint's own generation config may carry, and that greedy search would warn about
+    else:  # values that the checkpoint's generation config may contain, and that greedy search warns about
         arguments |= {"temperature": None, "top_p": None, "top_k": None}
     return arguments
 
@@ -49,11 +49,11 @@ CHANGES_LOGITS = (
     "guidance_scale",
     "exponential_decay_length_penalty",
 )
-"""What a checkpoint's own generation config may hold that makes greedy search take other tokens than the likeliest."""
+"""Keys of a checkpoint's generation config that make greedy search choose a token other than the most likely one."""
 
 
 def is_plain_greedy(arguments: dict[str, Any], model: Any) -> bool:
-    """Whether `generate` would take the most likely token each time."""
+    """Whether `generate` always chooses the most likely token."""
     own = base_of(model).generation_config
     neutral: tuple[Any, ...] = (None, 0, 1, 1.0, [])
     return (
@@ -75,9 +75,9 @@ def generate(
     share: bool = False,
     advance: Callable[[int], None] = lambda rows: None,
 ) -> list[str]:
-    """One answer per record, in order. `advance` is told how many rows each batch finished.
+    """One answer per record, in order. `advance` is called with the number of rows that each batch finished.
 
-    `share`: neighbouring records of one group share their image, where the choice of tokens is plain greedy.
+    `share`: neighbouring records of one group share their image, if decoding is plain greedy search.
     """
     device = next(model.parameters()).device
     arguments = generation_arguments(generation, encoder, model)

@@ -36,25 +36,25 @@ def _store(world: World) -> Any:
 
 
 @contextmanager
-def telling(world: World) -> Iterator[None]:
+def reporting(world: World) -> Iterator[None]:
     """An error on a rank other than the first is told to the first one."""
     try:
         with memory_advice(), storage_advice():
             yield
     except Exception as error:
-        tell(error, world)
+        report(error, world)
         raise
 
 
-def tell(error: Exception, world: World) -> None:
+def report(error: Exception, world: World) -> None:
     """Leave `error` for the first rank, unless another rank was earlier."""
     problems = error.problems if isinstance(error, VlmtuneError) else [f"{type(error).__name__}: {error}"]
     kind = type(error).__name__ if isinstance(error, VlmtuneError) else "TrainingError"
-    told = json.dumps({"kind": kind, "problems": [f"rank {world.rank}: {problem}" for problem in problems]})
+    text = json.dumps({"kind": kind, "problems": [f"rank {world.rank}: {problem}" for problem in problems]})
     try:
         store = _store(world)
         if store.add(COUNT, 1) == 1:
-            store.set(FIRST, told)
+            store.set(FIRST, text)
     except RuntimeError as failure:  # no store, or its process is gone: this rank's own output has the error
         log.debug("the first rank could not be told: %s", failure)
 
@@ -98,7 +98,7 @@ def is_broken_connection(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(name in str(error) for name in ("gloo", "NCCL"))
 
 
-def told(world: World) -> VlmtuneError | None:
+def reported(world: World) -> VlmtuneError | None:
     """The error that another rank left, None where there is none."""
     try:
         store = _store(world)

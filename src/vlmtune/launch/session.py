@@ -47,7 +47,7 @@ def engine(config: Config) -> Engine:
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
         )
     accelerator.sync_gradients = True  # or a loop left half way in this process decides whether a step counts
-    tell_what_idles(accelerator)
+    log_idle_devices(accelerator)
     made: Engine = accelerator
     return made
 
@@ -87,7 +87,7 @@ def mixed_precision(precision: str) -> str:
     return "no" if precision == "fp32" else precision
 
 
-def tell_what_idles(engine: Engine) -> None:
+def log_idle_devices(engine: Engine) -> None:
     """Log the accelerators of this machine that the run leaves alone, and why."""
     found = torch.accelerator.current_accelerator(check_available=True)
     if found is not None and found.type != "cuda":

@@ -23,7 +23,7 @@ class Interrupted(BaseException):
         self.number = number
 
 
-class Ended(Exception):
+class EvaluationStopped(Exception):
     """An evaluation stopped between two batches, as a signal asked for."""
 
     def __init__(self, number: int):
@@ -57,7 +57,7 @@ def ending_at_once() -> Iterator[None]:
         yield
 
 
-class Wish:
+class StopRequest:
     """A signal that asks to end after the step."""
 
     def __init__(self) -> None:

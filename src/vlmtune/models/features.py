@@ -18,13 +18,13 @@ from vlmtune.config.schema import DataConfig
 from vlmtune.launch.engine import Engine
 from vlmtune.models.parts import Parts, base_of
 from vlmtune.prompt.cache_folder import Entry
-from vlmtune.prompt.image_cache import Pixels, joined, pixels_mark
+from vlmtune.prompt.image_cache import PixelStore, joined, pixels_mark
 
 FROZEN = ("vision", "projector")
 """Parts whose weights an image's features depend on."""
 
 
-class Features(Pixels):
+class FeatureStore(PixelStore):
     """Looks images up, and computes what is missing with the model's own encoder."""
 
     kind = "features"

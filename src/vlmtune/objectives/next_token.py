@@ -1,5 +1,5 @@
-"""A batch -> its summed loss. Computed for supervised positions only: logits, and what of the last
-layer no other position needs.
+"""A batch -> its summed loss. Logits, and the last layer's token-wise modules, are computed for supervised positions
+only.
 
 Shapes: B rows, T tokens, D hidden size, V vocabulary, N supervised tokens.
 """
@@ -25,11 +25,11 @@ from vlmtune.prompt.labels import IGNORE
 def summed_loss(model: Any, batch: Batch) -> Tensor:
     """Cross entropy summed over the supervised tokens of `batch`, in float32.
 
-    The output embedding and the last layer's token-wise modules see N tokens instead of B x T: answers are a few
-    tokens, images hundreds.
+    The output embedding and the last layer's token-wise modules get N tokens instead of B x T: an answer has a few
+    tokens, an image hundreds.
     """
     supervised = batch.supervised
-    if supervised == 0:  # only keeps another rank company: a zero that still reaches every weight
+    if supervised == 0:  # this rank has no rows: a zero loss that still reaches every weight
         return model(**model_inputs(model, batch)).logits.float().sum() * 0.0
     base = base_of(getattr(model, "module", model))
     width = base.get_output_embeddings().weight.shape[0]
@@ -40,7 +40,7 @@ def summed_loss(model: Any, batch: Batch) -> Tensor:
 
 
 MOST_LOGITS = 2**26
-"""Logits that are held at once: 256 MB in float32, and as much again for their gradient."""
+"""Logits that are held in memory at once: 256 MB in float32, and the same again for their gradient."""
 
 
 def _after_the_head(config: Any) -> bool:
@@ -50,7 +50,7 @@ def _after_the_head(config: Any) -> bool:
 
 
 def _in_chunks(model: Any, batch: Batch, size: int) -> Tensor:
-    """The summed loss with the logits of `size` tokens in memory at a time; the backward pass computes them again."""
+    """The summed loss with logits for `size` tokens at a time; the backward pass computes them again."""
     targets, chosen = _targets(batch)
     head = base_of(getattr(model, "module", model)).get_output_embeddings()
     hidden: list[Tensor] = []
@@ -67,18 +67,18 @@ def _in_chunks(model: Any, batch: Batch, size: int) -> Tensor:
 
     pairs = zip(hidden[0].split(size), targets[chosen].split(size), strict=True)
     losses = [checkpoint(part, states, wanted, use_reentrant=False) for states, wanted in pairs]
-    return torch.stack(losses).sum() + unused.float().sum() * 0.0  # keeps DDP's view of which weights are used
+    return torch.stack(losses).sum() + unused.float().sum() * 0.0  # keeps DDP's record of which weights are used
 
 
 def _targets(batch: Batch) -> tuple[Tensor, Tensor]:
-    """What each place [B, T] is to predict, and where that is supervised."""
+    """The target of each position [B, T], and whether it is supervised."""
     targets = torch.full_like(batch.labels, IGNORE)
     targets[:, :-1] = batch.labels[:, 1:]
     return targets, targets != IGNORE
 
 
 def supervised_logits(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Logits [N, V] where a supervised token is predicted, and those tokens [N], row by row of the batch."""
+    """Logits [N, V] at the positions that predict a supervised token, and those tokens [N], row by row."""
     targets, chosen = _targets(batch)
     head = base_of(getattr(model, "module", model)).get_output_embeddings()
     select = head.register_forward_pre_hook(lambda _, args: (args[0][chosen][None], *args[1:]))
@@ -97,9 +97,9 @@ def _hooked(*handles: RemovableHandle) -> Iterator[None]:
 
 
 def _serving_only(model: Any, chosen: Tensor) -> AbstractContextManager[None]:
-    """While inside, what the last layer does for each token by itself is done for those `chosen` [B, T] alone.
+    """Inside the context, the last layer's token-wise modules run only for the tokens `chosen` [B, T].
 
-    Nothing above reads the other tokens: their feed-forward output and their projected attention stay zero.
+    Nothing reads the other tokens afterwards: their feed-forward output and projected attention stay zero.
     """
 
     def narrow(_: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -117,11 +117,11 @@ def _serving_only(model: Any, chosen: Tensor) -> AbstractContextManager[None]:
 
 
 def last_token_wise(base: Any) -> list[Any]:
-    """Modules of the decoder's last layer that treat each token by itself: attention's output projection and the
-    feed-forward network, under the names that transformers gives them.
+    """Modules of the decoder's last layer that process each token independently: attention's output projection and the
+    feed-forward network, by their names in transformers.
 
-    None under gradient checkpointing, which runs the layer again when the choice of tokens is gone. Experts balance
-    their load over all tokens and stay whole.
+    Empty under gradient checkpointing, which runs the layer again when the selection is no longer set. Mixtures of
+    experts balance their load over all tokens, so they always get all of them.
     """
     layers = getattr(base.get_decoder(), "layers", None)
     if not layers or (layers[-1].training and getattr(layers[-1], "gradient_checkpointing", False)):

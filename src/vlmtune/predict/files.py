@@ -1,4 +1,4 @@
-"""A table in, a table with answers out."""
+"""Answer the rows of a table and write them to a CSV file."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from vlmtune.data.splits import Records
 from vlmtune.errors import ConfigError, DataError
 from vlmtune.predict.predictor import Predictor, audited, reasons_of
 from vlmtune.predict.rows import READ_FILES, inputs_of, of_test_rows
-from vlmtune.record.outputs import ANSWER, ERROR, Answers, Rows, output_file, refuse_columns, tell_formulas
+from vlmtune.record.outputs import ANSWER, ERROR, Answers, Rows, output_file, refuse_columns, warn_of_formulas
 
 
 def predict_file(folder: str, config: Config, output: str) -> int:
-    """Answer the rows of `data.test` into the CSV file `output`; returns how many rows failed.
+    """Answer the rows of `data.test` and write them to the CSV file `output`. Returns how many rows failed.
 
-    Raises ConfigError where `output` can't be written, DataError where the table can't be read or no row can be used:
-    all before the model is opened. What ends it later leaves the rows answered so far in `output`.partial.
+    Raises ConfigError if `output` can't be written, DataError if the table can't be read or no row can be used: both
+    before the model is opened. If it is interrupted later, `output`.partial holds the rows answered so far.
     """
     from vlmtune import display
     from vlmtune.launch import signals
@@ -33,12 +33,12 @@ def predict_file(folder: str, config: Config, output: str) -> int:
             predictor.fill(answers, records, rows, rest.write)
             _refuse_none(answers, config)
             rest.finish()
-        tell_formulas(target, answers.texts.values())
+        warn_of_formulas(target, answers.texts.values())
     return len(answers.reasons)
 
 
 def _to_answer(config: Config) -> tuple[Answers, Records, list[int]]:
-    """The table of `data.test`, its usable records, and the row of each."""
+    """The table of `data.test`, its usable records, and the row number of each record."""
     from vlmtune.data.table import load as load_table
     from vlmtune.data.table import read_files
     from vlmtune.record.runfolder import frame_of
@@ -51,7 +51,7 @@ def _to_answer(config: Config) -> tuple[Answers, Records, list[int]]:
         answers = Answers(frame, reasons_of(split))
         _refuse_none(answers, config)
         return answers, split.records, [record.row for record in split.records]
-    # audited by itself: what can't be used is told by its policy
+    # a source with its own checks: bad rows are handled by data.on_bad_row
     split = load_table(data, config.task, config.trainer.seed, ("test",), answers_required=False)["test"]
     answers = Answers(frame_of(split))
     refuse_columns(answers.frame.columns, (ANSWER, ERROR), str(data.test))
@@ -61,4 +61,4 @@ def _to_answer(config: Config) -> tuple[Answers, Records, list[int]]:
 def _refuse_none(answers: Answers, config: Config) -> None:
     if len(answers.reasons) == len(answers.frame) > 0:
         first = answers.reasons[min(answers.reasons)]
-        raise DataError(f"{config.data.test}: no row can be used; the first: {first}")
+        raise DataError(f"{config.data.test}: no row can be used; the first has: {first}")

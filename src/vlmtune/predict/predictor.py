@@ -1,4 +1,4 @@
-"""A fine-tuned model that answers rows: a bad row gets its reason, the others are answered."""
+"""A fine-tuned model that answers rows: a bad row gets an error message, the others are answered."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Predictor:
-    """A fine-tuned model with everything that its answers depend on."""
+    """A fine-tuned model and everything that its answers depend on."""
 
     def __init__(self, folder: Path, config: Config):
         from vlmtune.launch import surroundings
@@ -41,7 +41,7 @@ class Predictor:
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
-        """While inside, random numbers go on where this predictor's last answers ended, and the caller's stay."""
+        """Inside the context, this predictor's random state is active; the caller's is restored afterwards."""
         from vlmtune.launch import session, surroundings
 
         with surroundings.kept(), memory_advice():
@@ -56,10 +56,10 @@ class Predictor:
         """A copy of `frame` with the column `answer_predictions`, in row order.
 
         `frame` has the run's image and question columns; an image is a path, bytes or a PIL image. Relative paths start
-        at the folder of the file that vlmtune read the frame from, and for a frame made otherwise at the working
-        directory, unless `load(..., overrides=["data.image_root=FOLDER"])` says where.
+        at `data.image_root` if `load(..., overrides=["data.image_root=FOLDER"])` sets it, else at the folder of the
+        file that vlmtune read the frame from, or at the working directory for any other frame.
 
-        A row that can't be used gets no answer (NA) and its reason in a column `error`; the others are answered.
+        A row that can't be used gets no answer (NA) and its reason in the column `error`; the others are answered.
         """
         place = str(frame.attrs.get("file", "the frame"))
         refuse_columns(frame.columns, (ANSWER, ERROR), place)
@@ -75,9 +75,9 @@ class Predictor:
         rows: Sequence[int],
         done: Callable[[int], None] = lambda stop: None,
     ) -> None:
-        """Answer `records`, which stand at `rows` of the frame; one that fails gets its reason.
+        """Answer `records`, which are the rows `rows` of the frame; a record that fails gets its reason.
 
-        After each batch `done` is told the row before which all are answered.
+        After each batch `done` is called with the row number before which all rows are answered.
         """
         from vlmtune import display
 
@@ -95,7 +95,7 @@ class Predictor:
                 advance(len(batch))
 
     def _fill_batch(self, answers: Answers, records: Sequence[Any], rows: Sequence[int], share: bool) -> None:
-        """Answer some records together, and where that fails one by one."""
+        """Answer some records together; if that fails, one by one."""
         try:
             found = self.answer(records, share=share)
         except (DataError, RuntimeError, MemoryError) as error:
@@ -109,7 +109,7 @@ class Predictor:
             answers.texts |= dict(zip(rows, found, strict=True))
 
     def answer(self, records: Sequence[Any], *, share: bool = False) -> list[str]:
-        """One answer per record, in order; `share`: neighbours that show one image are answered with it once."""
+        """One answer per record, in order. `share`: neighbouring records that show the same image share it."""
         from vlmtune.evaluation.generate import generate
 
         return generate(
@@ -123,8 +123,8 @@ class Predictor:
         )
 
     def shares_answers(self, records: Records) -> bool:
-        """Whether neighbouring rows that show the same image are answered with the image once: where a few of them get
-        the answers that they get one by one.
+        """Whether neighbouring rows that show the same image may share it: if a few of them get the same answers as one
+        by one.
         """
         from vlmtune.batching.groups import groups_of
         from vlmtune.proof.pairs import pairs
@@ -135,25 +135,25 @@ class Predictor:
 
 
 def reason_of(error: Exception) -> str:
-    """Why one row can't be answered; raises errors that concern all of them."""
+    """Why one row can't be answered. Raises errors that concern all rows."""
     if isinstance(error, DataError):
         return "; ".join(error.problems)
     memory = ("out of memory", *REFUSALS)
     if isinstance(error, MemoryError) or any(text in str(error) for text in memory):
-        return "out of memory: this row needs more than there is; see trainer.eval_batch_size, model.image.max_tokens"
+        return "out of memory for this row; lower trainer.eval_batch_size or model.image.max_tokens"
     raise error
 
 
 def audited(frame: pd.DataFrame, config: Config) -> Split:
-    """The frame's rows to be answered, each image decoded once: a bad one must not end the others."""
+    """The frame's rows to answer, with each image decoded once, so that a bad image does not stop the others."""
     from vlmtune.data.audit import audit_frame
     from vlmtune.data.table import image_root_of
 
-    file = str(frame.attrs.get("file", ""))  # relative paths start at the folder of a table that was read from one
+    file = str(frame.attrs.get("file", ""))  # relative paths start at the folder of the frame's file
     data = dataclasses.replace(config.data, image_root=image_root_of(config.data, "test"), check_images="decode")
     return audit_frame(frame, data, config.task, file=file, answers_required=False)
 
 
 def reasons_of(split: Split) -> dict[int, str]:
-    """Of each bad row its position in the frame, and its reason with the line that it stands on."""
+    """For each bad row its position in the frame, and its reason with its line in the file."""
     return {bad.index: f"line {bad.line}: " * (bad.line > 0) + bad.reason for bad in split.bad}

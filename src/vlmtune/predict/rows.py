@@ -1,4 +1,4 @@
-"""The rows that a finished run answers or is scored on: `data.test`, read without the run's own tables."""
+"""The rows that a finished run answers or is scored on: `data.test`, without the run's training tables."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import dataclasses
 from vlmtune.config.schema import DataConfig
 
 READ_FILES = "vlmtune.data.table.read_files"
-"""What reads a table by its ending."""
+"""The function that reads a table by its file extension."""
 
 
 def of_test_rows(data: DataConfig) -> DataConfig:
-    """The config for reading `data.test` alone: a file, or a data set of a hub where the run trained on such."""
+    """The config for reading only `data.test`: a file, or a data set on the hub if the run was trained on one."""
     from vlmtune.config.paths import files_of
     from vlmtune.data.sources.files import is_table
 

@@ -1,4 +1,4 @@
-"""The scores of a finished run, and its rows with them."""
+"""Score a finished run, and write its rows with their scores."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from vlmtune.config.schema import Config
 from vlmtune.data.splits import Split
 from vlmtune.predict.predictor import Predictor
 from vlmtune.predict.rows import inputs_of, of_test_rows
-from vlmtune.record.outputs import ANSWER, SCORE, Rows, Scored, output_file, refuse_columns, tell_formulas
+from vlmtune.record.outputs import ANSWER, SCORE, Rows, Scored, output_file, refuse_columns, warn_of_formulas
 
 
 def evaluate_run(folder: str, config: Config, output: str | None) -> str:
-    """Score a finished run on `data.test`, or on its validation rows without one; returns the scores as a table.
+    """Score a finished run on `data.test`, or on its validation rows if that is not set. Returns the scores as a table.
 
     `output`: a CSV file for the rows with answer_predictions and score. Raises DataError for rows that can't be used.
     """
@@ -45,14 +45,14 @@ def evaluate_run(folder: str, config: Config, output: str | None) -> str:
                 done=done,
             )
         if target is not None:
-            tell_formulas(target, found.predictions)
-    title = f"{len(rows)} {split} rows" + (f", {len(rows.bad)} more left out" if rows.bad else "")
+            warn_of_formulas(target, found.predictions)
+    title = f"{len(rows)} {split} rows" + (f", {len(rows.bad)} more skipped" if rows.bad else "")
     return display.table(title, ("metric", "value"), [(name, f"{value:.4f}") for name, value in found.metrics.items()])
 
 
 @contextmanager
 def _scored_rows(target: Path | None, split: Split, metric: str) -> Iterator[Callable[[int, list[str]], None] | None]:
-    """Writes rows with their scores as they are answered, into `target` if there is one."""
+    """Write rows with their scores to `target`, if there is one, as they are answered."""
     from vlmtune.metrics import resolve
     from vlmtune.record.runfolder import frame_of
 

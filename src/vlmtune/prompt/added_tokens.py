@@ -1,4 +1,4 @@
-"""Added tokens of a tokenizer, by which supervised texts and supervised tokens are compared."""
+"""A tokenizer's added tokens, used to compare supervised texts with supervised tokens."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from typing import Any
 
 
 class AddedTokens:
-    """What a tokenizer looks for in a text before anything else: it is this token wherever it stands.
+    """Added tokens that a tokenizer matches before anything else, wherever they are in a text.
 
-    Left out are single bytes (`<0x0A>`), and tokens that need a word's boundary or take in the space beside them.
+    Excludes single bytes (`<0x0A>`), and tokens that need a word boundary or absorb adjacent spaces.
     """
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
 
     def among(self, ids: Sequence[int]) -> list[int]:
-        """Those of `ids` that are added tokens, in order."""
+        """The added tokens in `ids`, in order."""
         return [i for i in ids if i in self._ids]
 
     def named_in(self, text: str) -> list[int]:
-        """Ids of the added tokens whose names stand in `text`, in order."""
+        """Ids of the added tokens whose names are in `text`, in order."""
         return [self.tokenizer.convert_tokens_to_ids(name) for name in self._name.findall(text)]
 
     def comparable(self, text: str) -> str:
-        """The form of a text that decoded tokens are compared in.
+        """A text in the normal form in which decoded tokens are compared.
 
-        Tokenizers may compose accents, drop outer space, and write a space after an added token (Llama's).
+        Tokenizers may compose accents, drop outer spaces, and write a space after an added token (Llama's).
         """
         return self._with_space_around.sub(r"\1", unicodedata.normalize("NFC", text)).strip()
 

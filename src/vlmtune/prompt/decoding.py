@@ -10,7 +10,7 @@ from vlmtune.prompt.rendering import ONE_QUESTION, Prompt
 
 
 class AnswerDecoder:
-    """Decodes what a model generated, and knows which tokens end an answer and which none may hold."""
+    """Decodes generated tokens, and knows which tokens end an answer and which ones must not occur in it."""
 
     def __init__(self, processor: Any, prompt: Prompt):
         self.processor, self.prompt = processor, prompt
@@ -25,14 +25,14 @@ class AnswerDecoder:
 
     @functools.cached_property
     def image_ids(self) -> list[int]:
-        """Ids that stand for images: no answer may hold one."""
+        """Ids of image tokens: an answer must not contain them."""
         tokenizer = self.prompt.tokenizer
         token = tokenizer.convert_tokens_to_ids(self.prompt.family.image_token)
         ids = {token, *getattr(self.processor, "image_token_ids", [])} - {None, tokenizer.unk_token_id}
         return sorted(i for i in ids if isinstance(i, int))
 
     def decode(self, ids: Sequence[Sequence[int]]) -> list[str]:
-        """Answers without control tokens, and without the template's separator around them."""
+        """Decoded answers without control tokens and without the template's separators around them."""
         kept = [[i for i in row if i not in self._special or not self._is_control(i)] for row in ids]
         texts = self.processor.tokenizer.batch_decode(kept, clean_up_tokenization_spaces=False)
         return [text.strip() for text in texts]

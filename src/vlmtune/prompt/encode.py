@@ -1,7 +1,7 @@
 """Records -> tokens, labels and image tensors.
 
-The chat template writes each row (`rendering`), the text of each image is put in place of its placeholder
-(`image_inputs`), and the tokens of the answer become labels (`labels`).
+The chat template renders each row (`rendering`), the text of each image replaces its placeholder (`image_inputs`), and
+the tokens of the answer become labels (`labels`).
 """
 
 from __future__ import annotations
@@ -27,32 +27,32 @@ from vlmtune.prompt.rendering import Prompt, Spans
 
 if TYPE_CHECKING:
     from vlmtune.config.schema import Config
-    from vlmtune.prompt.image_cache import Pixels
+    from vlmtune.prompt.image_cache import PixelStore
 
 
 @dataclass
 class Encoded:
-    """Rows ready to be put into a batch. Lists have one entry per row unless said otherwise."""
+    """Rows that are ready for a batch. Lists have one entry per row unless noted otherwise."""
 
     input_ids: list[list[int]]
     labels: list[list[int]]
     """Token ids where supervised, IGNORE elsewhere."""
     token_types: list[list[int]] | None
-    """What families that need it are told of each token: image or text, prompt or answer."""
+    """The type of each token, for families that need it: image or text, prompt or answer."""
     token_types_name: str
-    """The model's name for it."""
+    """The model's argument for the token types."""
     images_of: list[list[int]]
-    """Indices into the image tensors."""
+    """For each row the indices of its images in the image tensors."""
     image_inputs: dict[str, Any] = field(default_factory=dict)
-    """What the processor returned about the images, one call for all of them."""
+    """The processor's output for the images, from one call for all of them."""
 
 
 class Encoder:
-    """Encodes records for one model's processor. It is made once and never changed; `keeping` returns another.
+    """Encodes records for one model's processor. Immutable; `keeping` returns a changed copy.
 
-    `supervise`: the turns that are trained on, the `last` or `all`.
+    `supervise`: which turns are trained on, the `last` or `all`.
     `fast_jpeg`: whether JPEG files much larger than the model sees are decoded at a reduced size.
-    `pad_to_multiple_of`: batches are as long as a multiple of this many tokens.
+    `pad_to_multiple_of`: batches are padded to a multiple of this many tokens.
     """
 
     def __init__(
@@ -66,9 +66,7 @@ class Encoder:
         pad_to_multiple_of: int = 1,
     ):
         if not getattr(processor, "chat_template", None):
-            raise ModelError(
-                f"{type(processor).__name__} has no chat template, so prompts can't be written as it expects"
-            )
+            raise ModelError(f"{type(processor).__name__} has no chat template, so its prompt format is unknown")
         self.processor, self.pad_to_multiple_of = processor, pad_to_multiple_of
         self.family = family_of(processor)
         self.prompt = Prompt(processor, self.family, system_prompt, supervise)
@@ -81,7 +79,7 @@ class Encoder:
 
     @classmethod
     def of(cls, processor: Any, config: Config, *, pad_to_multiple_of: int = 1) -> Encoder:
-        """The encoder of a run: `processor` with what its config says of prompts and images."""
+        """The encoder of a run: `processor` with the config's settings for prompts and images."""
         return cls(
             processor,
             system_prompt=config.model.system_prompt,
@@ -91,29 +89,31 @@ class Encoder:
             pad_to_multiple_of=pad_to_multiple_of,
         )
 
-    def keeping(self, cache: Pixels | None) -> Encoder:
-        """The same encoder, but what images become is kept in `cache`; None: it is made anew each time."""
+    def keeping(self, cache: PixelStore | None) -> Encoder:
+        """The same encoder with a cache for the model inputs of images; None: they are computed each time."""
         other = copy.copy(self)
         other.images = self.images.keeping(cache)
         return other
 
     @property
-    def image_cache(self) -> Pixels | None:
-        """Where images become model inputs once, if anything is kept."""
+    def image_cache(self) -> PixelStore | None:
+        """The cache for the model inputs of images, if any."""
         return self.images.cache
 
     # ---------------------------------------------------------------- text
 
     def check(self, record: Record) -> None:
-        """Raise DataError where this family can't take such a row, whatever its texts and images hold."""
+        """Raise DataError if this family can't process such a row, whatever the content of its texts and images."""
         if self.family.needs_image and not record.images:
-            raise DataError(f"{record.place}: has no image, and {type(self.processor).__name__} takes no text alone")
+            raise DataError(
+                f"{record.place}: has no image, and {type(self.processor).__name__} does not accept text-only rows"
+            )
         self.prompt.check(record)
 
     def render(self, record: Record, *, answered: bool, expansions: Sequence[str] | None = None) -> tuple[str, Spans]:
-        """The text of a row, and the characters of its supervised parts: separator, answer, end token of each.
+        """The text of a row, and the character spans that are trained on: each answer with its separator and end token.
 
-        `expansions`: the text that stands for each of the row's images; None leaves placeholders.
+        `expansions`: the text for each of the row's images; None keeps the placeholders.
         """
         text, spans = self.prompt.of(record, answered=answered)
         if expansions is None:
@@ -121,26 +121,26 @@ class Encoder:
         placeholder = self.family.image_token
         if (count := text.count(placeholder) if placeholder else 0) != len(expansions):
             raise DataError(
-                f"{record.place}: this model's chat template has {count} places for {len(expansions)} images"
+                f"{record.place}: this model's chat template wrote {count} placeholders for {len(expansions)} images"
             )
         return expanded(text, spans, placeholder or "", expansions)
 
     def supervised_texts(self, record: Record) -> list[str]:
-        """What a row trains on, with what the template puts around."""
+        """The texts that a row trains on, including what the template adds around them."""
         text, spans = self.render(record, answered=True)
         return [self.prompt.markers.as_written(text[begin:end]) for begin, end in spans]
 
     def named_tokens(self, record: Record) -> list[int]:
-        """Ids of the added tokens that the supervised texts of a row name, in order."""
+        """Ids of the added tokens that are named in the supervised texts of a row, in order."""
         text, spans = self.render(record, answered=True)
         return [i for begin, end in spans for i in self.added_tokens.named_in(text[begin:end])]
 
     # ---------------------------------------------------------------- tokens
 
     def encode(self, records: Sequence[Record], *, answered: bool, images_once: bool = False) -> Encoded:
-        """Tokens of `records`, with labels if `answered`; else they end where the answer begins.
+        """Tokens of `records`. If `answered` with answers and labels, else only up to the start of the last answer.
 
-        `images_once`: neighbouring rows of one `prompt.group` share their image tensors, which then appear once.
+        `images_once`: neighbouring rows of one `prompt.group` share their image tensors, which appear once.
         """
         for record in records:
             self.check(record)
@@ -159,7 +159,7 @@ class Encoder:
         return Encoded(ids, labels, types, name, images_of, tensors)
 
     def lengths(self, records: Sequence[Record]) -> list[tuple[int, int]]:
-        """Tokens of each row's images and of its text, with its answer; images are read as far as their size."""
+        """Number of tokens of each row's images, and of its text with the answer. Only the sizes of images are read."""
         return measured(records, self._with_one_token_per_image, self.images, self.tokenizer)
 
     def _with_one_token_per_image(self, record: Record) -> str:

@@ -1,8 +1,8 @@
-"""What single model families need beyond what their processors say and do themselves.
+"""Code for model families that need more than what their processors provide.
 
-`Family` is the generic way, which serves every family whose processor expands image placeholders. The others:
-Idefics looks at images through cross-attention and ships no chat template; PaliGemma ships none either and tells the
-prompt, which it reads in both directions, from the answer by token types.
+`Family` is the generic code, which works for every family whose processor expands image placeholders. The others:
+Idefics reads images through cross-attention and has no chat template; PaliGemma has none either, reads the prompt in
+both directions, and separates it from the answer by token types.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from torch import Tensor
 from vlmtune.errors import ModelError
 
 TEXT_SIDE = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels"}
-"""What a processor returns about text; everything else belongs to the images."""
+"""A processor's outputs for text; all other outputs belong to images."""
 
 
 class Family:
-    """The generic way."""
+    """The generic code, for every family whose processor expands image placeholders."""
 
     chat_template: str | None = None
-    """Used where the checkpoint has none."""
+    """Used if the checkpoint has none."""
     needs_image = False
-    """Whether a row without an image is refused."""
+    """Whether rows without an image are refused."""
     shares_prefix = True
-    """Whether several rows may share their image's tokens; the start-up check decides for the rest."""
+    """Whether several rows may share their image's tokens; if True, the start-up check decides."""
     ends: tuple[str, ...] = ()
-    """Markers that end an answer, where the tokenizer doesn't call them special."""
+    """Markers that end an answer although the tokenizer doesn't define them as special."""
 
     def __init__(self, processor: Any):
         self.processor = processor
@@ -45,10 +45,10 @@ class Family:
         )
 
     def images(self, pictures: list[list[Any]]) -> tuple[dict[str, Any], list[str]]:
-        """The tensors of all images, nested by what shows them, and the text that stands for each in a prompt.
+        """The tensors of all images, which are nested by prompt, and the text for each image in a prompt.
 
-        Made by the processor's own call on prompts of nothing but placeholders: families differ in what they return,
-        rename and drop.
+        Calls the processor itself with prompts that only contain placeholders, since families differ in what they
+        return, rename and drop.
         """
         prompts = [str(self.image_token) * len(group) for group in pictures]
         made = self.processor(
@@ -61,21 +61,21 @@ class Family:
         return {key: value for key, value in made.items() if key not in TEXT_SIDE}, expansions
 
     def token_types(self, ids: list[list[int]], labels: list[list[int]]) -> tuple[str, list[list[int]]] | None:
-        """The name and values of the token types that the model wants to be told, if any."""
+        """The name and values of the token types that the model needs, if any."""
         if not getattr(self.processor, "return_mm_token_type_ids", False):
             return None
         name = "token_type_ids" if "token_type_ids" in self.processor.model_input_names else "mm_token_type_ids"
         return name, self.processor.create_mm_token_type_ids(ids)
 
     def arrange(self, inputs: dict[str, Any], ids: Tensor, images_of: Sequence[Sequence[int]]) -> dict[str, Any]:
-        """`inputs` of the images, and what else the model needs for the padded rows `ids` [B, T]."""
+        """`inputs` of the images, plus what else the model needs for the padded rows `ids` [B, T]."""
         return inputs
 
 
 class Idefics(Family):
-    """One image token per image; language layers look at the image that came last through cross-attention.
+    """One image token per image; language layers attend to the most recent image through cross-attention.
 
-    Its processor strips spaces at both ends of each item of a prompt; an end token belongs to the text before it.
+    Its processor strips spaces at both ends of each item in a prompt; an end token belongs to the text before it.
     """
 
     chat_template = (
@@ -108,7 +108,7 @@ class Idefics(Family):
         for row, own in enumerate(images_of):
             for place, image in enumerate(own):
                 pixels[row, place] = inputs["pixel_values"][image]
-        latest = (ids == self.processor.image_token_id).cumsum(1)  # 0: none yet
+        latest = (ids == self.processor.image_token_id).cumsum(1)  # 0: no image yet
         return {
             "pixel_values": pixels,
             "image_attention_mask": (latest[..., None] == torch.arange(1, count + 1)).long(),
@@ -129,7 +129,7 @@ class PaliGemma(Family):
     shares_prefix = False
 
     def images(self, pictures: list[list[Any]]) -> tuple[dict[str, Any], list[str]]:
-        """One prompt per image: the processor takes only prompts of one length at a time."""
+        """One prompt per image: the processor only accepts prompts of equal length."""
         return super().images([[picture] for group in pictures for picture in group])
 
     def token_types(self, ids: list[list[int]], labels: list[list[int]]) -> tuple[str, list[list[int]]] | None:
@@ -140,7 +140,7 @@ FAMILIES = {"IdeficsProcessor": Idefics, "PaliGemmaProcessor": PaliGemma}
 
 
 def family_of(processor: Any) -> Family:
-    """What `processor`'s family needs. Raises ModelError where no way is known to expand its placeholders."""
+    """The family of `processor`. Raises ModelError if it is not known how to expand its placeholders."""
     from transformers.processing_utils import ProcessorMixin
 
     cls = FAMILIES.get(type(processor).__name__)
@@ -149,7 +149,7 @@ def family_of(processor: Any) -> Family:
     expands = type(processor).replace_image_token is not ProcessorMixin.replace_image_token
     if not expands or getattr(processor, "image_token", None) is None:
         raise ModelError(
-            f"{type(processor).__name__}: has no image placeholder that transformers expands, so it needs a family of "
-            "its own (docs/add_a_model.md)"
+            f"{type(processor).__name__}: has no image placeholder that transformers expands, so it needs its own "
+            "family class (docs/add_a_model.md)"
         )
     return Family(processor)

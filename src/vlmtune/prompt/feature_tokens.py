@@ -1,6 +1,6 @@
-"""Tokens that stand for image features, thousands of a kind in a row: tokenized as one and repeated afterwards.
+"""Tokens for image features, thousands of the same in a row: tokenized as one token and repeated afterwards.
 
-Added tokens are split off a text before anything else, so their number changes nothing around them.
+Added tokens are split off before the rest of a text is tokenized, so their number does not affect the text around them.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ from vlmtune.errors import ModelError
 
 
 class Shortened(NamedTuple):
-    """An image's expansion with each run of feature tokens as one of them."""
+    """An image's expansion with each run of feature tokens reduced to one token."""
 
     text: str
     counts: list[int]
-    """Tokens of each run."""
+    """Number of tokens in each run."""
 
 
 class FeatureTokens:
-    """Shortens the runs of one tokenizer's feature token, and repeats it in the rows that were tokenized."""
+    """Shortens runs of a tokenizer's feature token, and repeats the token in tokenized rows."""
 
     def __init__(self, token: str, tokenizer: Any):
         self.token = token
         self.id: int | None = tokenizer.get_added_vocab().get(token)
-        """None where it is no added token: runs of it are then tokenized as they are."""
+        """None if it is not an added token: its runs are then tokenized as they are."""
 
     def shortened(self, expansion: str) -> Shortened:
-        """`expansion` with one token in place of each run of them."""
+        """`expansion` with each run replaced by one token."""
         if self.id is None:
             return Shortened(expansion, [])
         run = re.compile(f"(?:{re.escape(self.token)})+")
@@ -36,13 +36,13 @@ class FeatureTokens:
         return Shortened(run.sub(self.token, expansion), counts)
 
     def repeat(self, ids: list[int], labels: list[int], counts: list[int]) -> None:
-        """Write each feature token of one row, and its label, as often as `counts` say, in order.
+        """Repeat each feature token of a row, and its label, by the numbers in `counts`, in order.
 
-        Raises ModelError where the row has more or fewer feature tokens than counts.
+        Raises ModelError if the numbers of feature tokens and counts differ.
         """
         at = [n for n, i in enumerate(ids) if i == self.id] if counts else []
         if len(at) != len(counts):
-            raise ModelError(f"{len(at)} places for image features in a prompt that shows {len(counts)} runs of them")
+            raise ModelError(f"a prompt has {len(at)} image feature tokens for {len(counts)} runs of them")
         for n, count in zip(reversed(at), reversed(counts), strict=True):
             ids[n : n + 1] = [ids[n]] * count
             labels[n : n + 1] = [labels[n]] * count

@@ -1,4 +1,4 @@
-"""What `from_pretrained` is told of a place: a hub id has a revision, a folder has none."""
+"""Arguments of `from_pretrained` for a model path: a hub id has a revision, a folder has none."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vlmtune.config.schema import ModelConfig
 
 
 def hub_options(config: ModelConfig) -> dict[str, Any]:
-    """Arguments of `from_pretrained` that a hub id takes and a local folder doesn't."""
+    """Arguments of `from_pretrained` that apply to a hub id but not to a local folder."""
     return {"trust_remote_code": config.trust_remote_code, **remote(config)}
 
 
@@ -19,7 +19,7 @@ def remote(config: ModelConfig) -> dict[str, Any]:
 
 
 def is_original_internvl2(config: ModelConfig) -> bool:
-    """True for a checkpoint in InternVL2's own layout, which is opened without running its code."""
+    """Whether a checkpoint has InternVL2's own layout, which is opened without running its code."""
     from transformers.configuration_utils import PreTrainedConfig
 
     found, _ = PreTrainedConfig.get_config_dict(config.path, **remote(config))

@@ -1,11 +1,11 @@
-"""`model.image.min_tokens` and `max_tokens` in the terms of each family's image processor.
+"""Translates `model.image.min_tokens` and `max_tokens` into the settings of each family's image processor.
 
 pixels      Qwen2-VL and its successors, GLM-4V     an image is scaled; one token covers (patch * merge)^2 pixels.
                                                     Sides are rounded up: one 50 times the other may exceed the bound
 tiles       InternVL                                the number of tiles, each of the same tokens, and an overview
 grids       LLaVA-NeXT, LLaVA-OneVision             the grids of tiles that an image may be fitted to
 edge        Idefics3, SmolVLM                       the longest edge, in tiles
-fixed       the others                              every image has the same tokens, which must be within the bounds
+fixed       the others                              every image has the same number of tokens
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from vlmtune.errors import ConfigError
 def set_image_budget(processor: Any, image: ImageConfig) -> None:
     """Bound the language-model tokens of an image. Marker tokens around an image are not counted.
 
-    Raises ConfigError where the family can't keep within the bounds, with what it can.
+    Raises ConfigError if the family can't stay within the bounds, with the values that it supports.
     """
     if image.min_tokens is None and image.max_tokens is None:
         return
@@ -43,7 +43,7 @@ def set_image_budget(processor: Any, image: ImageConfig) -> None:
 
 
 def tokens_of(processor: Any, width: int, height: int) -> int:
-    """Language-model tokens of an image of this size in pixels."""
+    """Number of language-model tokens for an image of this size in pixels."""
     from vlmtune.prompt.families import family_of
 
     family = family_of(processor)
@@ -52,7 +52,7 @@ def tokens_of(processor: Any, width: int, height: int) -> int:
 
 
 def needed_size(processor: Any) -> NeededSize | None:
-    """What this family's processor keeps of a large image at most; None where it cuts images into tiles."""
+    """The largest size to which this family's processor scales an image; None if it cuts images into tiles."""
     images = processor.image_processor
     size = images.size
     if hasattr(images, "merge_size") and hasattr(images, "patch_size"):
@@ -64,7 +64,7 @@ def needed_size(processor: Any) -> NeededSize | None:
 
 
 def fit_model(model_config: Any, processor: Any) -> None:
-    """Tell the model of the grids that were left, where it keeps a list of its own (LLaVA-NeXT and OneVision)."""
+    """Copy the remaining grids to the model's config, if it has its own list (LLaVA-NeXT and OneVision)."""
     grids = getattr(processor.image_processor, "image_grid_pinpoints", None)
     if grids is not None and hasattr(model_config, "image_grid_pinpoints"):
         model_config.image_grid_pinpoints = [list(grid) for grid in grids]
@@ -72,7 +72,7 @@ def fit_model(model_config: Any, processor: Any) -> None:
 
 def _set_pixels(images: Any, image: ImageConfig) -> None:
     pixels = (images.patch_size * images.merge_size) ** 2
-    if type(images).__name__.startswith("Glm"):  # its limits count each of the doubled frames of an image
+    if type(images).__name__.startswith("Glm"):  # its limits count an image twice, as two frames
         pixels *= images.temporal_patch_size
     size = {"shortest_edge": images.size["shortest_edge"], "longest_edge": images.size["longest_edge"]}
     if image.min_tokens is not None:
@@ -88,7 +88,7 @@ def _set_pixels(images: Any, image: ImageConfig) -> None:
 
 
 def _set_tiles(images: Any, image: ImageConfig, each: int) -> None:
-    """`each`: tokens of one tile; several tiles are followed by an overview of the same size."""
+    """`each`: tokens per tile; several tiles are followed by an overview of the same size."""
     counts = {n: each * (n + (n > 1)) for n in range(1, images.max_patches + 1)}
     least, most = image.min_tokens or 0, image.max_tokens or max(counts.values())
     allowed = [n for n, tokens in counts.items() if least <= tokens <= most]
@@ -98,7 +98,7 @@ def _set_tiles(images: Any, image: ImageConfig, each: int) -> None:
 
 
 def _set_grids(processor: Any, image: ImageConfig) -> None:
-    """Keep the grids on which no image has too many tokens: one that fills its grid has the most."""
+    """Keep the grids on which no image has too many tokens: an image that fills its grid has the most."""
     images = processor.image_processor
     most_of = {tuple(grid): tokens_of(processor, grid[1], grid[0]) for grid in images.image_grid_pinpoints}
     if image.min_tokens is not None:
@@ -113,7 +113,7 @@ def _set_grids(processor: Any, image: ImageConfig) -> None:
 
 
 def _set_edge(images: Any, image: ImageConfig, each: int) -> None:
-    """`each`: tokens of one tile. A square image has the most: edge x edge tiles, and an overview."""
+    """`each`: tokens per tile. A square image has the most: edge x edge tiles, and an overview."""
     tile = images.max_image_size["longest_edge"]
     edges = {n: each * (n * n + 1 if n > 1 else 1) for n in range(1, images.size["longest_edge"] // tile + 1)}
     if image.min_tokens is not None:
@@ -127,6 +127,6 @@ def _set_edge(images: Any, image: ImageConfig, each: int) -> None:
 
 
 def _listed(counts: Any) -> str:
-    """`1 to 4`, or the counts there are."""
+    """`1 to 4`, or a list of the counts."""
     found = sorted(set(counts))
     return ", ".join(map(str, found)) if len(found) < 8 else f"{found[0]} to {found[-1]}"

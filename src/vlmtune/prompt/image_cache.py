@@ -1,9 +1,9 @@
-"""What images become on their way to the language model, made once per image and kept: the processor's tensors
-(`Pixels`), or features of a frozen encoder (features.py).
+"""Caches the model inputs of images, computed once per image: the processor's tensors (`PixelStore`), or the features
+of a frozen encoder (features.py).
 
-Entries lie under the image's content and a mark of everything else that they depend on. Each image is worked on as if
-by itself, so that what is kept does not depend on the batch in which it came first, and a resumed run sees the numbers
-of a straight one.
+The key of an entry is the image's content and a mark of everything else that it depends on. Each image is processed as
+if alone, so that an entry does not depend on the batch in which it was computed, and a resumed run gets the same
+numbers as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from vlmtune.prompt.cache_folder import CacheFolder, Entry
 
 
 class EncoderOutputs(dict[str, Any]):
-    """The models' own argument `mm_encoder_outputs`, movable like a tensor."""
+    """The models' argument `mm_encoder_outputs`, which can be moved between devices like a tensor."""
 
     def to(self, device: torch.device, non_blocking: bool = False) -> EncoderOutputs:
         return self._mapped(lambda t: t.to(device, non_blocking=non_blocking))
@@ -45,7 +45,7 @@ class EncoderOutputs(dict[str, Any]):
 
 
 def joined(entries: Sequence[Entry]) -> tuple[dict[str, Any], list[str]]:
-    """Model inputs and expansions of several entries, as `Family.images` gives them for all at once."""
+    """Model inputs and expansions of several entries, as `Family.images` returns them for all images at once."""
     if not entries:
         return {}, []
     inputs: dict[str, Any] = {key: _stacked([e.inputs[key] for e in entries]) for key in entries[0].inputs}
@@ -59,7 +59,7 @@ def joined(entries: Sequence[Entry]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _stacked(tensors: list[Tensor]) -> Tensor:
-    """Tensors [n, ...] one after the other, the smaller ones with zeros behind: processors fill up missing tiles so."""
+    """Concatenate tensors [n, ...], padding smaller ones with zeros, as processors do for missing tiles."""
     sizes = [max(each) for each in zip(*(t.shape[1:] for t in tensors), strict=True)]
 
     def filled(tensor: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ def _stacked(tensors: list[Tensor]) -> Tensor:
 
 @dataclass
 class Store:
-    """Entries under one fingerprint, in memory up to a budget and in a folder if one is given."""
+    """Entries with one mark, in memory up to a size limit, and in a folder if one is given."""
 
     folder: CacheFolder | None = None
     entries: dict[Hashable, Entry] = field(default_factory=dict)
@@ -100,16 +100,16 @@ class Store:
 
 
 STORES: dict[tuple[str, Path | None], Store] = {}
-"""Of this process, the present one: the trials of a sweep share what does not differ between them."""
+"""The current cache of this process: the trials of a sweep share entries that don't differ between them."""
 
 
-class Pixels:
-    """The processor's tensors of images."""
+class PixelStore:
+    """A cache of the processor's image tensors."""
 
     kind = "pixels"
 
     def __init__(self, mark: str, config: DataConfig):
-        """`mark`: a hash of all that an entry depends on, the image excepted."""
+        """`mark`: a hash of everything that an entry depends on, except the image."""
         self.budget = config.cache_gb * 1e9
         folder = None
         if config.cache_features == "disk":
@@ -125,8 +125,8 @@ class Pixels:
         shown: Sequence[tuple[Sequence[Any], Sequence[Callable[[], Any]]]],
         images: Callable[[list[list[Any]]], tuple[dict[str, Any], list[str]]],
     ) -> tuple[dict[str, Any], list[str]]:
-        """Inputs and expansions of images in groups of what a prompt shows together: their sources, and functions that
-        open them. `images` makes the processor's tensors of opened groups.
+        """Inputs and expansions of images, grouped by prompt and given by their sources and functions that open them.
+        `images` computes the processor's tensors for opened groups.
         """
         found: dict[str, Entry] = {}
         missing: dict[str, Sequence[Callable[[], Any]]] = {}
@@ -148,15 +148,15 @@ class Pixels:
         return joined([found[key] for key in keys])
 
     def compute(self, processed: Sequence[tuple[dict[str, Any], list[str]]]) -> list[Entry]:
-        """Entries from the processor's tensors and expansions of each group."""
+        """Make entries from the processor's tensors and expansions of each group."""
         return [Entry(*each) for each in processed]
 
     def report(self) -> str:
-        """What the cache cost and gained."""
+        """One line for the log: what the cache cost and saved."""
         each = self.seconds / max(self.computed, 1)
         size = self.store.bytes / 1e6
         return (
-            f"image {self.kind}: {self.computed} computed in {self.seconds:.1f} s, {self.found} times found again "
+            f"image {self.kind}: {self.computed} computed in {self.seconds:.1f} s, {self.found} times reused "
             f"(about {each * self.found:.0f} s saved), {size:.0f} MB in memory"
         )
 
@@ -167,8 +167,8 @@ def _group_key(sources: Sequence[Any], opened: Sequence[Callable[[], Any]]) -> s
 
 
 def _key(source: Any, opened: Callable[[], Any]) -> str:
-    """Equal for equal images: of a file's bytes, else of the opened picture, as a function may give another one each
-    time.
+    """Equal for equal images: a hash of a file's bytes, else of the opened image, since a function may return a
+    different one each time.
     """
     if not isinstance(source, Path | bytes):
         picture = opened()
@@ -176,12 +176,12 @@ def _key(source: Any, opened: Callable[[], Any]) -> str:
     try:
         return content_key(source)
     except OSError:
-        opened()  # says what is wrong with the file, and which row shows it
+        opened()  # reports what is wrong with the file, and which row shows it
         raise
 
 
 def pixels_mark(processor: Any, fast_jpeg: bool) -> str:
-    """A hash of all that the processor's tensors depend on, the image excepted."""
+    """A hash of everything that the processor's tensors depend on, except the image."""
     import transformers
 
     image_processor = processor.image_processor

@@ -1,4 +1,4 @@
-"""The images of some rows -> the model's image tensors, and the text that stands for each image in a prompt."""
+"""The images of some rows -> the model's image tensors, and the text for each image in a prompt."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from vlmtune.errors import DataError
 from vlmtune.prompt.families import Family
 
 if TYPE_CHECKING:
-    from vlmtune.prompt.image_cache import Pixels
+    from vlmtune.prompt.image_cache import PixelStore
 
 
 class ImageInputs(NamedTuple):
-    """What rows show, each distinct image once."""
+    """The images of some rows, each distinct image once."""
 
     tensors: dict[str, Any]
-    """What the family makes of all images in one call."""
+    """The family's tensors for all images, from one call."""
     expansions: list[str]
-    """The text that stands for each image."""
+    """The text for each image."""
     images_of: list[list[int]]
-    """Of each row the indices of its images."""
+    """For each row the indices of its images."""
 
 
 class ImageProcessing:
-    """Opens images and has the family's processor work on them.
+    """Opens images and passes them to the family's processor.
 
-    `needed`: how large an image must stay where a large JPEG is reduced while it is decoded; None: none is reduced.
+    `needed`: the minimum size of a large JPEG that is decoded at a reduced size; None: never reduced.
     """
 
     def __init__(
@@ -44,26 +44,26 @@ class ImageProcessing:
         needed: NeededSize | None,
     ):
         self.family, self.max_pixels, self.needed = family, max_pixels, needed
-        self.cache: Pixels | None = None
+        self.cache: PixelStore | None = None
         self.tokens = _token_counter(family, tokenizer)
-        """Tokens that images of given sizes, shown together, take in a prompt."""
+        """Number of tokens in a prompt for images of given sizes that are shown together."""
 
-    def keeping(self, cache: Pixels | None) -> ImageProcessing:
-        """The same, but what images become is kept in `cache`; None: it is made anew each time."""
+    def keeping(self, cache: PixelStore | None) -> ImageProcessing:
+        """A copy with a cache for the model inputs of images; None: they are computed each time."""
         other = copy.copy(self)
         other.cache = cache
         return other
 
     def open(self, source: Any) -> Image.Image:
-        """An image as the processor is given it. Raises DataError as `open_image` does."""
+        """An image as the processor gets it. Raises DataError as `open_image` does."""
         return open_image(source, self.max_pixels, self.needed)
 
     def size(self, source: Any) -> tuple[int, int]:
-        """Width and height of what `open` would return, from the image's header."""
+        """Width and height of what `open` would return, only from the image's header."""
         return image_size(source, self.max_pixels)
 
     def of(self, records: Sequence[Record], groups: Sequence[Hashable]) -> ImageInputs:
-        """The images of `records`. Neighbours of one group share theirs; a group of None is shared with no row.
+        """The images of `records`. Neighbouring rows of one group share them; rows with group None share with no row.
 
         Raises DataError, with the row's place, for an image that can't be opened or that the processor refuses.
         """
@@ -85,7 +85,7 @@ class ImageProcessing:
                 cached = [([sources[i] for i in own], [partial(opened, i) for i in own]) for own in shown]
                 return ImageInputs(*self.cache.of(cached, self.family.images), images_of)
             return ImageInputs(*self.family.images([[opened(i) for i in own] for own in shown]), images_of)
-        except ValueError as error:  # a shape that the family can't take, such as a strip
+        except ValueError as error:  # a shape that the family doesn't support, such as a very thin image
             pictures = map(opened, range(len(sources)))
             sizes = [f"{row_of[i].place} ({p.width}x{p.height})" for i, p in enumerate(pictures)]
             which = sizes[0] if len(sizes) == 1 else f"one of {', '.join(sizes[:8])}"
@@ -105,7 +105,7 @@ def _token_counter(family: Family, tokenizer: Any) -> Any:
 
 
 def _distinct_images(records: Sequence[Record], groups: Sequence[Hashable]) -> tuple[list[Any], list[list[int]]]:
-    """All image sources of the rows in order, those of neighbours in a group only once; indices per row."""
+    """All image sources of the rows in order, once for neighbouring rows of a group; and the indices per row."""
     sources: list[Any] = []
     images_of: list[list[int]] = []
     before = None

@@ -11,7 +11,9 @@ from vlmtune.errors import ModelError
 
 @functools.cache
 def torchvision_works() -> bool:
-    """True where torchvision can be imported; a build that doesn't fit the installed torch raises, and counts as no."""
+    """Whether torchvision can be imported. A build that doesn't match the installed torch raises, and counts as
+    missing.
+    """
     try:
         import torchvision  # noqa: F401
     except Exception:  # a mismatched build raises RuntimeError or OSError, not ImportError
@@ -20,7 +22,8 @@ def torchvision_works() -> bool:
 
 
 def video_settings(path: Any, **options: Any) -> dict[str, Any] | None:
-    """The video half's settings in a checkpoint, from the files in which transformers looks for them; None: in none.
+    """The video processor's settings in a checkpoint, from the files in which transformers looks for them. None: it has
+    none.
 
     `options`: arguments of `from_pretrained`, such as `revision`.
     """
@@ -34,13 +37,13 @@ def video_settings(path: Any, **options: Any) -> dict[str, Any] | None:
 
 
 def image_only(cls: Any, video: Mapping[str, Any] | None = None) -> Any:
-    """A processor class without its video half, which needs torchvision; images have a PIL implementation.
+    """A processor class without its video processor, which needs torchvision; images have a PIL implementation.
 
-    `video`: the video half's settings. They are saved with the processor as transformers saves them, so that
-    `AutoProcessor` opens the folder where torchvision is installed. None: the defaults of the family's video half.
+    `video`: the video processor's settings. They are saved with the processor as transformers saves them, so that
+    `AutoProcessor` opens the folder where torchvision is installed. None: the defaults of the family's video processor.
 
-    `get_attributes` drives loading, saving and type checks. `__init__` stays the original one, because transformers
-    reads its signature to pass `chat_template` and others on.
+    `get_attributes` controls loading, saving and type checks. `__init__` stays the original one, because transformers
+    reads its signature to pass on `chat_template` and other arguments.
     """
     from transformers.processing_utils import ProcessorMixin
 
@@ -48,13 +51,15 @@ def image_only(cls: Any, video: Mapping[str, Any] | None = None) -> Any:
     if "video_processor" not in attributes:
         return cls
     if attributes.index("video_processor") != 2:
-        raise ModelError(f"{cls.__name__} needs torchvision: `pip install torchvision` in the build of your torch")
+        raise ModelError(
+            f"{cls.__name__} needs torchvision: `pip install torchvision` in a build that matches your torch"
+        )
 
     def arguments(sub: Any, *args: Any, **kwargs: Any) -> list[Any]:
         return [*super(image_class, sub)._get_arguments_from_pretrained(*args, **kwargs), None]
 
     def to_dict(self: Any) -> dict[str, Any]:
-        return {**super(image_class, self).to_dict(), **_saved_half(self, video or {})}
+        return {**super(image_class, self).to_dict(), **_saved_video(self, video or {})}
 
     image_class: Any = type(
         cls.__name__,
@@ -64,14 +69,14 @@ def image_only(cls: Any, video: Mapping[str, Any] | None = None) -> Any:
             "get_attributes": classmethod(lambda sub: [name for name in attributes if name != "video_processor"]),
             "_get_arguments_from_pretrained": classmethod(arguments),
             "to_dict": to_dict,
-            "apply_chat_template": ProcessorMixin.apply_chat_template,  # SmolVLM's reads the video half even for text
+            "apply_chat_template": ProcessorMixin.apply_chat_template,  # SmolVLM's uses it even for text
         },
     )
     return image_class
 
 
-def _saved_half(processor: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What a full processor writes of its video half; a value that `settings` lacks is its class's default.
+def _saved_video(processor: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a full processor writes of its video processor; a value that `settings` lacks is its class's default.
 
     Empty where no class of transformers answers to the family's name: `AutoProcessor` then asks for the base's.
     """

@@ -1,6 +1,6 @@
-"""The processor of the original InternVL2 checkpoints (`OpenGVLab/InternVL2-*`), made without running their code.
+"""The processor of the original InternVL2 checkpoints (`OpenGVLab/InternVL2-*`), built without running their code.
 
-The InternLM2 sizes carry a sentencepiece tokenizer without a fast form: it is built here from the same files.
+The InternLM2 sizes come with a sentencepiece tokenizer without a fast form: it is built here from the same files.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def tokens_per_tile(original: dict[str, Any]) -> int:
 def load_processor(path: str, **hub: Any) -> Any:
     """InternVLProcessor with the original's tiling, prompt and token ids.
 
-    The repository's own preprocessor_config.json tells of a plain resize; what its code does stands in config.json.
+    The repository's preprocessor_config.json describes a plain resize; what its code really does is in config.json.
     """
     from transformers import GotOcr2ImageProcessorPil, InternVLProcessor
     from transformers.configuration_utils import PreTrainedConfig
@@ -69,7 +69,7 @@ def load_processor(path: str, **hub: Any) -> Any:
 
 
 def load_tokenizer(path: str, original: dict[str, Any], **hub: Any) -> Any:
-    """The checkpoint's tokenizer in its fast form, with the same ids, and character offsets besides."""
+    """The checkpoint's tokenizer in a fast form, with the same ids, and with character offsets."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
     from transformers.utils import cached_file
 
@@ -93,8 +93,8 @@ def load_tokenizer(path: str, original: dict[str, Any], **hub: Any) -> Any:
 def sentencepiece_backend(file: Path, added: dict[int, dict[str, Any]]) -> Any:
     """A `tokenizers.Tokenizer` with the ids of the sentencepiece BPE in `file` and of the `added` tokens.
 
-    `added`: id -> {content, special, ...} as in tokenizer_config.json. An added token may take the place of an unused
-    piece, or follow the last one.
+    `added`: id -> {content, special, ...} as in tokenizer_config.json. An added token may replace an unused piece, or
+    follow the last one.
     """
     from tokenizers import AddedToken, normalizers, processors
     from transformers.convert_slow_tokenizer import SpmConverter, generate_merges, import_protobuf
@@ -102,7 +102,7 @@ def sentencepiece_backend(file: Path, added: dict[int, dict[str, Any]]) -> Any:
     proto = import_protobuf().ModelProto()
     proto.ParseFromString(file.read_bytes())
     if proto.trainer_spec.model_type != 2:
-        raise ModelError(f"{file}: is no BPE model, as InternLM2's tokenizer is")
+        raise ModelError(f"{file}: is not a BPE model, unlike InternLM2's tokenizer")
     scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == 1}
     names = [piece.piece for piece in proto.pieces]
     for number in sorted(added):

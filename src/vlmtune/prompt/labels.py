@@ -1,4 +1,4 @@
-"""Rendered texts -> token ids and labels. Character offsets of the tokens say which are trained on."""
+"""Rendered texts -> token ids and labels. The tokens' character offsets decide which ones are trained on."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ IGNORE = -100
 def tokens_and_labels(
     tokenizer: Any, texts: Sequence[str], spans: Sequence[Spans]
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Token ids of `texts`, and labels: the ids inside the characters of `spans`, IGNORE elsewhere.
+    """Token ids of `texts`, and labels: the ids inside the character spans `spans`, IGNORE elsewhere.
 
-    Where a token would hold characters of both sides of a span's beginning (the prompt's last newline and an answer's
-    first), the sides are tokenized apart: generation starts from the prompt's own tokens.
+    If a token would cross the start of a span (the prompt's last newline and an answer's first), both sides are
+    tokenized separately: generation starts from the prompt's own tokens.
     """
     special = adds_special_tokens(tokenizer, texts[0])
     found = tokenizer(list(texts), return_offsets_mapping=True, add_special_tokens=special)
@@ -33,13 +33,13 @@ def tokens_and_labels(
 
 
 def adds_special_tokens(tokenizer: Any, text: str) -> bool:
-    """Whether the tokenizer has to write its begin token: not where the chat template wrote it into `text`."""
+    """Whether the tokenizer has to add its begin token: not if the chat template already wrote it into `text`."""
     bos = tokenizer.bos_token
     return not (bos and bos in text)
 
 
 def _tokenized_apart(tokenizer: Any, text: str, spans: Spans, special: bool) -> tuple[list[int], list[int]]:
-    """Tokens and labels of one text, tokenized in pieces that begin and end where spans do."""
+    """Tokens and labels of one text, tokenized in pieces that are split at the boundaries of spans."""
     ids: list[int] = []
     labels: list[int] = []
     cuts = sorted({0, len(text), *(at for span in spans for at in span)})
@@ -51,6 +51,6 @@ def _tokenized_apart(tokenizer: Any, text: str, spans: Spans, special: bool) -> 
 
 
 def _overlaps(token: tuple[int, int], spans: Spans) -> bool:
-    """Whether a token's characters overlap one of `spans`."""
+    """Whether a token's characters overlap with one of `spans`."""
     begin, end = token
     return end > begin and any(begin < stop and end > start for start, stop in spans)

@@ -1,4 +1,4 @@
-"""Tokens of rows, measured without opening their images further than their sizes."""
+"""Counts the tokens of rows, reading only the sizes of their images."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from vlmtune.prompt.image_inputs import ImageProcessing
 from vlmtune.prompt.labels import adds_special_tokens
 
 CHUNK = 1024
-"""Rows that are tokenized in one call."""
+"""Number of rows that are tokenized in one call."""
 
 
 def measured(
     records: Sequence[Record], text_of: Callable[[Record], str], images: ImageProcessing, tokenizer: Any
 ) -> list[tuple[int, int]]:
-    """Tokens of each row's images, and of its text.
+    """Number of tokens of each row's images, and of its text.
 
-    `text_of`: the whole text of a row, with one token in place of each image.
+    `text_of`: returns the whole text of a row, with one token for each image.
     """
     found = []
     with display.bar("measuring rows", len(records), show=len(records) > 20 * CHUNK) as advance:

@@ -1,9 +1,9 @@
-"""Markers inside a user's text: control markers stay text, other added tokens are those tokens.
+"""Markers inside a user's text: control markers stay plain text, other added tokens are encoded as those tokens.
 
-A control marker (`<|im_end|>`, `<image>`) would end the turn or ask for an image. Its first character is replaced by a
-stand-in that the tokenizer's normalizer turns back after special tokens were looked for. Control markers are what the
-chat template itself writes, what stands for images, and the tokenizer's named tokens (begin, end, padding). Other added
-tokens (boxes, references, locations, points, reasoning) in a text are those tokens.
+A control marker (`<|im_end|>`, `<image>`) would end the turn or insert an image. Its first character is replaced by a
+stand-in that the tokenizer's normalizer turns back after special tokens were matched. Control markers are those that
+the chat template writes, image placeholders, and the tokenizer's named tokens (begin, end, padding). Other added tokens
+in a text (boxes, references, locations, points, reasoning) are encoded as those tokens.
 """
 
 from __future__ import annotations
@@ -17,33 +17,33 @@ from PIL import Image
 
 
 class Markers:
-    """The markers of one processor, and a tokenizer that reads stand-ins as the characters they stand for."""
+    """The markers of one processor, and a tokenizer that reads stand-ins as the original characters."""
 
     def __init__(self, processor: Any, family: Any):
         self.processor, self.family = processor, family
         special = {t.content for t in processor.tokenizer.added_tokens_decoder.values() if t.special}
         own = {family.image_token or "<image>", family.feature_token, *family.ends}
         self.names = sorted(special | own)
-        """Strings that mean something else than their letters to the tokenizer or the processor."""
+        """Strings with a special meaning for the tokenizer or the processor."""
         self._always = own | self._named()
         self.tokenizer, self.stand_ins = with_stand_ins(processor.tokenizer, self.names)
         self._letters = str.maketrans({stand_in: first for first, stand_in in self.stand_ins.items()})
         self._marker = re.compile("|".join(sorted(map(re.escape, self.names), key=len, reverse=True)))
 
     def _named(self) -> set[str]:
-        """Tokens that the tokenizer or the processor has a name for: begin, end, padding, image, video."""
+        """Tokens that the tokenizer or the processor has as an attribute: begin, end, padding, image, video."""
         named = {value for value in self.processor.tokenizer.special_tokens_map.values() if isinstance(value, str)}
         return named | {v for k, v in vars(self.processor).items() if k.endswith("_token") and isinstance(v, str)}
 
     def is_control(self, marker: str) -> bool:
-        """Whether `marker` steers the conversation or stands for an image, and so stays text in a user's text."""
+        """Whether `marker` controls the conversation or stands for an image, and so stays text in a user's text."""
         if marker in self._always or marker in str(self.processor.chat_template):
             return True
         return _numberless(marker) in self._around_images
 
     @functools.cached_property
     def _around_images(self) -> set[str]:
-        """Markers that images expand to, their numbers left out (`<row_1_col_2>`)."""
+        """Markers that images expand to, without their numbers (`<row_1_col_2>`)."""
         sides = ((64, 64), (2000, 500), (500, 2000))
         _, expansions = self.family.images([[Image.new("RGB", size)] for size in sides])
         return {_numberless(found) for text in expansions for found in self._marker.findall(text)}
@@ -60,7 +60,7 @@ class Markers:
         return text
 
     def as_written(self, text: str) -> str:
-        """`text` with the letters that stand-ins are for."""
+        """`text` with stand-ins replaced by the original characters."""
         return text.translate(self._letters)
 
     def kept_as_text(self, text: str) -> list[str]:
@@ -75,14 +75,16 @@ def _numberless(marker: str) -> str:
 def with_stand_ins(tokenizer: Any, markers: list[str]) -> tuple[Any, dict[str, str]]:
     """A copy of `tokenizer` that turns noncharacters back into the first characters of `markers`, and the mapping.
 
-    Special tokens are matched before normalization, so a character restored by the normalizer can't start one; those
-    declared the other way (`normalized`, in old Llama files) are declared anew. One character stands for one, so
-    offsets stay right.
+    Special tokens are matched before normalization, so a character that the normalizer restores can't start one; those
+    declared to match after it (`normalized`, in old Llama files) are declared again. Each stand-in replaces one
+    character, so offsets stay right.
     """
     from tokenizers import AddedToken, normalizers
 
     firsts = sorted({marker[0] for marker in markers})
-    stand_ins = {first: chr(0xFDD0 + n) for n, first in enumerate(firsts)}  # noncharacters: never in exchanged text
+    stand_ins = {
+        first: chr(0xFDD0 + n) for n, first in enumerate(firsts)
+    }  # noncharacters: never used in text interchange
     tokenizer = copy.deepcopy(tokenizer)
     backend = tokenizer.backend_tokenizer
     late = [token for token in backend.get_added_tokens_decoder().values() if token.normalized]

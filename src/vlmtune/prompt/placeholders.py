@@ -1,4 +1,4 @@
-"""The text of each image in place of its placeholder."""
+"""Replaces each image placeholder by the image's text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from vlmtune.prompt.rendering import Spans
 
 
 def expanded(text: str, spans: Spans, placeholder: str, expansions: Sequence[str]) -> tuple[str, Spans]:
-    """`text` with the text of each image in place of its placeholder, and `spans` where they then are."""
+    """`text` with each placeholder replaced by the image's text, and `spans` moved accordingly."""
     head, *rest = text.split(placeholder) if placeholder else [text]
     starts, out = [], head
     for expansion, part in zip(expansions, rest, strict=True):
@@ -19,7 +19,7 @@ def expanded(text: str, spans: Spans, placeholder: str, expansions: Sequence[str
 
 
 def _moved(at: int, starts: list[int], growth: list[int]) -> int:
-    """Where a character is once placeholders have grown; `starts`: of the expansions, in the new text."""
+    """The new position of a character after placeholders grew. `starts`: of the expansions, in the new text."""
     for start, more in zip(starts, growth, strict=True):
         if start < at:
             at += more

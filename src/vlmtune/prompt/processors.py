@@ -15,7 +15,7 @@ from vlmtune.prompt.image_only import image_only, torchvision_works, video_setti
 def load_processor(config: ModelConfig) -> Any:
     """The processor of `config.path`, with the image budget applied.
 
-    Raises ModelError where the checkpoint has none, ConfigError where its family can't follow the budget.
+    Raises ModelError if the checkpoint has none, ConfigError if its family can't follow the budget.
     """
     options = hub_options(config)
     if is_original_internvl2(config):

@@ -1,4 +1,4 @@
-"""A row as its family's own processor writes it, called as its documentation does: what ours is compared with."""
+"""A row encoded by its family's own processor, called as in its documentation: the reference for our encoding."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from vlmtune.prompt.labels import adds_special_tokens
 
 
 def by_the_processor(encoder: Encoder, record: Record, *, answered: bool) -> Any:
-    """What the processor makes of a row's text and images in one call."""
+    """The processor's output for a row's text and images, from one call."""
     processor = encoder.processor
     text, _ = encoder.render(record, answered=answered)
     pictures = [encoder.images.open(source) for source in record.images]
-    own, processor.tokenizer = processor.tokenizer, encoder.tokenizer  # ours reads a user's markers as text
+    own, processor.tokenizer = (
+        processor.tokenizer,
+        encoder.tokenizer,
+    )  # our encoder treats markers in a user's text as text
     try:
         return processor(
             text=[text],

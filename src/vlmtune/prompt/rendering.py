@@ -1,8 +1,8 @@
-"""A row as the model's own chat template writes it, with the characters that are trained on.
+"""Renders a row with the model's own chat template, and finds the characters that are trained on.
 
-Each row is rendered by the template itself, so whatever it does to a text (strip it, drop the reasoning of earlier
-answers) is done here too. Answers are found again by rendering once more with a stand-in in an answer's place: what
-stands before and behind the stand-in, stands before and behind the answer.
+Each row is rendered by the template itself, so everything it does to a text (strip it, drop the reasoning of earlier
+answers) is applied here too. Answers are located by rendering once more with a stand-in instead of the answer: the text
+before and after the stand-in is the text before and after the answer.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ ONE_QUESTION: Shape = (False, ("it",))
 
 
 class Ending(NamedTuple):
-    """What the template writes behind the last answer."""
+    """The text that the template writes after the last answer."""
 
     whole: str
     marker: str
-    """Up to and with its first marker; empty where it writes none."""
+    """The part up to and including its first marker; empty if there is none."""
 
 
 class Prompt:
-    """Writes rows for one processor. Control markers in a user's text stay text (`markers`).
+    """Renders rows for one processor. Control markers in a user's text stay text (`markers`).
 
-    `supervise`: the turns that are trained on, the `last` or `all`.
+    `supervise`: which turns are trained on, the `last` or `all`.
     """
 
     def __init__(self, processor: Any, family: Any, system_prompt: str | None, supervise: str):
@@ -50,18 +50,18 @@ class Prompt:
         return record.system if record.system is not None else self.system_prompt
 
     def shape(self, record: Record) -> Shape:
-        """What of a row decides how the template treats it, its texts aside."""
+        """Everything about a row that affects its rendering, except its texts."""
         with_system, images, turns = self.system(record) is not None, len(record.images), record.turns
-        if len(turns) == 1 and not turns[0].image_at:  # nearly every row: its images, then its question
+        if len(turns) == 1 and not turns[0].image_at:  # nearly every row: images first, then the question
             return with_system, ("i" * images + "t",)
         placed = sum(len(turn.image_at) for turn in turns)
         if placed not in (0, images):
-            raise DataError(f"{record.place}: {images} images for {placed} places in the text")
+            raise DataError(f"{record.place}: {images} images for {placed} placeholders in the text")
         orders = ["".join(kind for kind, _ in content_of(turn)) for turn in turns]
         return with_system, ("i" * (images - placed) + orders[0], *orders[1:])
 
     def check(self, record: Record) -> None:
-        """Raise DataError where the template refuses such a conversation, whatever its texts hold."""
+        """Raise DataError if the template refuses such a conversation, whatever its texts are."""
         shape = self.shape(record)
         try:
             self.ending(shape)
@@ -69,7 +69,7 @@ class Prompt:
             raise DataError([f"{record.place}: {problem}" for problem in error.problems]) from error
 
     def of(self, record: Record, *, answered: bool) -> tuple[str, Spans]:
-        """The text of a row with placeholders for its images, and the characters that are trained on."""
+        """The text of a row with image placeholders, and the character spans that are trained on."""
         shape = self.shape(record)
         try:
             text, spans = self.write(shape, self.system(record), record.turns, answered)
@@ -98,7 +98,7 @@ class Prompt:
         return prompt + answer, (*spans, *last)
 
     def _messages(self, shape: Shape, system: str | None, turns: Sequence[Turn]) -> list[dict[str, Any]]:
-        """A row in transformers' form."""
+        """A row as messages in transformers' format."""
         messages: list[dict[str, Any]] = []
         if system is not None:
             messages.append(_message("system", [("t", self.markers.literal(system))]))
@@ -112,7 +112,7 @@ class Prompt:
         return messages
 
     def rendered(self, messages: list[dict[str, Any]], **options: Any) -> str:
-        """What the template makes of `messages`. Raises DataError where it refuses them."""
+        """`messages` rendered by the template. Raises DataError if the template refuses them."""
         from jinja2 import TemplateError
 
         try:
@@ -120,10 +120,10 @@ class Prompt:
         except TemplateError as error:
             raise DataError(f"this model's chat template refuses the conversation: {error}") from error
 
-    # ---------------------------------------------------------------- where answers stand
+    # ---------------------------------------------------------------- where answers are
 
     def _ending(self, shape: Shape) -> Ending:
-        """What follows the last answer of such a conversation; all its texts are looked for on the way."""
+        """The text after the last answer of such a conversation. Also checks that the template writes all texts."""
         messages, kinds = conversation(shape)
         texts = [TEXT.format(number) for number in range(len(kinds))]
         prompt = self.rendered(messages[:-1], add_generation_prompt=True)
@@ -138,17 +138,19 @@ class Prompt:
         return Ending(tail, min((tail[: tail.index(end) + len(end)] for end in ends), key=len, default=""))
 
     def own_end(self) -> str:
-        """The tokenizer's end, or the model never learns to stop (llava-1.5's template writes none)."""
+        """The tokenizer's end token, without which the model would not learn to stop (llava-1.5's template writes
+        none).
+        """
         end = self.processor.tokenizer.eos_token
         if not end:
             raise ModelError("neither the chat template nor the tokenizer has a token that ends an answer")
         return str(end)
 
     def _last(self, messages: list[dict[str, Any]], prompt: str, ending: Ending) -> str:
-        """What stands for the last answer behind the prompt, its end left out.
+        """The text of the last answer after the prompt, without the end.
 
-        The template's own text, which may begin with a separator. Where that does not go on from the generation prompt
-        (LLaVA-OneVision writes a space more before given answers), the generation prompt wins.
+        It is the template's own text, which may begin with a separator. If it does not continue the generation prompt
+        (LLaVA-OneVision writes an extra space before given answers), the generation prompt takes precedence.
         """
         answer = messages[-1]["content"][0]["text"]
         full = self.rendered(messages).removesuffix(ending.whole)
@@ -157,11 +159,11 @@ class Prompt:
         head = self._marked(messages, len(messages) - 1)[0]
         if full.startswith(head) and _ends_with(full[len(head) :], answer):
             return full[len(head) :]
-        opening = prompt[_common(prompt, head) :].strip()  # of the answer, as `<think>`
+        opening = prompt[_common(prompt, head) :].strip()  # part of the answer, such as `<think>`
         return answer.removeprefix(opening).lstrip("\n") if opening else answer
 
     def _earlier(self, messages: list[dict[str, Any]], prompt: str, ending: Ending) -> Spans:
-        """Where the earlier answers stand in `prompt`, with separators and end tokens as far as it writes them."""
+        """The spans of the earlier answers in `prompt`, including the separators and end tokens that it writes."""
         spans = []
         for at in (n for n, message in enumerate(messages[:-1]) if message["role"] == "assistant"):
             head, tail = self._marked(messages[:-1], at, add_generation_prompt=True)
@@ -173,17 +175,17 @@ class Prompt:
         return spans
 
     def _marked(self, messages: list[dict[str, Any]], at: int, **options: Any) -> tuple[str, str]:
-        """What the template writes before and behind the answer that is message `at`."""
+        """The text that the template writes before and after message `at`, which is an answer."""
         marked = [*messages[:at], _message("assistant", [("t", STAND_IN)]), *messages[at + 1 :]]
         head, _, tail = self.rendered(marked, **options).partition(STAND_IN)
         return head, tail
 
-    # ---------------------------------------------------------------- what rows share
+    # ---------------------------------------------------------------- shared prefixes
 
     def group(self, record: Record) -> Hashable:
-        """Equal for rows whose prompts are the same up to the last image; None where a row shares with no other.
+        """Equal for rows whose prompts are the same up to the last image; None if a row shares with no other.
 
-        An earlier answer that is trained on ends what rows can share.
+        Rows can't share an earlier answer that is trained on, nor anything after it.
         """
         if record.group is None:
             return None
@@ -197,8 +199,8 @@ class Prompt:
 
     @functools.cached_property
     def _in_front(self) -> Any:
-        """Of a shape: what the template writes up to the last image, and the numbers of the texts in there; None where
-        one of them is trained on.
+        """For a shape: the template's text up to the last image, and the numbers of the texts in it; None if one of
+        them is trained on.
         """
 
         @functools.cache
@@ -219,11 +221,11 @@ def _message(role: str, content: Sequence[tuple[str, str]]) -> dict[str, Any]:
 
 
 def _ends_with(text: str, answer: str) -> bool:
-    """Whether nothing of an answer is missing, white space aside."""
+    """Whether an answer is complete, ignoring white space."""
     return "".join(text.split()).endswith("".join(answer.split()))
 
 
 def _common(one: str, other: str) -> int:
-    """Characters that two texts begin with alike."""
+    """Length of the common prefix of two texts."""
     pairs = zip(one, other, strict=False)
     return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))

@@ -1,4 +1,4 @@
-"""Conversations of stand-ins, by which a chat template is learned."""
+"""Conversations of stand-in texts, used to analyse a chat template."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from itertools import pairwise
 from typing import Any
 
 TEXT = "\u2402text{}\u2402"
-"""Stands for a text while the template is rendered."""
+"""The stand-in for a text while the template is rendered."""
 
 
 Shape = tuple[bool, tuple[str, ...]]
-"""Whether there is a system prompt; and per question the order of its images (`i`) and pieces of text (`t`)."""
+"""Whether there is a system prompt; and for each question the order of its images (`i`) and pieces of text (`t`)."""
 
 
 def conversation(shape: Shape) -> tuple[list[dict[str, Any]], list[str]]:
-    """Messages in transformers' form with stand-ins for the texts, and what each text is, in order."""
+    """Messages in transformers' format with stand-ins for the texts, and the role of each text, in order."""
     with_system, turns = shape
     kinds: list[str] = []
 
@@ -33,7 +33,9 @@ def conversation(shape: Shape) -> tuple[list[dict[str, Any]], list[str]]:
 
 
 def content_of(turn: Any) -> list[tuple[str, str]]:
-    """A question's images and pieces of text in order: ("i", "") and ("t", text). Empty pieces beside an image go."""
+    """A question's images and pieces of text in order: ("i", "") and ("t", text). Empty pieces next to an image are
+    dropped.
+    """
     if not turn.image_at:
         return [("t", turn.question)]
     cuts = [0, *turn.image_at, len(turn.question)]

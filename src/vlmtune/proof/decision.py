@@ -1,4 +1,4 @@
-"""What a run decides at its start, once: how rows are laid out, where images are kept, and so which steps there are."""
+"""What a run decides once, at its start: the batch layout, the image cache, and the resulting steps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vlmtune.data.records import Record
 from vlmtune.data.splits import Records
 from vlmtune.models.parts import Parts
 from vlmtune.prompt.encode import Encoder
-from vlmtune.prompt.image_cache import Pixels
+from vlmtune.prompt.image_cache import PixelStore
 from vlmtune.proof.pairs import pairs
 from vlmtune.proof.probes import choose_cache, choose_layout
 
@@ -24,11 +24,11 @@ log = logging.getLogger("vlmtune")
 
 @dataclass(frozen=True)
 class Decision:
-    """What the rest of a run is built from."""
+    """The layout, cache and steps of a run."""
 
     layout: Layout
-    cache: Pixels | None
-    """Where images become model inputs once; None: each time."""
+    cache: PixelStore | None
+    """Where the model inputs of images are kept; None: they are computed each time."""
     plan: Plan
 
 
@@ -43,9 +43,9 @@ def decide(
     *,
     evaluated: bool,
 ) -> Decision:
-    """Compare the ways of computing that this run may take, on its own rows, and log what is chosen and why.
+    """Compare the options on the run's own rows, and log what is chosen and why.
 
-    Raises ConfigError where a way is asked for that would change the result.
+    Raises ConfigError if the config requires an option that would change the result.
     """
     trainer, streamed = config.trainer, records.streamed
     groups = groups_of(records, encoder)

@@ -1,5 +1,5 @@
-"""The first passes through the model, before the first step: the loss is the model's own, gradients arrive where they
-should, and the longest row fits.
+"""Checks that run the model before the first step: the loss equals the model's own, gradients reach the right weights,
+and the longest row fits in memory.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ REFUSALS = (ValueError, TypeError, RuntimeError, IndexError, KeyError, Attribute
 
 
 def check_loss(model: Any, encoder: Encoder, records: Sequence[Record], engine: Any) -> str:
-    """Raise TrainingError unless our loss of some rows is the one that the model computes from the same labels.
+    """Raise TrainingError unless our loss of some rows equals the loss that the model computes from the same labels.
 
-    In evaluation mode, on padded rows. The model makes logits of all places, so no more rows are taken than fit into
-    `MOST_LOGITS` of them. A model that gives no loss of its own is named.
+    In evaluation mode, on padded rows. The model computes logits at all positions, so the number of rows is limited
+    to `MOST_LOGITS` logits. The log says so if a model computes no loss.
     """
     width = base_of(model).get_output_embeddings().weight.shape[0]
     longest = max(map(len, encoder.encode(records, answered=True).input_ids))
     rows = records[: MOST_LOGITS // (longest * width)]
     if not rows:
-        return f"loss       not compared with the model's own: {longest} x {width} logits a row are too many to hold"
+        return f"loss       not compared with the model's own: {longest} x {width} logits per row need too much memory"
     batch = padded(encoder, rows).to(engine.device)
     was_training = model.training
     model.eval()
@@ -41,24 +41,24 @@ def check_loss(model: Any, encoder: Encoder, records: Sequence[Record], engine: 
         with torch.no_grad(), engine.autocast():
             own = model(**model_inputs(model, batch), labels=batch.labels).loss
             ours = summed_loss(model, batch) / batch.supervised
-    except torch.OutOfMemoryError:  # training holds the logits of answers alone, so it may fit
-        return f"loss       not compared with the model's own: no memory for the logits of all {batch.places} places"
+    except torch.OutOfMemoryError:  # training only holds the logits of answers, so it may still fit
+        return f"loss       not compared with the model's own: out of memory for {batch.padded_tokens} x {width} logits"
     except REFUSALS as error:
-        return f"loss       not compared: this model computes none by itself ({str(error).splitlines()[0]:.80})"
+        return f"loss       not compared: this model does not compute a loss ({str(error).splitlines()[0]:.80})"
     finally:
         model.train(was_training)
     gap = float((ours - own).abs() / own.abs().clamp(min=1e-6))
     allowed = 2e-2 if _computes_in_halves(model, engine) else 1e-3
     if not gap <= allowed and torch.isfinite(own):
         raise TrainingError(
-            f"the loss of the first rows is {float(ours):.6f}, and the model's own from the same labels "
-            f"{float(own):.6f} (relative difference {gap:.1e}, allowed {allowed:.0e}); please report this model"
+            f"the loss of the first rows is {float(ours):.6f}, but the model computes {float(own):.6f} from the same "
+            f"labels (relative difference {gap:.1e}, allowed {allowed:.0e}); please report this model"
         )
-    return f"loss       {float(ours):.4f} a token, the model's own to {gap:.0e} ({len(rows)} rows)"
+    return f"loss       {float(ours):.4f} per token, differs from the model's own by {gap:.0e} ({len(rows)} rows)"
 
 
 MOST_LOGITS = 2**28
-"""Logits of the model's own loss that are held at once: 1 GB in float32."""
+"""The most logits to hold for the model's own loss: 1 GB in float32."""
 
 
 def _computes_in_halves(model: Any, engine: Any) -> bool:
@@ -67,17 +67,17 @@ def _computes_in_halves(model: Any, engine: Any) -> bool:
 
 
 def check_gradients(model: Any, parts: Parts, encoder: Encoder, records: Sequence[Record], engine: Any) -> str:
-    """Raise TrainingError where a frozen tensor gets a gradient, or a trainable one that these rows reach gets none.
+    """Raise TrainingError if a frozen tensor gets a gradient, or a trainable one that these rows reach gets none.
 
-    Reached is a tensor whose module (or the one that holds it) computes something in this pass. What isn't reached is
-    named: a tower behind rows without images, its layers above the one that features are taken from.
+    A tensor is reached if its module (or the module's holder) runs in this pass. The log names tensors that are not
+    reached: a vision tower if the rows have no images, or its layers above the one that features are taken from.
 
-    Zero is a gradient too: LoRA's A has none but zeros while B is zero.
+    Zero counts as a gradient: LoRA's A only gets zeros while B is zero.
     """
     loss, missed, leaking, used = _one_pass(model, padded(encoder, records).to(engine.device), engine)
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     if leaking:
-        raise TrainingError(f"{len(leaking)} frozen weights get a gradient, among them {leaking[0]}")
+        raise TrainingError(f"{len(leaking)} frozen weights get a gradient, for instance {leaking[0]}")
     if len(missed) == len(trained):
         raise TrainingError("no trainable weight gets a gradient from these rows")
     if not torch.isfinite(loss):
@@ -86,19 +86,19 @@ def check_gradients(model: Any, parts: Parts, encoder: Encoder, records: Sequenc
     owners = {name: _owners(model, name) for name in trained}
     if wrong := _unexplained(missed, owners, used, parts, shown):
         raise TrainingError(
-            f"{len(wrong)} trainable weights that these rows reach get no gradient, among them {wrong[0]}: something "
+            f"{len(wrong)} trainable weights are used but get no gradient, for instance {wrong[0]}: their layer "
             "detaches them, so they would never train"
         )
-    reason = "not used by them" if shown else "they show no image"
-    note = f"; {len(missed)} get none from these rows ({reason}), among them {missed[0]}" if missed else ""
-    return f"gradients  reach {len(trained) - len(missed)} of {len(trained)} trainable tensors and no frozen one{note}"
+    reason = "these rows don't use them" if shown else "these rows have no images"
+    note = f"; {len(missed)} get none ({reason}), for instance {missed[0]}" if missed else ""
+    return f"gradients  reach {len(trained) - len(missed)} of {len(trained)} trainable tensors, no frozen ones{note}"
 
 
 def _unexplained(
     missed: Sequence[str], owners: dict[str, set[str]], used: set[str], parts: Parts, shown: bool
 ) -> list[str]:
-    """Tensors that should have got a gradient: of the language model where they are used, and of a part behind images
-    where it gets none at all although images are shown. `owners`: of each tensor that trains.
+    """Tensors that should have a gradient: those of the language model that are used, and all of an image part if the
+    part gets no gradient at all although there are images. `owners`: the modules of each trainable tensor.
     """
     text = ("language", "head")
     wrong = [name for name in missed if parts.of(name) in text and used & owners[name]]
@@ -109,8 +109,8 @@ def _unexplained(
 
 
 def _owners(model: Any, name: str) -> set[str]:
-    """The module of a tensor, and the module that holds that one: adapters' dictionaries are never called themselves,
-    and what is in them may be computed with in one step.
+    """The module of a tensor, and the module that holds that one: the dictionaries of adapters are never called
+    themselves, and the layers in them may be computed by their holder.
     """
     module = name.rpartition(".")[0]
     holder = module.rpartition(".")[0]
@@ -120,7 +120,7 @@ def _owners(model: Any, name: str) -> set[str]:
 
 
 def _one_pass(model: Any, batch: Batch, engine: Any) -> tuple[Tensor, list[str], list[str], set[str]]:
-    """The loss, trainable tensors without a gradient, frozen ones with one, and modules that were used."""
+    """The loss, trainable tensors without a gradient, frozen tensors with one, and the modules that ran."""
     was_training = model.training
     model.train()
     try:
@@ -131,10 +131,10 @@ def _one_pass(model: Any, batch: Batch, engine: Any) -> tuple[Tensor, list[str],
         leaking = [name for name, p in model.named_parameters() if not p.requires_grad and p.grad is not None]
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # layers that PEFT or the quantizer wrapped, but can't compute with
+    except Exception as error:  # layers that PEFT or the quantizer wrapped but can't run
         raise TrainingError(
-            f"the first forward and backward pass fails with {type(error).__name__}: {error}. This model, adapter and "
-            "quantization don't go together here"
+            f"the first forward and backward pass failed with {type(error).__name__}: {error}. This combination of "
+            "model, adapter and quantization does not work here"
         ) from error
     finally:
         model.zero_grad(set_to_none=True)
@@ -144,7 +144,7 @@ def _one_pass(model: Any, batch: Batch, engine: Any) -> tuple[Tensor, list[str],
 
 @contextmanager
 def _noting_use(model: Any) -> Iterator[set[str]]:
-    """The names of the modules that compute while inside."""
+    """The names of the modules that run inside the context."""
     used: set[str] = set()
     handles = [
         module.register_forward_pre_hook(lambda module, args, name=name: used.add(name))
@@ -158,13 +158,13 @@ def _noting_use(model: Any) -> Iterator[set[str]]:
 
 
 def check_longest(model: Any, loader: Loader, candidates: Sequence[Record], engine: Any) -> str:
-    """Take the longest training row through one forward and backward pass, in a batch as the run will make them.
+    """Run one forward and backward pass with the longest training row, in a batch of the run's size.
 
-    `candidates`: rows that may be the longest. Raises TrainingError where the pass fails, and lets running out of
-    memory through, which says what needs less.
+    `candidates`: rows that may be the longest. Raises TrainingError if the pass fails. An out-of-memory error passes
+    through; its handler says which settings need less memory.
     """
     if not candidates:
-        return "longest    unknown: a stream's rows are not known in advance"
+        return "longest    unknown: the rows of a stream are not known in advance"
     lengths = [image + text for image, text in loader.encoder.lengths(candidates)]
     longest = candidates[lengths.index(max(lengths))]
     batch = loader.around(longest, max(lengths)).to(engine.device)
@@ -172,4 +172,4 @@ def check_longest(model: Any, loader: Loader, candidates: Sequence[Record], engi
     if not torch.isfinite(loss):
         raise TrainingError(f"{longest.place}: the loss of this longest row is {float(loss)}")
     company = f" in a batch of {batch.rows}" if batch.rows > 1 else ""
-    return f"longest    {max(lengths)} tokens ({longest.place}) pass forward and backward{company}"
+    return f"longest    {max(lengths)} tokens ({longest.place}) fit into memory, forward and backward{company}"

@@ -1,4 +1,4 @@
-"""Rows of the user's own that two ways of computing are compared on."""
+"""The user's own rows on which two ways of computing are compared."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 from vlmtune.data.records import Record
 from vlmtune.prompt.encode import Encoder
 
-KINDS = 4
-"""Shapes of conversation that are compared."""
+MOST_SHAPES = 4
+"""Number of conversation shapes to compare."""
 
 
 def pairs(encoder: Encoder, records: Sequence[Record], groups: Sequence[Hashable], most: int) -> list[list[Record]]:
-    """Per shape of conversation up to `most` rows, at least two each of up to two images that several rows show: the
-    ones with the shortest and the longest question. The rarest shapes come first: what breaks a layout is seldom usual.
+    """Per shape of conversation up to `most` rows: from up to two shared images at least two rows each, those with the
+    shortest and longest questions. Rare shapes come first: they are the most likely to break a layout.
     """
     counts = Counter(group for group in groups if group is not None)
     rows_of: dict[Hashable, list[int]] = {group: [] for group, count in counts.most_common(1000) if count > 1}
@@ -27,13 +27,13 @@ def pairs(encoder: Encoder, records: Sequence[Record], groups: Sequence[Hashable
         first = records[rows[0]]
         of_shape.setdefault((encoder.prompt.shape(first), first.system is not None), []).append(rows)
     found = []
-    for kinds in sorted(of_shape.values(), key=len)[:KINDS]:
-        chosen = [records[row] for rows in kinds[:2] for row in _unlike(records, rows, max(most // 2, 2))]
+    for groups_alike in sorted(of_shape.values(), key=len)[:MOST_SHAPES]:
+        chosen = [records[row] for rows in groups_alike[:2] for row in _unlike(records, rows, max(most // 2, 2))]
         found.append(chosen[: max(most, 2)])
     return found
 
 
 def _unlike(records: Sequence[Record], rows: Sequence[int], most: int) -> list[int]:
-    """Up to `most` of `rows`, by the length of their questions: from both ends."""
+    """Up to `most` of `rows`, alternating between the shortest and longest questions."""
     ordered = sorted(rows[:100], key=lambda row: len(records[row].question))
     return [ordered[-(n // 2) - 1] if n % 2 else ordered[n // 2] for n in range(min(most, len(ordered)))]

@@ -1,5 +1,5 @@
-"""Two ways of computing the same, compared on the user's own rows and model. Each probe returns one decision, and
-changes nothing.
+"""Two ways to compute the same result, compared on the user's own rows and model. Each probe returns one decision and
+has no side effects.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from vlmtune.errors import ConfigError
 from vlmtune.evaluation.generate import generate
 from vlmtune.launch import session
 from vlmtune.models import rewrites
-from vlmtune.models.features import Features, refusal
+from vlmtune.models.features import FeatureStore, refusal
 from vlmtune.models.parts import Parts
 from vlmtune.objectives.next_token import summed_loss
 from vlmtune.prompt.encode import Encoder
-from vlmtune.prompt.image_cache import Pixels, pixels_mark
+from vlmtune.prompt.image_cache import PixelStore, pixels_mark
 
 log = logging.getLogger("vlmtune")
 REFUSALS = (ValueError, TypeError, RuntimeError, IndexError, KeyError, AttributeError)
-"""What a model raises where it can't take a form of its inputs."""
+"""What a model raises if it doesn't support a form of its inputs."""
 
 
 def choose_layout(
@@ -36,9 +36,9 @@ def choose_layout(
 ) -> Layout:
     """Padded or shared batches, by `trainer.share_prefix`. `pairs`: rows that show the same images, by shape.
 
-    `auto` compares loss and gradients of both on a few rows of the user's own, on their own model. Families whose
-    attention is not causal over a 4-D mask (cross-attention, bidirectional image tokens) differ or refuse.
-    Raises ConfigError where `on` is asked for and would change the loss.
+    `auto` compares loss and gradients of both layouts on a few of the user's own rows, with their own model. Families
+    whose attention is not causal under a 4-D mask (cross-attention, bidirectional image tokens) differ or raise.
+    Raises ConfigError if `on` is set and would change the loss.
     """
     if trainer.share_prefix == "off":
         return Layout(reason="trainer.share_prefix=off")
@@ -54,9 +54,9 @@ def choose_layout(
 
 
 def answers_agree(model: Any, encoder: Encoder, records: list[Record], engine: Any) -> bool:
-    """Whether this model, with a cache, writes the same tokens for records that share their image as for each alone.
+    """Whether this model generates the same tokens for records that share their image as for each record alone.
 
-    False where there are none.
+    False if there are no records.
     """
     if not records:
         return False
@@ -67,23 +67,23 @@ def answers_agree(model: Any, encoder: Encoder, records: list[Record], engine: A
     except torch.OutOfMemoryError:
         raise
     except REFUSALS as error:
-        log.info("generation is not shared: this model refuses (%s)", str(error).splitlines()[0])
+        log.info("generation does not share images: this model does not support it (%s)", str(error).splitlines()[0])
         return False
     return answers[0] == answers[1]
 
 
 def layouts_agree(model: Any, encoder: Encoder, records: list[Record], engine: Any) -> tuple[bool, str]:
-    """Whether both layouts of `records` give this model the same loss and gradients, and the evidence."""
+    """Whether loss and gradients are the same with both layouts of `records`, and the measured differences."""
     plain, branched = partial(padded, encoder, records), partial(shared, encoder, records)
     return _agree(model, engine, plain, branched, "the shared layout")
 
 
 @dataclass(frozen=True)
 class ImageCache:
-    """Where a run keeps what images become, as found out at its start."""
+    """Where a run keeps the model inputs of images, chosen at its start."""
 
-    store: Pixels | None
-    """None: images are computed each time."""
+    store: PixelStore | None
+    """None: they are computed each time."""
     sentence: str
 
 
@@ -97,58 +97,58 @@ def choose_cache(
     *,
     seen_once: bool,
 ) -> ImageCache:
-    """Keep image features by `data.cache_features`, or the processor's pixels where features can't be kept and a cache
-    is asked for. `sample`: training rows; `seen_once`: whether the run needs each image only once.
+    """Cache image features by `data.cache_features`, or the processor's pixels if features can't be cached but a cache
+    is required. `sample`: training rows; `seen_once`: whether the run needs each image only once.
 
-    Raises ConfigError where it is asked for and this model or run can't.
+    Raises ConfigError if a cache is required and this model or run can't have one.
     """
-    wish = config.data.cache_features
+    setting = config.data.cache_features
     shown = [record for record in sample if record.images]
     if reason := _needs_no_cache(config.data, shown, engine, seen_once):
-        return _uncached(wish, reason)
+        return _uncached(setting, reason)
     refused = refusal(model, parts)
-    if refused and wish == "auto":
-        return _uncached(wish, refused)
-    store: Pixels
+    if refused and setting == "auto":
+        return _uncached(setting, refused)
+    store: PixelStore
     if refused:
-        store = Pixels(pixels_mark(encoder.processor, config.data.fast_jpeg), config.data)
+        store = PixelStore(pixels_mark(encoder.processor, config.data.fast_jpeg), config.data)
         fits, evidence = _same_inputs(partial(padded, encoder, shown), partial(padded, encoder.keeping(store), shown))
     else:
-        store = Features(model, parts, encoder.processor, config.data, engine)
+        store = FeatureStore(model, parts, encoder.processor, config.data, engine)
         plain, kept = partial(padded, encoder, shown), partial(padded, encoder.keeping(store), shown)
         fits, evidence = _agree(model, engine, plain, kept, "features in place of pixels")
     if not session.all_ranks(fits, engine):
-        return _uncached(wish, evidence)
-    what = f"not kept ({refused}), but pixels are," if refused else "kept"
-    return ImageCache(store, f"features   {what} {'on disk' if wish == 'disk' else 'in memory'} ({evidence})")
+        return _uncached(setting, evidence)
+    what = f"not cached ({refused}), but pixels are," if refused else "cached"
+    return ImageCache(store, f"features   {what} {'on disk' if setting == 'disk' else 'in memory'} ({evidence})")
 
 
 def _needs_no_cache(data: DataConfig, shown: Sequence[Record], engine: Any, seen_once: bool) -> str | None:
-    """Why nothing is kept of the images, whatever the model; None where something may be."""
-    wish = data.cache_features
-    if wish == "off":
+    """Why no model needs a cache here; None if a cache may help."""
+    setting = data.cache_features
+    if setting == "off":
         return "data.cache_features=off"
     if data.streaming:
         return "rows of a stream are seen once"
     if not shown:
         return "these rows have no images"
-    if wish == "auto" and engine.device.type != "cpu":
+    if setting == "auto" and engine.device.type != "cpu":
         return "auto: only on a CPU"
-    if wish == "auto" and seen_once:
+    if setting == "auto" and seen_once:
         return "auto: each image is needed once"
     return None
 
 
-def _uncached(wish: str, reason: str) -> ImageCache:
-    if wish in ("memory", "disk"):
-        raise ConfigError(f"data.cache_features={wish}: {reason}; use auto or off")
+def _uncached(setting: str, reason: str) -> ImageCache:
+    if setting in ("memory", "disk"):
+        raise ConfigError(f"data.cache_features={setting}: {reason}; use auto or off")
     return ImageCache(None, f"features   computed each time ({reason})")
 
 
 def rewrites_agree(model: Any, encoder: Encoder, sample: Sequence[Record], engine: Any) -> bool:
-    """Whether the fast forms of modules (`models.rewrites`) give this model the loss and gradients of the plain ones.
+    """Whether loss and gradients are the same with the fast forms of modules (`models.rewrites`) as without.
 
-    True where it has none. The log says which are used.
+    True if the model has none. The result is logged.
     """
     if not rewrites.is_used(model):
         return True
@@ -158,42 +158,42 @@ def rewrites_agree(model: Any, encoder: Encoder, sample: Sequence[Record], engin
     try:
         fits, evidence = _compared(plain, _passed(model, batch, engine), model, engine)
     except REFUSALS as error:
-        fits, evidence = False, f"they fail on this model: {str(error).splitlines()[0]}"
+        fits, evidence = False, f"they fail with this model: {str(error).splitlines()[0]}"
     fits = session.all_ranks(fits, engine)
-    log.info("rewrites   %s (%s)", "in use" if fits else "left out", evidence)
+    log.info("rewrites   %s (%s)", "in use" if fits else "not used", evidence)
     return fits
 
 
 def _same_inputs(plain: Callable[[], Batch], kept: Callable[[], Batch]) -> tuple[bool, str]:
-    """Whether two forms of the same rows are bit-equal inputs of the model, and the evidence."""
+    """Whether two forms of the same rows give bit-equal model inputs, and the evidence."""
     first = plain().inputs
     try:
         second = kept().inputs
     except (ValueError, TypeError, RuntimeError, AttributeError) as error:
-        return False, f"pixels of single images can't be joined ({str(error).splitlines()[0]})"
+        return False, f"pixels of single images can't be combined ({str(error).splitlines()[0]})"
     same = first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
-    return same, "bit-equal to those made anew" if same else "pixels differ from those made anew"
+    return same, "bit-equal to freshly computed ones" if same else "cached pixels differ from freshly computed ones"
 
 
 def _agree(
     model: Any, engine: Any, plain: Callable[[], Batch], fast: Callable[[], Batch], name: str
 ) -> tuple[bool, str]:
-    """Whether two forms of the same rows give the same loss and gradients, and the evidence as a sentence."""
+    """Whether two forms of the same rows give the same loss and gradients, and the measured differences."""
     try:
         first, second = _passed(model, plain, engine), _passed(model, fast, engine)
     except torch.OutOfMemoryError:
         raise
     except REFUSALS as error:
-        return False, f"this model refuses {name} ({str(error).splitlines()[0]})"
+        return False, f"this model does not support {name} ({str(error).splitlines()[0]})"
     return _compared(first, second, model, engine)
 
 
 Pass = tuple[float, torch.Tensor]
-"""A summed loss, and gradients in one vector."""
+"""A summed loss, and the gradients as one vector."""
 
 
 def _passed(model: Any, batch: Callable[[], Batch], engine: Any) -> Pass:
-    """One forward and backward pass in evaluation mode, so that dropout doesn't tell two of them apart."""
+    """One forward and backward pass in evaluation mode, so that dropout causes no differences."""
     was_training = model.training
     model.eval()
     try:
@@ -204,7 +204,7 @@ def _passed(model: Any, batch: Callable[[], Batch], engine: Any) -> Pass:
 
 
 def _compared(first: Pass, second: Pass, model: Any, engine: Any) -> tuple[bool, str]:
-    """Whether the second pass gave what the first did, but for rounding, and the evidence as a sentence."""
+    """Whether both passes gave the same result up to rounding, and the measured differences."""
     halves = (torch.float16, torch.bfloat16)
     half = engine.mixed_precision != "no" or any(p.dtype in halves for p in model.parameters())
     allowed = 5e-2 if half else 1e-3
@@ -215,11 +215,11 @@ def _compared(first: Pass, second: Pass, model: Any, engine: Any) -> tuple[bool,
 
 
 COMPARED = 20_000_000
-"""Gradient entries that are compared at most: those of the smallest tensors, which all lie behind the attention."""
+"""The most gradient entries to compare: those of the smallest tensors, which all depend on the attention."""
 
 
 def _loss_and_gradient(model: Any, batch: Batch, engine: Any) -> Pass:
-    """Summed loss, and gradients in one vector on the CPU."""
+    """Summed loss, and the gradients as one vector on the CPU."""
     model.zero_grad(set_to_none=True)
     with engine.autocast():
         loss = summed_loss(model, batch.to(engine.device))

@@ -1,4 +1,4 @@
-"""Proof before time is spent: each check raises, or gives one sentence for the log."""
+"""Checks before time is spent: each one raises, or returns one line for the log."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ log = logging.getLogger("vlmtune")
 def prove(
     model: Any, parts: Parts, encoder: Encoder, sample: Sequence[Record], rows: Checked, config: Config, engine: Any
 ) -> None:
-    """Prove on real rows that what is trained on is what was meant, and that what should learn can.
+    """Check on real rows that the labels, inputs, loss and gradients are right.
 
-    `sample`: rows that training begins with; `rows`: what was found of all of them. Raises VlmtuneError.
+    `sample`: rows that training begins with; `rows`: the result of checking all rows. Raises VlmtuneError.
     """
     shapes = [*sample, *rows.shapes]
     log.info(checks.parts_table(model, parts))

@@ -1,6 +1,6 @@
-"""Rows are held against the model before the first step: its processor, its embedding, its positions.
+"""Checks every row against the model before the first step: its processor, its embedding, its context length.
 
-What a row fails in is a reason like any other: `data.on_bad_row` says whether the run stops or goes on without it.
+A row that fails is a bad row like any other: `data.on_bad_row` decides whether the run stops or continues without it.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ Sizes = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class Limits:
-    """What a model can take."""
+    """The limits of a model."""
 
     positions: int | None
-    """Tokens in a row; None where the model sets no bound."""
+    """The most tokens in a row; None if the model sets no limit."""
     embeddings: int
-    """Token ids that have an embedding."""
+    """Number of token ids that have an embedding."""
 
 
 def limits_of(model: Any) -> Limits:
@@ -45,29 +45,29 @@ def limits_of(model: Any) -> Limits:
     text = base_of(model).config.get_text_config()
     positions = getattr(text, "max_position_embeddings", None)
     rope = getattr(text, "rope_parameters", None) or {}
-    if positions and (factor := rope.get("factor")):  # a context that is stretched
+    if positions and (factor := rope.get("factor")):  # an extended context
         positions = max(positions, int(factor * (rope.get("original_max_position_embeddings") or positions)))
     embedding = base_of(model).get_input_embeddings()
-    extra = getattr(embedding, "additional_embedding", None)  # Idefics keeps its last ids apart
+    extra = getattr(embedding, "additional_embedding", None)  # Idefics keeps the embeddings of its last ids separately
     return Limits(positions, embedding.weight.shape[0] + (0 if extra is None else extra.weight.shape[0]))
 
 
 @dataclass
 class Checked:
-    """What was found."""
+    """The result of the checks."""
 
     sentence: str
     longest: list[Record] = field(default_factory=list)
-    """Training rows that may be the longest."""
+    """Training rows, one of which is the longest."""
     shapes: list[Record] = field(default_factory=list)
-    """A training row of each shape of conversation, and such as begin their answer unusually."""
+    """One training row of each shape of conversation, and rows whose answers begin or end unusually."""
 
 
 def check_rows(encoder: Encoder, splits: dict[str, Split], config: Config, limits: Limits) -> Checked:
-    """Move rows that this model can't take to the bad rows of their split; rows of a stream are judged in their turn.
+    """Move rows that this model can't process to the bad rows of their split. Streamed rows are checked when they come.
 
-    Raises ModelError where the tokenizer goes beyond the model's embedding for every row, and BadRowsError where
-    `data.on_bad_row` and `data.max_bad_fraction` don't let the run go on.
+    Raises ModelError if every row needs tokens beyond the model's embedding, and BadRowsError if `data.on_bad_row` and
+    `data.max_bad_fraction` don't allow the run to continue.
     """
     look = Look(encoder, limits)
     look.at_template()
@@ -87,18 +87,18 @@ def check_rows(encoder: Encoder, splits: dict[str, Split], config: Config, limit
     if problems:
         raise BadRowsError(problems, [row for split in splits.values() for row in split.bad])
     train = splits["train"].records if "train" in splits and not splits["train"].records.streamed else RecordList([])
-    _tell_of_date(encoder)
-    _tell_of_markers(encoder, splits)
-    _tell_of_long_references(encoder, splits, config.generation.max_new_tokens)
-    most = f" of {limits.positions} positions" if limits.positions else ""
+    _log_date(encoder)
+    _log_markers(encoder, splits)
+    _warn_of_long_references(encoder, splits, config.generation.max_new_tokens)
+    most = f" of {limits.positions} tokens" if limits.positions else ""
     return Checked(
         f"rows       {count} fit the processor, the embedding and the context{most}", longest, examples(encoder, train)
     )
 
 
 def examples(encoder: Encoder, records: Records) -> list[Record]:
-    """The first row of each shape of conversation and of each way to begin and end a text: what may meet the template
-    and the tokenizer differently than other rows.
+    """The first row of each shape of conversation and of each way in which texts begin and end: rows that template and
+    tokenizer may treat differently.
     """
     found: dict[Hashable, Record] = {}
     for record in records[:1000] if records.on_demand else records:
@@ -109,20 +109,20 @@ def examples(encoder: Encoder, records: Records) -> list[Record]:
 
 
 EXAMPLES = 16
-"""Rows of unlike form that are proven one by one."""
+"""The most rows of different form that are checked one by one."""
 
 
 def _edges(text: str) -> tuple[str, str]:
-    """The kind of a text's first and last character: a letter, a digit, or itself."""
-    return _kind(text[:1]), _kind(text[-1:])
+    """The class of a text's first and last character: a letter, a digit, or the character itself."""
+    return _character_class(text[:1]), _character_class(text[-1:])
 
 
-def _kind(character: str) -> str:
+def _character_class(character: str) -> str:
     return "a" if character.isalpha() else "0" if character.isdigit() else character
 
 
 LONGEST = 8
-"""Rows of which the longest is found by tokenizing them."""
+"""Number of candidates for the longest row, which are tokenized."""
 
 
 def _set_apart(split: Split, reasons: dict[int, str]) -> None:
@@ -131,7 +131,7 @@ def _set_apart(split: Split, reasons: dict[int, str]) -> None:
 
 
 class Look:
-    """Looks through rows for what the model can't take. Cheap bounds come first; few rows are tokenized."""
+    """Finds rows that the model can't process. Cheap bounds come first; only few rows are tokenized."""
 
     def __init__(self, encoder: Encoder, limits: Limits):
         self.encoder, self.limits = encoder, limits
@@ -144,18 +144,18 @@ class Look:
         self.seen: dict[Hashable, tuple[int, int]] = {}
 
     def at_template(self) -> None:
-        """Raise ModelError where what every row holds has no embedding."""
+        """Raise ModelError if tokens that every row contains have no embedding."""
         base = self.encoder.tokenizer.vocab_size
         end = max(self.encoder.answers.end_ids)
         if base > self.limits.embeddings or end >= self.limits.embeddings:
             raise ModelError(
-                f"the tokenizer has {max(base, end + 1)} tokens and the model's embedding {self.limits.embeddings} "
-                "rows: the checkpoint's tokenizer is not the one that the model was saved with, or its embedding was "
-                "not resized (model.resize_token_embeddings) before it was saved"
+                f"the tokenizer has {max(base, end + 1)} tokens, but the model's embedding only "
+                f"{self.limits.embeddings} rows: the tokenizer does not belong to this checkpoint, or the embedding "
+                "was not resized (model.resize_token_embeddings) before the checkpoint was saved"
             )
 
     def through(self, records: Sequence[Record]) -> tuple[dict[int, str], list[int]]:
-        """The reasons against rows by their number, and a bound on the tokens of each."""
+        """The reason against each bad row, by row number, and an upper bound on the tokens of each row."""
         reasons: dict[int, str] = {}
         shown: list[Sizes] = []
         texts: list[int] = []
@@ -178,37 +178,35 @@ class Look:
         return reasons, bounds
 
     def faults_of(self, record: Record) -> list[str]:
-        """As `through`, of one row."""
+        """As `through`, for one row."""
         return list(self.through([record])[0].values())
 
     # ---------------------------------------------------------------- one row
 
     def _size(self, key: Hashable, source: Any) -> tuple[int, int]:
-        """`key`: equal for images that are copies of each other, None where that isn't known."""
+        """`key`: equal for images that are copies of each other, None if unknown."""
         size = self.seen.get(key) or self.encoder.images.size(source)
         if key is not None:
             self.seen[key] = size
         return size
 
     def _beyond(self, record: Record) -> str | None:
-        """Say which token of a row's texts has no embedding."""
+        """Which token of a row's texts has no embedding, if any."""
         assert self.beyond
         for text in _texts(record):
             if found := self.beyond.search(self.encoder.prompt.markers.literal(text)):
                 number = self.encoder.tokenizer.convert_tokens_to_ids(found[0])
                 rows = self.limits.embeddings
-                return (
-                    f"token without an embedding: {found[0]!r} has id {number}, and the model's embedding {rows} rows"
-                )
+                return f"token without an embedding: {found[0]!r} has id {number}, the model's embedding {rows} rows"
         return None
 
     def _text_bound(self, record: Record) -> int:
-        """No fewer than the tokens of a row's text: a token holds at least one byte."""
+        """An upper bound on the tokens of a row's text: a token has at least one byte."""
         size = sum(len(text) if text.isascii() else len(text.encode(errors="replace")) for text in _texts(record))
         return size + self.around(self.encoder.prompt.shape(record))
 
     def _around(self, shape: Shape) -> int:
-        """Bytes that the template writes around such a row's texts, its default system prompt included."""
+        """Bytes that the template adds to the texts of such a row, including its default system prompt."""
         prompt = self.encoder.prompt
         system = len((prompt.system_prompt or "").encode())
         return len(prompt.rendered(conversation(shape)[0]).encode()) + system
@@ -216,7 +214,7 @@ class Look:
     # ---------------------------------------------------------------- images
 
     def _refusal(self, sizes: Sizes) -> str | None:
-        """Why the processor refuses images of these sizes, or None where it takes them."""
+        """Why the processor refuses images of these sizes; None if it accepts them."""
         try:
             self.encoder.images.tokens(sizes)
         except (ValueError, ZeroDivisionError) as error:
@@ -225,16 +223,16 @@ class Look:
         return None
 
     def _probe(self, counts: Counter[Sizes]) -> tuple[dict[Sizes, str], Any]:
-        """Sizes that the processor refuses with the reason, and a bound on what the others cost in tokens.
+        """Sizes that the processor refuses, with the reason, and a bound on the tokens of the others.
 
-        Up to `PROBED` sizes are all tried, on blank images. Of more, the thinnest and the smallest are, until one is
-        taken; the cost of the others is bounded by twice the most that sizes spread over all of them take.
+        Up to `PROBED` sizes are all tried, with blank images. If there are more, the thinnest and the smallest are
+        tried until one is accepted, and a sample of sizes is measured: twice its maximum bounds the others.
         """
-        kinds = sorted(counts, key=_area)
-        few = len(kinds) <= PROBED
-        spread = kinds if few else [kinds[n * (len(kinds) - 1) // (PROBED - 1)] for n in range(PROBED)]
+        distinct = sorted(counts, key=_area)
+        few = len(distinct) <= PROBED
+        spread = distinct if few else [distinct[n * (len(distinct) - 1) // (PROBED - 1)] for n in range(PROBED)]
         refused = {sizes: reason for sizes in spread if (reason := self.refusal(sizes))}
-        for order in () if few else (sorted(kinds, key=_thinness, reverse=True), sorted(kinds, key=_least)):
+        for order in () if few else (sorted(distinct, key=_thinness, reverse=True), sorted(distinct, key=_least)):
             for sizes in order:
                 if not (reason := self.refusal(sizes)):
                     break
@@ -250,19 +248,19 @@ class Look:
     # ---------------------------------------------------------------- length
 
     def _too_long(self, records: Sequence[Record], rows: Sequence[int], bounds: Sequence[int]) -> dict[int, str]:
-        """Reasons against rows of more tokens than the model has positions."""
+        """Reasons against rows with more tokens than the model's context."""
         most = self.limits.positions
         near = [n for n in rows if most and bounds[n] > most]
         lengths = self.encoder.lengths([records[n] for n in near]) if near else []
         return {
-            n: f"row longer than the model's context: {image + text} tokens ({image} of them images), {most} positions"
+            n: f"row longer than the model's context: {image + text} tokens ({image} for images), limit {most}"
             for n, (image, text) in zip(near, lengths, strict=True)
             if image + text > (most or 0)
         }
 
 
 PROBED = 16
-"""Image sizes up to which each is tried."""
+"""Up to this many image sizes are all tried."""
 
 
 def _texts(record: Record) -> list[str]:
@@ -271,7 +269,7 @@ def _texts(record: Record) -> list[str]:
 
 
 def _bare(record: Record, error: DataError) -> str:
-    """A fault without the row's place, which is told apart."""
+    """The error message without the row's place, which is reported separately."""
     return "; ".join(problem.removeprefix(f"{record.place}: ") for problem in error.problems)
 
 
@@ -287,17 +285,17 @@ def _least(sizes: Sizes) -> int:
     return min(map(min, sizes))
 
 
-# ---------------------------------------------------------------- what is said
+# ---------------------------------------------------------------- log lines
 
 
-def _tell_of_date(encoder: Encoder) -> None:
-    """Log where prompts hold the day on which they are made: training and prediction then differ in it."""
+def _log_date(encoder: Encoder) -> None:
+    """Log if prompts contain the current date: it then differs between training and prediction."""
     if "strftime_now" in str(encoder.processor.chat_template):
-        log.info("prompts hold today's date where this model's chat template writes it; later ones hold another")
+        log.info("this model's chat template writes today's date into prompts; it will differ in later predictions")
 
 
-def _tell_of_markers(encoder: Encoder, splits: dict[str, Split]) -> None:
-    """Log how many rows hold control markers, which stay letters: injected, or meant as an image's place."""
+def _log_markers(encoder: Encoder, splits: dict[str, Split]) -> None:
+    """Log how many rows contain control markers, which stay text: injected ones, or meant as image placeholders."""
     prompt, counts = encoder.prompt, Counter[str]()
     starts = re.compile("|".join(map(re.escape, {PLACE, *prompt.markers.names})))
     for split in splits.values():
@@ -310,22 +308,22 @@ def _tell_of_markers(encoder: Encoder, splits: dict[str, Split]) -> None:
         images = PLACE in counts or encoder.family.image_token in counts
         log.log(
             logging.WARNING if images else logging.INFO,
-            "markers in texts stay letters: %s%s",
+            "control markers in texts are read as plain text: %s%s",
             found,
-            f'; to place an image there, give its path as a list: ["a.png"] with {PLACE}' if images else "",
+            f'; to show an image at {PLACE}, give its path as a list: ["a.png"]' if images else "",
         )
 
 
-def _tell_of_long_references(encoder: Encoder, splits: dict[str, Split], most: int) -> None:
-    """Warn of evaluated rows whose answers can't be written in `generation.max_new_tokens`."""
+def _warn_of_long_references(encoder: Encoder, splits: dict[str, Split], most: int) -> None:
+    """Warn of evaluated rows whose references are longer than `generation.max_new_tokens`."""
     records = [r for name in ("validation", "test") if name in splits for r in splits[name].records]
     long = [min(r.answers, key=len) for r in records if r.answers and min(len(a.encode()) for a in r.answers) > most]
     found = encoder.tokenizer(long, add_special_tokens=False)["input_ids"] if long else []
-    cut = [len(ids) + 1 for ids in found if len(ids) + 1 > most]  # and an end token
+    cut = [len(ids) + 1 for ids in found if len(ids) + 1 > most]  # plus an end token
     if cut:
         log.warning(
-            "generation.max_new_tokens=%d is shorter than the references of %d of %d evaluated rows (up to %d tokens): "
-            "their answers will be cut off",
+            "generation.max_new_tokens=%d is too small for the references of %d of %d evaluated rows (up to %d "
+            "tokens): their answers will be cut off",
             most,
             len(cut),
             len(records),

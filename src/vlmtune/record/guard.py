@@ -70,7 +70,7 @@ def failure_written(folder: Path, world: World) -> Iterator[None]:
         with memory_advice(), storage_advice():
             yield
     except BaseException as raised:
-        with signals.Wish().watching():  # where another rank failed, the launcher's signal comes just now
+        with signals.StopRequest().watching():  # where another rank failed, the launcher's signal comes just now
             error = first_error(raised, world)
             with suppress(OSError):  # on a full disk the error itself matters more
                 if isinstance(error, BadRowsError):
@@ -88,4 +88,4 @@ def first_error(error: BaseException, world: World) -> BaseException:
     if not follows or world.is_alone:
         return error
     silent = TrainingError(ranks.SILENT) if ranks.is_broken_connection(error) else None
-    return ranks.told(world) or silent or error
+    return ranks.reported(world) or silent or error

@@ -245,7 +245,7 @@ def as_cells(frame: Any) -> Any:
     return frame.assign(**cells)
 
 
-def tell_formulas(path: Path, answers: Iterable[str]) -> None:
+def warn_of_formulas(path: Path, answers: Iterable[str]) -> None:
     """Say that a spreadsheet would run some of these answers: they are written as they are, so as to be read again."""
     count = sum(FORMULA.match(answer) is not None for answer in answers)
     if count:

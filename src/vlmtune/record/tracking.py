@@ -57,7 +57,7 @@ class Tracker(Protocol):
         """Store the final result (that of result.json) and close. Nothing may follow."""
 
 
-class Nothing:
+class NoTracker:
     """tracker=none."""
 
     def log(self, values: Mapping[str, float], step: int) -> None: ...
@@ -124,7 +124,7 @@ def build(config: TrackerConfig, run_config: Mapping[str, Any], folder: Path, *,
     """
     mode = config.mode or os.environ.get("WANDB_MODE") or "offline"
     if config.name == "none" or (config.name == "wandb" and mode == "disabled"):
-        return Nothing()
+        return NoTracker()
     folder.mkdir(parents=True, exist_ok=True)
     public = without_secrets(run_config)
     if config.name == "tensorboard":
@@ -159,7 +159,7 @@ class Surviving:
             log.warning(
                 "%s failed and is off for the rest of this run; metrics.jsonl is still written: %s", self.name, error
             )
-            self.tracker = Nothing()
+            self.tracker = NoTracker()
 
 
 class WandB:

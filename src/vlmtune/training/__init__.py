@@ -1,4 +1,4 @@
-"""The loop, and what happens around its steps."""
+"""The training loop, and what happens between its steps."""
 
 from vlmtune.training.best import Best
 from vlmtune.training.finish import Finish

@@ -1,4 +1,4 @@
-"""Which evaluation was best so far, and when to stop for want of a better one."""
+"""Which evaluation was best so far, and early stopping."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ log = logging.getLogger("vlmtune")
 
 
 class Best:
-    """Evaluates between steps. With `trainer.best_metric` the best model is saved, and early stopping counts on it."""
+    """Evaluates between steps. With `trainer.best_metric`, saves the best model and counts towards early stopping."""
 
     def __init__(self, scoring: Scoring, saving: Saving):
         self.scoring, self.saving = scoring, saving
@@ -21,12 +21,12 @@ class Best:
 
     @property
     def exhausted(self) -> bool:
-        """Whether the last `trainer.early_stopping_patience` evaluations were no better."""
+        """Whether none of the last `trainer.early_stopping_patience` evaluations was better."""
         patience = self.trainer.early_stopping_patience
         return patience is not None and self.progress.since_best >= patience
 
     def after_step(self, step: StepReport) -> None:
-        """Evaluate each `trainer.eval_every` steps. After the last one `finish` does."""
+        """Evaluate every `trainer.eval_every` steps. `finish` evaluates after the last step."""
         loader = self.run.loader
         due = step.step != loader.total_steps and loader.due(self.trainer.eval_every, step.step)
         if due and self.scoring.validates:
@@ -34,7 +34,7 @@ class Best:
                 self.evaluate()
 
     def evaluate(self) -> Evaluation:
-        """Score the validation rows; save where they are better than ever."""
+        """Score the validation rows; save a checkpoint if the score is the best so far."""
         found, progress = self.scoring.evaluate(f"step {self.progress.step}"), self.progress
         if self.trainer.best_metric is None:
             return found
@@ -47,5 +47,5 @@ class Best:
         progress.since_best += 1
         if self.exhausted:
             count = self.trainer.early_stopping_patience
-            log.info("%s has not been better than %.4f for %d evaluations: stopping", name, progress.best, count)
+            log.info("early stopping: %s has not improved on %.4f for %d evaluations", name, progress.best, count)
         return found

@@ -1,7 +1,7 @@
-"""A run's state on disk: complete or absent, never half.
+"""A run's state on disk: written completely or not at all.
 
 A checkpoint holds the trainable weights, the optimizer's state, the random state of each rank and the progress, all in
-safetensors and JSON: nothing in it can run code when it is read.
+safetensors and JSON, so loading one never runs code.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ log = logging.getLogger("vlmtune")
 
 NAME = re.compile(r"step_\d{6,}")
 DAMAGED = ".damaged"
-"""Behind the name of a checkpoint that was passed over."""
+"""Suffix for the name of a damaged checkpoint that was skipped."""
 
 
 def trained_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
@@ -55,7 +55,9 @@ def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def split_state(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state dict as tensors and the JSON-able rest; keys are paths, as bitsandbytes nests its own."""
+    """Split an optimizer's state dict into tensors and the rest, which JSON can hold. Keys are paths, since
+    bitsandbytes nests its state.
+    """
     flat = dict(_leaves(state["state"]))
     tensors = {path: value for path, value in flat.items() if isinstance(value, Tensor)}
     rest = {path: value for path, value in flat.items() if path not in tensors}
@@ -83,7 +85,7 @@ def join_state(tensors: dict[str, Tensor], rest: dict[str, Any]) -> dict[str, An
 
 
 def random_state() -> dict[str, Tensor]:
-    """The random state of this process: torch on the CPU and on the current accelerator."""
+    """The random state of this process: torch's on the CPU and on the current accelerator."""
     state = {"cpu": torch.get_rng_state()}
     return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
 
@@ -99,9 +101,9 @@ def save_checkpoint(
     *,
     keep: int,
 ) -> Path:
-    """Write `root/step_000123`, then delete all but the `keep` newest and the best one.
+    """Write `root/step_000123`, then delete all but the `keep` newest checkpoints and the best one.
 
-    `identity`: what a run that goes on from here is compared with (`resume.identity`).
+    `identity`: what a run that resumes from here is compared with (`resume.identity`).
     """
     folder = root / f"step_{progress.step:06d}"
     tensors, rest = split_state(optimizer.state_dict())
@@ -127,15 +129,15 @@ def all_checkpoints(root: Path) -> list[Path]:
 
 
 def newest(run: Path) -> Path:
-    """The newest sound checkpoint of a run; damaged ones are passed over with a warning.
+    """The newest undamaged checkpoint of a run; damaged ones are skipped with a warning.
 
-    Raises CheckpointError where there is none, with what is wrong with each.
+    Raises CheckpointError if there is none, saying what is wrong with each.
     """
     root = run / "checkpoints"
     known, problems = all_checkpoints(root), []
     for stray in sorted({*root.glob("step_*")} - {*known}):
         if not stray.name.endswith(DAMAGED):
-            log.warning("%s: is not named as a checkpoint, and is left alone", stray)
+            log.warning("%s: does not have the name of a checkpoint; ignored", stray)
     for folder in reversed(known):
         try:
             check(folder)
@@ -144,26 +146,26 @@ def newest(run: Path) -> Path:
             problems += error.problems
         else:
             return folder
-    raise CheckpointError([f"{run}: no checkpoint is sound", *problems] if problems else resume.nothing_saved(run))
+    raise CheckpointError([f"{run}: no usable checkpoint", *problems] if problems else resume.nothing_saved(run))
 
 
 def set_aside(damaged_since: Path) -> None:
-    """Rename the checkpoints after this sound one, which were passed over, so that none passes for the newest again."""
+    """Rename the damaged checkpoints that are newer than this one, so that none counts as the newest again."""
     for folder in all_checkpoints(damaged_since.parent):
         if _step(folder) > _step(damaged_since):
             aside = folder.with_name(folder.name + DAMAGED)
             durable.remove(aside) if aside.exists() else None
             folder.rename(aside)
-            log.warning("%s: is kept as %s", folder, aside.name)
+            log.warning("%s: renamed to %s", folder, aside.name)
 
 
 def check(folder: Path) -> None:
-    """Raise CheckpointError that says which file of a checkpoint is missing or damaged."""
+    """Raise CheckpointError if a file of a checkpoint is missing or damaged, naming the file."""
     durable.verify(folder)
     _read_state(folder)
-    for kind in ("model", "optimizer", "random"):
-        file = folder / f"{kind}.safetensors"
-        with _explained(file), safe_open(file, "pt"):  # also says where a file without a checksum is cut
+    for name in ("model", "optimizer", "random"):
+        file = folder / f"{name}.safetensors"
+        with _explained(file), safe_open(file, "pt"):  # also finds truncated files in checkpoints without checksums
             pass
 
 
@@ -180,14 +182,14 @@ def _explained(file: Path) -> Iterator[None]:
 
 
 def _read_state(folder: Path) -> tuple[dict[str, Any], Progress]:
-    """What state.json holds, and the progress in it."""
+    """The content of state.json, and the progress in it."""
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         if not isinstance(state, dict):
-            raise ValueError("it holds no object")
+            raise ValueError("it does not hold a JSON object")
         for name in ("progress", "identity", "optimizer"):
             if not isinstance(state[name], dict):
-                raise ValueError(f"its {name} is no object")
+                raise ValueError(f"its {name} is not an object")
         if missing := {"values", "param_groups"} - state["optimizer"].keys():
             raise ValueError(f"its optimizer lacks {min(missing)}")
         if strange := state["progress"].keys() - {field.name for field in dataclasses.fields(Progress)}:
@@ -195,12 +197,12 @@ def _read_state(folder: Path) -> tuple[dict[str, Any], Progress]:
         progress = Progress(**state["progress"])
         numbers = (progress.step, progress.examples, progress.tokens, progress.seconds, progress.skipped)
         if not all(isinstance(number, int | float) for number in numbers):
-            raise ValueError("its progress holds something else for a number")
+            raise ValueError("its progress has a value that is not a number")
     except (OSError, ValueError, KeyError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(f"{folder}: is not a checkpoint: state.json: {reason}") from error
     if progress.step != _step(folder):
-        raise CheckpointError(f"{folder}: is not a checkpoint of this name: it holds step {progress.step}")
+        raise CheckpointError(f"{folder}: does not match its name: it holds step {progress.step}")
     return state, progress
 
 
@@ -210,13 +212,14 @@ def _read(file: Path) -> dict[str, Tensor]:
 
 
 def load_weights(folder: Path, model: torch.nn.Module) -> None:
-    """Put a checkpoint's weights into `model`. Raises CheckpointError where they are not the model's own."""
+    """Load a checkpoint's weights into `model`. Raises CheckpointError if they don't match the model's."""
     saved, own = _read(folder / "model.safetensors"), trained_tensors(model)
     odd = sorted(
         n for n in saved.keys() | own.keys() if n not in saved or n not in own or saved[n].shape != own[n].shape
     )
     if odd:
-        raise CheckpointError(f"{folder}: holds other weights than this run trains, among them {', '.join(odd[:3])}")
+        names = ", ".join(odd[:3])
+        raise CheckpointError(f"{folder}: its weights are not those that this run trains, for instance {names}")
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(saved[name])
@@ -225,10 +228,10 @@ def load_weights(folder: Path, model: torch.nn.Module) -> None:
 def load_checkpoint(
     folder: Path, model: torch.nn.Module, optimizer: Any, scaler: Any, identity: dict[str, Any], rank: int
 ) -> Progress:
-    """Put everything back as it was, so that the next step is the one that would have followed.
+    """Restore everything, so that the next step is the one that would have followed.
 
-    What this run changes takes effect, and is noted in the progress. Raises CheckpointError where this run would not
-    continue that one.
+    Changed config keys take effect and are recorded in the progress. Raises CheckpointError if this run would not
+    be a continuation of that one.
     """
     state, progress = _read_state(folder)
     progress.changes += resume.changes(folder, state["identity"], identity, progress.step)
@@ -239,7 +242,7 @@ def load_checkpoint(
     rng = _read(folder / "random.safetensors")
     own = rank if f"{rank}.cpu" in rng else 0
     if own != rank:
-        log.warning("process %d was not there before: it draws dropout as the first one does", rank)
+        log.warning("process %d is new: its dropout starts from the first process's random state", rank)
     torch.set_rng_state(rng[f"{own}.cpu"])
     if torch.cuda.is_available() and f"{own}.cuda" in rng:
         torch.cuda.set_rng_state(rng[f"{own}.cuda"])
@@ -247,21 +250,21 @@ def load_checkpoint(
 
 
 def _load_optimizer(folder: Path, optimizer: Any, saved: dict[str, Any]) -> None:
-    """The moments from a checkpoint; the learning rates, decays and betas stay those of this run's config."""
+    """Load the moments from a checkpoint; learning rates, weight decay and betas come from this run's config."""
     own = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(join_state(_read(folder / "optimizer.safetensors"), saved))
     except (ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder}: holds another optimizer's state: {error}") from error
+        raise CheckpointError(f"{folder}: holds the state of a different optimizer: {error}") from error
     for group, values in zip(optimizer.param_groups, own, strict=True):
         group |= values
 
 
 def save_model(model: Any, processor: Any, folder: Path, config: ModelConfig | None = None) -> None:
-    """Write the adapter (or the whole model), processor and generation config, as PEFT and transformers read them, or
-    in the layout that `config.save_layout` asks for.
+    """Write the adapter (or the whole model), processor and generation config, in PEFT's and transformers' format, or
+    in the layout of `config.save_layout`.
 
-    The written weights are opened again and compared before the folder takes its name.
+    The weights are read back and compared before the folder gets its final name.
     """
     from vlmtune.models.parts import base_of
 
@@ -272,7 +275,7 @@ def save_model(model: Any, processor: Any, folder: Path, config: ModelConfig | N
             save_original(model, config, partial)
             return
         model.save_pretrained(partial)
-        (partial / "README.md").unlink(missing_ok=True)  # PEFT's empty template; record.card writes the card
+        (partial / "README.md").unlink(missing_ok=True)  # PEFT's empty template; record.card writes the model card
         processor.save_pretrained(partial)
         base_of(model).generation_config.save_pretrained(partial)
         _compare(model, partial)
@@ -281,13 +284,13 @@ def save_model(model: Any, processor: Any, folder: Path, config: ModelConfig | N
 def _compare(model: Any, folder: Path) -> None:
     """Raise CheckpointError unless the weight files in `folder` hold every trained weight, bit by bit.
 
-    Compared by content: names change between a live model and the hub's layout.
+    Compared by content, because names differ between a live model and the hub's layout.
     """
     from vlmtune.models.adapters import adapter_state, saved_name
 
     saved = {_digest(t) for file in folder.glob("*.safetensors") for t in load_file(file).values()}
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    adapter = adapter_state(model)  # has its own names, and under AdaLoRA its own shapes
+    adapter = adapter_state(model)  # has different names, and under AdaLoRA different shapes
     lost = [name for name, p in trained.items() if not adapter and _digest(p) not in saved]
     lost += [name for name, tensor in adapter.items() if _digest(tensor) not in saved]
     lost += [n for n, p in trained.items() if adapter and saved_name(n) not in adapter and _digest(p) not in saved]

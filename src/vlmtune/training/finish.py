@@ -1,4 +1,4 @@
-"""After the last step: the model is chosen and saved, then evaluated, then everything else is written."""
+"""After the last step: choose and save the model, evaluate it, then write everything else."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ log = logging.getLogger("vlmtune")
 
 @dataclass
 class Finish:
-    """Ends a run that came to its last step, or to a signal."""
+    """Ends a run after its last step or a signal."""
 
     run: Setup
     journal: Journal
@@ -34,8 +34,9 @@ class Finish:
     def __call__(self) -> dict[str, Any]:
         """Choose and save the model, evaluate it, write result.json, predictions.csv and report.html.
 
-        Returns the result. A signal ends an evaluation at its next batch: the run then saves where it is, to be
-        resumed, and evaluates no more. Once the last evaluation is done the result stands, whatever fails behind it.
+        Returns the result. A signal stops an evaluation after the current batch: the run then saves a checkpoint to
+        resume from and skips further evaluations. Once the last evaluation is done the result is final, whatever
+        fails afterwards.
         """
         run = self.run
         final = self._choose()
@@ -51,8 +52,10 @@ class Finish:
         return result
 
     def _choose(self) -> Evaluation | None:
-        """Put the weights to save into the model, and a checkpoint on disk where one is due; returns their evaluation
-        if there was one."""
+        """Load the weights to save into the model, and write a checkpoint if one is due.
+
+        Returns the evaluation of these weights, or None if there was none.
+        """
         final, trainer = None, self.run.config.trainer
         if self.stopping.signal is None and trainer.best_metric and not self.best.exhausted:
             with self.stopping.evaluating():
@@ -62,7 +65,7 @@ class Finish:
         return None if self.stopping.signal is None and self.saving.restore_best() else final
 
     def _score(self, final: Evaluation | None) -> tuple[dict[str, float], Evaluation | None]:
-        """The metrics of result.json, and the evaluation of the validation rows; less of both where a signal comes."""
+        """The metrics for result.json, and the evaluation of the validation rows. Incomplete if a signal arrives."""
         metrics, trainer = dict(self.saving.progress.baseline), self.run.config.trainer
         if self.stopping.signal is not None:
             return metrics, None
@@ -80,16 +83,16 @@ class Finish:
     def _write(self, result: dict[str, Any], final: Evaluation | None) -> None:
         run, folder = self.run, self.run.folder
         runfolder.write_json(folder / "result.json", result)
-        with _standing("predictions.csv"):
+        with _optional("predictions.csv"):
             if final is not None:
                 metric, rows = run.config.task.metrics[0], run.splits["validation"]
                 runfolder.write_predictions(folder / "predictions.csv", rows, final, metric)
-        with _standing("model/README.md"):
+        with _optional("model/README.md"):
             counts = {name: len(split) for name, split in run.splits.items() if not split.records.streamed}
             card.write(folder, run.config, result, counts)
-        with _standing("the tracker's result"):
+        with _optional("the tracker's result"):
             self.journal.tracker.finish(result)
-        with _standing("report.html"):
+        with _optional("report.html"):
             report.write(folder, self._image, self._texts)
         if run.encoder.image_cache is not None:
             log.info(run.encoder.image_cache.report())
@@ -105,9 +108,9 @@ class Finish:
 
 
 @contextmanager
-def _standing(what: str) -> Iterator[None]:
-    """A failure inside costs `what` and a warning: the result is written and stands."""
+def _optional(what: str) -> Iterator[None]:
+    """Turn a failure inside the context into a warning that `what` is missing: the result itself is already written."""
     try:
         yield
     except Exception as error:
-        log.warning("%s could not be written, the result stands: %s: %s", what, type(error).__name__, error)
+        log.warning("could not write %s; the result is not affected: %s: %s", what, type(error).__name__, error)

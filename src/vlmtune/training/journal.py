@@ -1,4 +1,4 @@
-"""What a run says while it goes on: metrics.jsonl, the tracker, the bar. Only the first process says anything."""
+"""What a run reports while it trains: metrics.jsonl, the tracker, the progress bar. Only the first process reports."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ log = logging.getLogger("vlmtune")
 
 
 class Journal:
-    """Open between `with` and its end; what ends a run early is told to the tracker too."""
+    """A context manager around a run. If the run ends early, the tracker gets the reason too."""
 
     def __init__(self, run: Setup, progress: Progress):
         self.run, self.progress = run, progress
         self.began = time.perf_counter()
-        self.tracker: tracking.Tracker = tracking.Nothing()
+        self.tracker: tracking.Tracker = tracking.NoTracker()
         self.metrics_file: tracking.MetricsFile | None = None
 
     def __enter__(self) -> Journal:
@@ -38,12 +38,14 @@ class Journal:
             self.tracker = tracking.build(config.tracker, plain(config), folder, resumed=bool(config.resume))
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def __exit__(
+        self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         if error is None:
             return
-        stopped = isinstance(error, signals.Ended | signals.Interrupted | KeyboardInterrupt)
+        stopped = isinstance(error, signals.EvaluationStopped | signals.Interrupted | KeyboardInterrupt)
         self.tracker.finish({"status": "interrupted" if stopped else "failed"})
-        if isinstance(error, signals.Ended):  # in the evaluation before the first step: there is nothing to save yet
+        if isinstance(error, signals.EvaluationStopped):  # before the first step: there is nothing to save yet
             raise signals.Interrupted(error.number) from None
 
     def _describe(self) -> None:
@@ -58,13 +60,13 @@ class Journal:
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """While inside, a bar shows the steps."""
+        """Show the steps in a progress bar inside the context."""
         total = self.run.loader.total_steps
         with display.bar("training", total, done=self.progress.step, show=self.run.writes) as self.advance:
             yield
 
     def after_step(self, step: StepReport) -> None:
-        """Move the bar, and log each `trainer.log_every` steps, the first and the last."""
+        """Advance the bar. Log every `trainer.log_every` steps, and the first and last step."""
         self.advance(1, note=self._note(step))
         if step.step % self.run.config.trainer.log_every and step.step not in (1, self.run.loader.total_steps):
             return
@@ -93,7 +95,7 @@ class Journal:
         )
 
     def log(self, values: dict[str, float]) -> None:
-        """Write to metrics.jsonl and the tracker, at the present step."""
+        """Write to metrics.jsonl and the tracker, at the current step."""
         if self.metrics_file is not None:
             self.metrics_file.log(values, self.progress.step)
             self.tracker.log(values, self.progress.step)

@@ -30,7 +30,7 @@ class StepReport:
     padding_share: float
     """Share of the computed tokens that are padding."""
     waited: float
-    """Seconds of these in which the step waited for its data."""
+    """How many of these seconds the step waited for data."""
 
 
 class Engine(Protocol):
@@ -48,21 +48,21 @@ class Engine(Protocol):
 
 @dataclass
 class Hooks:
-    """What happens around steps; each may be left out."""
+    """Functions called around steps; each is optional."""
 
     after_step: Sequence[Callable[[StepReport], None]] = ()
     """Called in order after each optimizer step: logging, evaluation, checkpoints."""
     before_zero_grad: Callable[[int], None] = lambda step: None
-    """Called with the step's number, from 1, while its gradients are still there."""
+    """Called with the step number, from 1, before the gradients are cleared."""
     penalty: Callable[[], torch.Tensor | None] = lambda: None
     """A term added to the mean loss once per optimizer step."""
     stop: Callable[[], bool] = field(default=lambda: False)
-    """Asked after each step on every rank; True ends the training."""
+    """Called after each step on every rank; True ends training."""
 
 
 @dataclass
 class Passed:
-    """The forward and backward passes of one optimizer step, over all ranks."""
+    """The result of one optimizer step's forward and backward passes, over all ranks."""
 
     loss: float
     """Mean over the supervised tokens."""
@@ -84,17 +84,19 @@ def fit(
     skip_nonfinite: bool = False,
     hooks: Hooks,
 ) -> None:
-    """Train on this rank's micro-batches, the last of each optimizer step with `ends_step`.
+    """Train on this rank's micro-batches. `ends_step` marks the last micro-batch of each optimizer step.
 
-    Every supervised token weighs the same, however a step is cut into micro-batches and ranks: losses are summed and
-    divided by the count of supervised tokens over all of them, which is known with the step's last micro-batch. Until
-    then they are divided by `expected_tokens`, about as many as a rank has in a step, so that gradients are never far
-    from their size. Raises NonFinite.
+    Every supervised token has the same weight, however a step is split into micro-batches and ranks: losses are
+    summed and divided by the number of supervised tokens over all of them. That number is only known at the step's
+    last micro-batch. Until then losses are divided by `expected_tokens`, an estimate of a rank's supervised tokens
+    per step, so that gradients stay near their final size.
+
+    Raises NonFinite.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     patience = Patience(optimizer, skip_nonfinite)
     iterator = iter(batches)
-    model.train()  # evaluation between steps puts it back into this mode
+    model.train()  # evaluation between steps restores this mode
     while True:
         began = time.perf_counter()
         passed = _forward_backward(model, iterator, parameters, engine, summed_loss, hooks.penalty, expected_tokens)
@@ -126,8 +128,8 @@ def _forward_backward(
     penalty: Callable[[], torch.Tensor | None],
     expected_tokens: float,
 ) -> Passed | None:
-    """Leave the gradient of one step's mean loss in `parameters`; None where no micro-batch is left."""
-    # the forward pass of a wrapper for several ranks may wait for them, and they may have fewer micro-batches
+    """Compute the gradient of one step's mean loss, in `parameters`. Returns None when no micro-batch is left."""
+    # the forward pass of DDP's wrapper may wait for the other ranks, which may have fewer micro-batches
     alone = getattr(model, "module", model)
     own, waited = Counter[str](), 0.0
     total = torch.zeros((), device=engine.device)
@@ -143,15 +145,15 @@ def _forward_backward(
                 total += _pass(alone, batch, engine, summed_loss, expected_tokens)
             continue
         counts = _over_ranks(own, engine)
-        # gradients are averaged over the ranks, so a share of the sum is scaled up by their number
+        # DDP averages gradients over the ranks, so the token count is divided by the number of ranks
         share = counts["supervised"] / engine.num_processes
         _scale(parameters, expected_tokens / share)
         total += _pass(model, batch, engine, summed_loss, share, penalty)
         return Passed(float(engine.reduce(total / counts["supervised"], "sum")), counts, waited)
 
 
-COUNTED = ("supervised", "rows", "tokens", "places")
-"""What is counted of micro-batches: supervised tokens, rows, tokens without and with padding."""
+COUNTED = ("supervised", "rows", "tokens", "padded_tokens")
+"""Counted per micro-batch: supervised tokens, rows, tokens without padding, tokens with padding."""
 
 
 def _over_ranks(own: Counter[str], engine: Engine) -> dict[str, int]:
@@ -167,7 +169,7 @@ def _pass(
     divisor: float,
     penalty: Callable[[], torch.Tensor | None] = lambda: None,
 ) -> torch.Tensor:
-    """Add the gradient of a micro-batch's summed loss over `divisor`, and of `penalty`; returns the summed loss."""
+    """Accumulate the gradient of (a micro-batch's summed loss / `divisor` + `penalty`). Returns the summed loss."""
     with engine.autocast():
         loss = summed_loss(model, batch.to(engine.device))
     extra = penalty()
@@ -176,23 +178,23 @@ def _pass(
 
 
 def _scale(parameters: list[torch.Tensor], factor: float) -> None:
-    """Multiply the gradients that are there already."""
+    """Scale the gradients accumulated so far."""
     for parameter in parameters:
         if parameter.grad is not None:
             parameter.grad.mul_(factor)
 
 
 def _gradient_norm(parameters: list[torch.Tensor], max_norm: float | None, engine: Engine) -> float:
-    """L2 norm of all gradients, which are scaled down to `max_norm` where it is exceeded."""
+    """L2 norm of all gradients before clipping; they are clipped to `max_norm`."""
     norm = engine.clip_grad_norm_(parameters, max_norm if max_norm is not None else math.inf)
     return float(norm)
 
 
 class Patience:
-    """How many steps in a row may be left out as not finite.
+    """How many steps in a row may be skipped because loss or gradient is not finite.
 
-    Under fp16 the gradient scaler leaves out steps with infinite gradients by itself and lowers its scale, so it is
-    told of every step, and may need more of them.
+    Under fp16 the gradient scaler itself skips steps with infinite gradients and lowers its scale, so `step` is
+    called for every step, and more skipped steps in a row are allowed.
     """
 
     def __init__(self, optimizer: Any, skip: bool):
@@ -200,13 +202,13 @@ class Patience:
         self.in_a_row = 0
 
     def note(self, loss: float, norm: float, progress: Progress) -> None:
-        """Count a step that was left out. Raises NonFinite where the run is to stop."""
+        """Count a skipped step. Raises NonFinite if the run has to stop."""
         if math.isfinite(loss) and math.isfinite(norm):
             self.in_a_row = 0
             return
         self.in_a_row += 1
         progress.skipped += 1
-        scaling = self.scaled and math.isfinite(loss)  # it tries smaller and smaller scales
+        scaling = self.scaled and math.isfinite(loss)  # the scaler tries smaller and smaller scales
         if self.in_a_row >= (40 if scaling else 10) or not (self.skip or scaling):
             raise NonFinite(
                 f"loss {loss}, gradient norm {norm} at step {progress.step + 1}. A lower trainer.learning_rate, "
@@ -215,7 +217,7 @@ class Patience:
 
 
 def _report(passed: Passed, progress: Progress, norm: float, learning_rate: float, seconds: float) -> StepReport:
-    """Count a step that is done."""
+    """Update the progress after a completed step."""
     counts = passed.counts
     progress.step += 1
     progress.examples += counts["rows"]
@@ -229,6 +231,6 @@ def _report(passed: Passed, progress: Progress, norm: float, learning_rate: floa
         examples=counts["rows"],
         tokens=counts["tokens"],
         seconds=seconds,
-        padding_share=1 - counts["tokens"] / max(counts["places"], 1),
+        padding_share=1 - counts["tokens"] / max(counts["padded_tokens"], 1),
         waited=passed.waited,
     )

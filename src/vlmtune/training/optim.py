@@ -1,4 +1,4 @@
-"""The optimizer over what trains."""
+"""The optimizer over all trainable weights."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from vlmtune.models.parts import Parts, base_of
 def build_optimizer(
     model: nn.Module, parts: Parts, trainer: TrainerConfig, optimizer: OptimizerConfig
 ) -> torch.optim.Optimizer:
-    """An optimizer over every trainable weight, grouped by learning rate and by whether it decays.
+    """An optimizer over every trainable weight, grouped by learning rate and weight decay.
 
-    Raises ConfigError where nothing trains, or where a learning rate is given for a part that has no trainable weight.
+    Raises ConfigError if nothing is trainable, or if a learning rate is set for a part without trainable weights.
     """
     groups = parameter_groups(model, parts, trainer, optimizer)
     options: dict[str, Any] = {"betas": (optimizer.beta1, optimizer.beta2), "eps": optimizer.eps}
@@ -39,7 +39,7 @@ def build_optimizer(
 def parameter_groups(
     model: nn.Module, parts: Parts, trainer: TrainerConfig, optimizer: OptimizerConfig
 ) -> list[dict[str, Any]]:
-    """torch's parameter groups: by part, by whether they decay, by who steps them (Muon), by LoRA+'s rate.
+    """torch's parameter groups: by part, by weight decay, by optimizer (Muon or AdamW), by LoRA+'s learning rate.
 
     Raises ConfigError as `build_optimizer` does.
     """
@@ -49,13 +49,13 @@ def parameter_groups(
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             faster = ratio != 1 and ("lora_B" in name or "lora_embedding_B" in name)
-            kind = (parts.of(name), parameter.dim() > 1, name in hidden, faster)
-            groups.setdefault(kind, []).append(parameter)
+            group = (parts.of(name), parameter.dim() > 1, name in hidden, faster)
+            groups.setdefault(group, []).append(parameter)
     if not groups:
         raise ConfigError("nothing is trainable: model.freeze covers the whole model")
     unused = sorted(set(trainer.learning_rate_of) - {part for part, *_ in groups})
     if unused:
-        raise ConfigError([f"trainer.learning_rate_of.{part}: no weight of this part trains" for part in unused])
+        raise ConfigError([f"trainer.learning_rate_of.{part}: this part has no trainable weight" for part in unused])
     return [
         {
             "params": parameters,
@@ -69,7 +69,7 @@ def parameter_groups(
 
 
 def hidden_matrices(model: nn.Module) -> set[str]:
-    """Names of the matrices between input and output embedding: what Muon is made for."""
+    """Names of the matrices between the input and output embeddings: those that Muon is for."""
     ends = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     head = base_of(model).get_output_embeddings() if hasattr(base_of(model), "get_output_embeddings") else None
     ends |= {id(p) for p in head.parameters()} if head is not None else set()
@@ -95,7 +95,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One step of both. Loading a state replaces the groups, so the two are given them each time."""
+        """One step of both. Loading a state replaces the groups, so both get them again at each step."""
         assert closure is None
         for optimizer, groups in zip((self.muon, self.adamw), self._split(), strict=True):
             if optimizer is not None:

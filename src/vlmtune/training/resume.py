@@ -1,7 +1,7 @@
-"""Whether a run that goes on is the same run: what must be equal, what may change, and what to say of either.
+"""Whether a resumed run is still the same run: what must be equal, what may change, and how both are reported.
 
-`KINDS` gives each config key its kind. What follows from several keys, or from files, is compared by its value:
-`Batches.identity`, and `identity` here.
+`RULES` gives each config key its rule. What follows from several keys, or from files, is compared by its value:
+`Loader.identity`, and `identity` here.
 """
 
 from __future__ import annotations
@@ -22,113 +22,113 @@ from vlmtune.record import runfolder
 log = logging.getLogger("vlmtune")
 
 
-class Kind(Enum):
-    SAME = "part of what the run is: another value is refused"
-    STEPS = "may change: takes effect from the next step on, and is recorded"
-    AROUND = "may change: takes effect outside of the steps, or only by what `identity` compares, and is recorded"
-    FREE = "changes nothing that is computed"
+class Rule(Enum):
+    FIXED = "part of what the run is: another value is refused"
+    NEXT_STEP = "may change: takes effect from the next step and is recorded"
+    RECORDED = "may change: takes effect outside the steps, or only where `identity` differs, and is recorded"
+    FREE = "may change: affects nothing that is computed"
 
 
-KINDS: dict[str, Kind] = {
-    "adapter": Kind.SAME,
-    "data._target_": Kind.SAME,
-    "data.answer_lists": Kind.SAME,
-    "data.cache_features": Kind.AROUND,
-    "data.cache_folder": Kind.FREE,
-    "data.cache_gb": Kind.FREE,
-    "data.check_images": Kind.FREE,
-    "data.columns": Kind.SAME,
-    "data.fast_jpeg": Kind.SAME,
-    "data.header": Kind.SAME,
-    "data.ignore": Kind.AROUND,
-    "data.image_root": Kind.AROUND,
-    "data.image_name": Kind.SAME,
-    "data.image_separator": Kind.SAME,
-    "data.max_bad_fraction": Kind.FREE,
-    "data.max_eval_rows": Kind.AROUND,
-    "data.max_image_pixels": Kind.AROUND,
-    "data.max_train_rows": Kind.SAME,
-    "data.on_bad_row": Kind.AROUND,
-    "data.on_duplicate": Kind.AROUND,
-    "data.shuffle_buffer": Kind.SAME,
-    "data.streaming": Kind.SAME,
-    "data.subset": Kind.SAME,
-    "data.supervise": Kind.SAME,
-    "data.test": Kind.AROUND,
-    "data.train": Kind.AROUND,
-    "data.validation": Kind.AROUND,
-    "data.validation_fraction": Kind.SAME,
-    "generation": Kind.AROUND,
-    "model.attention": Kind.STEPS,
-    "model.dtype": Kind.SAME,
-    "model.freeze": Kind.SAME,
-    "model.fresh": Kind.SAME,
-    "model.image": Kind.SAME,
-    "model.name": Kind.FREE,
-    "model.path": Kind.AROUND,
-    "model.revision": Kind.SAME,
-    "model.rewrites": Kind.STEPS,
-    "model.save_layout": Kind.AROUND,
-    "model.system_prompt": Kind.SAME,
-    "model.trust_remote_code": Kind.FREE,
-    "optimizer.beta1": Kind.STEPS,
-    "optimizer.beta2": Kind.STEPS,
-    "optimizer.eps": Kind.STEPS,
-    "optimizer.loraplus_lr_ratio": Kind.SAME,
-    "optimizer.momentum": Kind.STEPS,
-    "optimizer.name": Kind.SAME,
-    "optimizer.weight_decay": Kind.STEPS,
-    "preflight": Kind.FREE,
-    "quantization": Kind.SAME,
-    "resume": Kind.FREE,
-    "task.caption_prompt": Kind.SAME,
-    "task.metrics": Kind.AROUND,
-    "task.name": Kind.FREE,
-    "tracker": Kind.FREE,
-    "trainer.batch_size": Kind.AROUND,
-    "trainer.batch_tokens": Kind.AROUND,
-    "trainer.best_metric": Kind.SAME,
-    "trainer.early_stopping_patience": Kind.AROUND,
-    "trainer.epochs": Kind.AROUND,
-    "trainer.eval_baseline": Kind.FREE,
-    "trainer.eval_batch_size": Kind.FREE,
-    "trainer.eval_every": Kind.AROUND,
-    "trainer.gradient_accumulation_steps": Kind.AROUND,
-    "trainer.gradient_checkpointing": Kind.STEPS,
-    "trainer.keep_checkpoints": Kind.FREE,
-    "trainer.learning_rate": Kind.STEPS,
-    "trainer.learning_rate_of": Kind.STEPS,
-    "trainer.log_every": Kind.FREE,
-    "trainer.max_grad_norm": Kind.STEPS,
-    "trainer.max_steps": Kind.AROUND,
-    "trainer.nonfinite": Kind.STEPS,
-    "trainer.num_workers": Kind.FREE,
-    "trainer.precision": Kind.AROUND,
-    "trainer.save_every": Kind.FREE,
-    "trainer.scheduler": Kind.STEPS,
-    "trainer.seed": Kind.AROUND,
-    "trainer.share_prefix": Kind.AROUND,
+RULES: dict[str, Rule] = {
+    "adapter": Rule.FIXED,
+    "data._target_": Rule.FIXED,
+    "data.answer_lists": Rule.FIXED,
+    "data.cache_features": Rule.RECORDED,
+    "data.cache_folder": Rule.FREE,
+    "data.cache_gb": Rule.FREE,
+    "data.check_images": Rule.FREE,
+    "data.columns": Rule.FIXED,
+    "data.fast_jpeg": Rule.FIXED,
+    "data.header": Rule.FIXED,
+    "data.ignore": Rule.RECORDED,
+    "data.image_root": Rule.RECORDED,
+    "data.image_name": Rule.FIXED,
+    "data.image_separator": Rule.FIXED,
+    "data.max_bad_fraction": Rule.FREE,
+    "data.max_eval_rows": Rule.RECORDED,
+    "data.max_image_pixels": Rule.RECORDED,
+    "data.max_train_rows": Rule.FIXED,
+    "data.on_bad_row": Rule.RECORDED,
+    "data.on_duplicate": Rule.RECORDED,
+    "data.shuffle_buffer": Rule.FIXED,
+    "data.streaming": Rule.FIXED,
+    "data.subset": Rule.FIXED,
+    "data.supervise": Rule.FIXED,
+    "data.test": Rule.RECORDED,
+    "data.train": Rule.RECORDED,
+    "data.validation": Rule.RECORDED,
+    "data.validation_fraction": Rule.FIXED,
+    "generation": Rule.RECORDED,
+    "model.attention": Rule.NEXT_STEP,
+    "model.dtype": Rule.FIXED,
+    "model.freeze": Rule.FIXED,
+    "model.fresh": Rule.FIXED,
+    "model.image": Rule.FIXED,
+    "model.name": Rule.FREE,
+    "model.path": Rule.RECORDED,
+    "model.revision": Rule.FIXED,
+    "model.rewrites": Rule.NEXT_STEP,
+    "model.save_layout": Rule.RECORDED,
+    "model.system_prompt": Rule.FIXED,
+    "model.trust_remote_code": Rule.FREE,
+    "optimizer.beta1": Rule.NEXT_STEP,
+    "optimizer.beta2": Rule.NEXT_STEP,
+    "optimizer.eps": Rule.NEXT_STEP,
+    "optimizer.loraplus_lr_ratio": Rule.FIXED,
+    "optimizer.momentum": Rule.NEXT_STEP,
+    "optimizer.name": Rule.FIXED,
+    "optimizer.weight_decay": Rule.NEXT_STEP,
+    "preflight": Rule.FREE,
+    "quantization": Rule.FIXED,
+    "resume": Rule.FREE,
+    "task.caption_prompt": Rule.FIXED,
+    "task.metrics": Rule.RECORDED,
+    "task.name": Rule.FREE,
+    "tracker": Rule.FREE,
+    "trainer.batch_size": Rule.RECORDED,
+    "trainer.batch_tokens": Rule.RECORDED,
+    "trainer.best_metric": Rule.FIXED,
+    "trainer.early_stopping_patience": Rule.RECORDED,
+    "trainer.epochs": Rule.RECORDED,
+    "trainer.eval_baseline": Rule.FREE,
+    "trainer.eval_batch_size": Rule.FREE,
+    "trainer.eval_every": Rule.RECORDED,
+    "trainer.gradient_accumulation_steps": Rule.RECORDED,
+    "trainer.gradient_checkpointing": Rule.NEXT_STEP,
+    "trainer.keep_checkpoints": Rule.FREE,
+    "trainer.learning_rate": Rule.NEXT_STEP,
+    "trainer.learning_rate_of": Rule.NEXT_STEP,
+    "trainer.log_every": Rule.FREE,
+    "trainer.max_grad_norm": Rule.NEXT_STEP,
+    "trainer.max_steps": Rule.RECORDED,
+    "trainer.nonfinite": Rule.NEXT_STEP,
+    "trainer.num_workers": Rule.FREE,
+    "trainer.precision": Rule.RECORDED,
+    "trainer.save_every": Rule.FREE,
+    "trainer.scheduler": Rule.NEXT_STEP,
+    "trainer.seed": Rule.RECORDED,
+    "trainer.share_prefix": Rule.RECORDED,
 }
-"""Of each key, or of all keys of a group that has no entry per key."""
+"""The rule of each key, or of all keys of a group that has one entry."""
 
 WAYS_OUT = {
     "rows per step": "it is trainer.batch_size x trainer.gradient_accumulation_steps x processes",
-    "tokens per forward pass": "set trainer.batch_tokens to what it was",
-    "training rows": "the rows are others than those that were trained on",
-    "data fingerprint": "the rows are others than those that were trained on",
-    "image content": "the images are others than those that were trained on",
-    "seed": "set trainer.seed to what it was",
-    "share_prefix": "set trainer.share_prefix to what it was (True is on, False off)",
-    "steps in all": "the learning rate comes down to its end at the last step, so a run gets no longer or shorter "
-    "unless trainer.scheduler.name=constant",
-    "model files": "the base model is another one; set model.path and model.revision to the one that was trained",
-    "compute type": "set trainer.precision to what it was, on a device that has it (no: fp32)",
+    "tokens per forward pass": "set trainer.batch_tokens back to its earlier value",
+    "training rows": "the rows differ from those that the run was trained on",
+    "data fingerprint": "the rows differ from those that the run was trained on",
+    "image content": "the images differ from those that the run was trained on",
+    "seed": "set trainer.seed back to its earlier value",
+    "share_prefix": "set trainer.share_prefix back to its earlier value (True is on, False off)",
+    "steps in all": "the learning rate schedule ends at the last step, so the length of a run can't change unless "
+    "trainer.scheduler.name=constant",
+    "model files": "the base model is a different one; set model.path and model.revision to the one that was trained",
+    "compute type": "set trainer.precision back to its earlier value (no: fp32), on a device that supports it",
 }
-"""For what follows from several keys or from files: what to do where it differs."""
+"""What to do if a value that follows from several keys or from files differs."""
 
 
 def identity(config: Config, batches: Any, engine: Any, model_files: str) -> dict[str, Any]:
-    """Everything about a run that one which goes on from it is compared in, as a checkpoint holds it."""
+    """Everything about a run that a resumed run is compared with, in the form that a checkpoint stores."""
     found = {
         **batches.identity,
         "model files": model_files,
@@ -153,19 +153,19 @@ def values(config: Any, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def kind_of(key: str) -> Kind:
-    """The kind of a key, or that of its group. Raises KeyError for one that has none."""
-    return KINDS[key] if key in KINDS or "." not in key else kind_of(key.rpartition(".")[0])
+def rule_of(key: str) -> Rule:
+    """The rule of a key, or of its group. Raises KeyError for a key without a rule."""
+    return RULES[key] if key in RULES or "." not in key else rule_of(key.rpartition(".")[0])
 
 
 def changes(folder: Path, was: Mapping[str, Any], now: Mapping[str, Any], step: int) -> list[dict[str, Any]]:
-    """What a run that goes on from the checkpoint `folder` at `step` changes, which is logged.
+    """What a run changes that resumes from the checkpoint `folder` at `step`; the changes are logged.
 
-    `was`, `now`: identities. Raises CheckpointError that names all differences that would make it another run.
+    `was`, `now`: identities. Raises CheckpointError with all differences that would make it a different run.
     """
     found, problems = [], []
     if missing := sorted(now.keys() - was.keys()):
-        log.warning("%s: an older version wrote it; not compared with it: %s", folder, ", ".join(missing))
+        log.warning("%s: written by an older version; not compared: %s", folder, ", ".join(missing))
     for name, before, value in _differences(was, now):
         if _may_change(name, now):
             found.append({"step": step, "key": name, "was": before, "now": value})
@@ -173,15 +173,15 @@ def changes(folder: Path, was: Mapping[str, Any], now: Mapping[str, Any], step: 
             problems.append(f"{name} was {before}, now {value}: {_way_out(name, before, now)}")
     done = step >= now.get("steps in all", step + 1)
     for key, before, value in _different_keys(was, now):
-        if kind_of(key) is Kind.SAME:
-            problems.append(f"{key} was {before}, now {value}: it is part of what the run is")
-        elif kind_of(key) is Kind.STEPS and done:
+        if rule_of(key) is Rule.FIXED:
+            problems.append(f"{key} was {before}, now {value}: it can't change on resume")
+        elif rule_of(key) is Rule.NEXT_STEP and done:
             problems.append(f"{key} was {before}, now {value}: all {step} steps are done, so it would change nothing")
-        elif kind_of(key) is not Kind.FREE:
+        elif rule_of(key) is not Rule.FREE:
             found.append({"step": step, "key": key, "was": before, "now": value})
     if problems:
         model = folder.parent.parent / "model"
-        problems[-1] += f". For another run choose another hydra.run.dir; model.path={model} starts from this model"
+        problems[-1] += f". For a different run choose a new hydra.run.dir; model.path={model} starts from this model"
         raise CheckpointError([f"{folder}: {problem}" for problem in problems])
     for change in found:
         log.info("changed on resume: %s %s -> %s", change["key"], change["was"], change["now"])
@@ -189,7 +189,7 @@ def changes(folder: Path, was: Mapping[str, Any], now: Mapping[str, Any], step: 
 
 
 def _differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """What differs of what follows from several keys or from files: its name, then and now."""
+    """Differences in what follows from several keys or from files: the name, the value then and now."""
     for name in now:
         if name != "config" and name in was and was[name] != now[name]:
             yield name, was[name], now[name]
@@ -198,8 +198,8 @@ def _differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tup
 def _different_keys(was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     """Config keys that differ, with their values then and now.
 
-    Keys that an older version did not know are not compared; fields of PEFT's and transformers' own classes are null
-    where they are not set.
+    Keys that an older version did not know are not compared. Fields of PEFT's and transformers' classes are null if
+    they are not set.
     """
     before, after = dict(was.get("config", {})), now.get("config", {})
     if "data._target_" in before:
@@ -216,24 +216,26 @@ def _may_change(name: str, now: Mapping[str, Any]) -> bool:
 
 
 def _way_out(name: str, was: Any, now: Mapping[str, Any]) -> str:
-    """What to do about another value of `name`."""
-    way, config = WAYS_OUT.get(name, "this would be another run"), now.get("config", {})
+    """What to do about a changed value of `name`."""
+    way, config = WAYS_OUT.get(name, "this would be a different run"), now.get("config", {})
     if name != "rows per step" or not config:
         return way
     passes = config["trainer.gradient_accumulation_steps"] * now["processes"]
     factors = f"{way}, now {config['trainer.batch_size']} x {passes // now['processes']} x {now['processes']}"
-    return factors + (f"; set trainer.batch_size={was // passes}" if was % passes == 0 else "; make it what it was")
+    return factors + (
+        f"; set trainer.batch_size={was // passes}" if was % passes == 0 else f"; make their product {was}"
+    )
 
 
 def nothing_saved(run: Path) -> str:
-    """Why a run without a checkpoint can't be gone on with, and what to do instead."""
+    """Why a run without a checkpoint can't be resumed, and what to do instead."""
     result = runfolder.read_result(run)
     if result is not None and result["status"] == "completed":
         return (
-            f"resume={run}: the run is complete and saved no checkpoint to go on from; to train its model further, "
+            f"resume={run}: the run is complete and has no checkpoint to resume from; to train its model further, "
             f"start a new run from it: model.path={run / 'model'}"
         )
     return (
-        f"resume={run}: has no checkpoint; it stopped before the first one was saved. Start it again instead: its own "
-        f"command with hydra.run.dir={run}"
+        f"resume={run}: has no checkpoint; it stopped before the first one was saved. Start it again with the same "
+        f"command and hydra.run.dir={run}"
     )

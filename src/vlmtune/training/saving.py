@@ -1,4 +1,4 @@
-"""A run's checkpoints: where it is resumed from, when one is written, and which one was best."""
+"""A run's checkpoints: which one it resumes from, when one is written, and which one was best."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ log = logging.getLogger("vlmtune")
 
 
 class Saving:
-    """Reads and writes the checkpoints of a run. `progress` is where it stands."""
+    """Reads and writes the checkpoints of a run. `progress` is how far the run has come."""
 
     def __init__(self, run: Setup, stopping: Stopping):
         self.run, self.stopping = run, stopping
@@ -29,7 +29,7 @@ class Saving:
         self.progress = self._resumed() if run.config.resume else Progress()
 
     def _resumed(self) -> Progress:
-        """Go to where the newest checkpoint is."""
+        """Restore the newest checkpoint; returns its progress."""
         run, engine = self.run, self.run.engine
         found = session.decided_by_first(lambda: checkpoint.newest(run.folder), engine)
         progress = checkpoint.load_checkpoint(
@@ -44,14 +44,14 @@ class Saving:
         return progress
 
     def after_step(self, step: StepReport) -> None:
-        """Write a checkpoint each `trainer.save_every` steps. After the last one `finish` does."""
+        """Write a checkpoint every `trainer.save_every` steps. `finish` writes the one after the last step."""
         loader = self.run.loader
         due = step.step != loader.total_steps and loader.due(self.run.config.trainer.save_every, step.step)
         if due and self.stopping.signal is None:
             self.save()
 
     def save(self) -> None:
-        """Write a checkpoint; every process has a part in it."""
+        """Write a checkpoint. Every process must call this: each contributes its random state."""
         from accelerate.utils import gather_object
 
         run = self.run
@@ -73,7 +73,7 @@ class Saving:
         run.engine.wait_for_everyone()
 
     def restore_best(self) -> bool:
-        """Take the weights of the checkpoint that was best; False where those are the present ones."""
+        """Load the weights of the best checkpoint. Returns False if the current weights are the best."""
         best = self.progress.best_step
         if best is None or best == self.progress.step:
             return False
@@ -81,8 +81,8 @@ class Saving:
         try:
             session.decided_by_first(lambda: checkpoint.check(chosen), self.run.engine)
         except CheckpointError as error:
-            log.warning("the best checkpoint can't be used, so the model is that of the last step: %s", error)
+            log.warning("can't use the best checkpoint, so the final model is that of the last step: %s", error)
             return False
         checkpoint.load_weights(chosen, self.run.model)
-        log.info("took the weights of step %d, where %s was best", best, self.run.config.trainer.best_metric)
+        log.info("loaded the weights of step %d, where %s was best", best, self.run.config.trainer.best_metric)
         return True

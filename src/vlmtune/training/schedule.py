@@ -12,7 +12,7 @@ from vlmtune.config.schema import TrainerConfig
 class Schedule:
     """Sets the learning rate of each step: linear warmup, then the chosen shape down to 0 at `total_steps`.
 
-    It holds no state but the number of steps that are done, so a resumed run needs nothing but that number.
+    Its only state is the number of completed steps, so a resumed run needs only that number.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, trainer: TrainerConfig, total_steps: int):
@@ -22,7 +22,7 @@ class Schedule:
         self.go_to(0)
 
     def factor(self, done: int) -> float:
-        """What the peak learning rates are multiplied by in the step that follows `done` steps."""
+        """The factor on the peak learning rates in the step after `done` completed steps."""
         if done < self.warmup_steps:
             return done / self.warmup_steps
         if self.name == "constant":
@@ -33,15 +33,15 @@ class Schedule:
         return max(0.0, 0.5 * (1.0 + math.cos(math.pi * ((done - self.warmup_steps) / all_left))))
 
     def go_to(self, done: int) -> None:
-        """Set the learning rates of the step that follows `done` steps."""
+        """Set the learning rates for the step after `done` completed steps."""
         self.done, factor = done, self.factor(done)
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * factor
 
     def step(self) -> None:
-        """Set the learning rates of the next step."""
+        """Set the learning rates for the next step."""
         self.go_to(self.done + 1)
 
     def get_last_lr(self) -> list[float]:
-        """The learning rate of each group, as set."""
+        """The current learning rate of each group."""
         return [group["lr"] for group in self.optimizer.param_groups]

@@ -1,4 +1,4 @@
-"""Evaluations of a run: of the validation rows before, between and after steps, and of the test rows at the end."""
+"""A run's evaluations: validation rows before, during and after training, and test rows at the end."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ log = logging.getLogger("vlmtune")
 
 
 class Scoring:
-    """Evaluates the model as it stands, and writes down what it found."""
+    """Evaluates the current model and logs the result."""
 
     def __init__(self, run: Setup, journal: Journal, stopping: Stopping):
         self.run, self.journal, self.stopping = run, journal, stopping
@@ -28,14 +28,17 @@ class Scoring:
         return "validation" in self.run.splits
 
     def measure_baseline(self) -> None:
-        """Evaluate the untrained model, unless that is switched off, impossible or already done."""
+        """Evaluate the untrained model, unless this is disabled, impossible or already done."""
         progress = self.journal.progress
         if self.run.config.trainer.eval_baseline and progress.step == 0 and self.validates:
             found = self.evaluate("before training")
             progress.baseline = {f"baseline/{name}": value for name, value in found.metrics.items()}
 
     def evaluate(self, title: str, split: str = "validation") -> Evaluation:
-        """Score a split; log the means and some samples with their images. Raises `signals.Ended` on a signal."""
+        """Score a split; log the means and some samples with their images.
+
+        Raises `signals.EvaluationStopped` on a signal.
+        """
         run, records = self.run, self.run.splits[split].records
         began = time.perf_counter()
         found = evaluate(

@@ -15,16 +15,16 @@ from vlmtune.prompt.encode import Encoder
 
 @dataclass
 class Setup:
-    """One run before its first step."""
+    """A run that is ready for its first step."""
 
     config: Config
     folder: Path
-    """The run folder, the same on every process; only the first one writes."""
+    """The run folder. The same on every process; only the first process writes to it."""
     engine: Any
     splits: dict[str, Split]
     model: Any
     prepared: Any
-    """The model as the engine computes with it: wrapped where there are several processes."""
+    """The model that the loop calls: wrapped (DDP) if there are several processes."""
     parts: Parts
     processor: Any
     encoder: Encoder
@@ -34,5 +34,5 @@ class Setup:
 
     @property
     def writes(self) -> bool:
-        """Whether this process writes files: the first one does."""
+        """Whether this process writes files: only the first one does."""
         return bool(self.engine.is_main_process)

@@ -1,7 +1,7 @@
 """Values of Arrow's typed columns (Parquet, Hugging Face's `datasets`) as their sources wrote them.
 
-A label of a class is its name, a float32 has the digits of a float32, an integer beside a null stays an integer. The
-functions that see to it are picklable, since rows are also read by a loader's processes.
+A class label becomes the class's name, a float32 has the digits of a float32, an integer in a column with nulls stays
+an integer. The conversion functions are picklable, since the loader's worker processes also read rows.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Converter = Callable[[Any], Any]
 
 
 def values(table: pyarrow.Table) -> dict[str, list[Any]]:
-    """The values of a Parquet file's columns. Classes have names in the metadata that `datasets` writes."""
+    """The values of a Parquet file's columns. Class names come from the metadata that `datasets` writes."""
     if b'"ClassLabel"' in (table.schema.metadata or {}).get(b"huggingface", b""):
         import datasets
 
@@ -35,7 +35,7 @@ def _same(value: Any) -> Any:
 
 
 def of_arrow(kind: pyarrow.DataType) -> Converter | None:
-    """What makes a Python value of Arrow's `kind` say what was written; None where nothing need be done."""
+    """The function that restores a value of Arrow's type `kind` as written; None if no conversion is needed."""
     from pyarrow import types
 
     if types.is_float32(kind) or types.is_float16(kind):
@@ -57,12 +57,12 @@ def of_feature(feature: Any) -> Converter | None:
         return single(feature.dtype) if feature.dtype in ("float32", "float16") else None
     if isinstance(feature, dict):
         return each_field({name: convert for name, inner in feature.items() if (convert := of_feature(inner))})
-    inner = getattr(feature, "feature", None)  # the lists of `datasets`, short and long
+    inner = getattr(feature, "feature", None)  # list types of `datasets`
     return each_item(of_feature(inner)) if inner is not None else None
 
 
 def label_names(names: Sequence[str]) -> Converter:
-    """The name of a class by its number; a number without a name can't be read."""
+    """The name of a class by its number; a number without a name is a fault."""
     return partial(_label_name, tuple(names))
 
 
@@ -75,7 +75,7 @@ def _label_name(names: Sequence[str], number: Any) -> Any:
 
 
 def single(kind: str) -> Converter:
-    """Floats of 32 or 16 bits with their own digits, which Python's floats don't have."""
+    """32-bit or 16-bit floats with their own digits, which Python's floats don't keep."""
     return partial(_single, "float16" if kind in ("float16", "halffloat") else "float32")
 
 

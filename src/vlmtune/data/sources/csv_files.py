@@ -1,8 +1,7 @@
-"""CSV and TSV, row by row: what is wrong with one row costs that row.
+"""CSV and TSV, read row by row: a fault in one row only affects that row.
 
-Cells are texts exactly as written. A quoted cell may span lines; blank lines are skipped. Where a quote is missing its
-partner, the rows behind it would disappear in one cell: reading goes on at the next line that is a whole row by
-itself.
+Cells are texts exactly as written. A quoted cell may span lines; blank lines are skipped. After an unclosed quote, the
+following rows would disappear into one cell: reading resumes at the next line that is a complete row.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ LONGEST = 2**31 - 1
 def read_csv(path: Path, header: Sequence[str] | None = None) -> FileRows:
     """Read the rows of a CSV, or of a TSV by its ending; `header` names the columns of one that has no header line.
 
-    Raises DataError that names the file and the line where the header can't be used.
+    Raises DataError, with the file and line, if the header can't be used.
     """
     lines = read_lines(path)
     with _cells_of_any_length():
@@ -34,7 +33,7 @@ def read_csv(path: Path, header: Sequence[str] | None = None) -> FileRows:
 
 @contextmanager
 def _cells_of_any_length() -> Iterator[None]:
-    """The csv module's limit of 131,072 characters a cell is too low for an image in base64."""
+    """The csv module's limit of 131,072 characters per cell is too low for an image in base64."""
     before = csv.field_size_limit(LONGEST)
     try:
         yield
@@ -45,7 +44,7 @@ def _cells_of_any_length() -> Iterator[None]:
 def _read(lines: list[str], header: Sequence[str] | None, path: Path) -> FileRows:
     separator = "\t" if path.suffix.lower() == ".tsv" else ","
     table = _Table(lines, separator)
-    line, first, fault = next(table.rows(), (1, [], "no line has a cell"))
+    line, first, fault = next(table.rows(), (1, [], "it has no cells"))
     if header is None:
         if fault or (problems := _header_problems(first, line, separator)):
             problems = [fault] if fault else problems
@@ -68,7 +67,7 @@ def _header_problems(header: list[str], line: int, separator: str) -> list[str]:
     if len(header) == 1 and other:
         spaces = ", skipinitialspace=True" if f"{other} " in header[0] else ""
         convert = f"pd.read_csv(..., sep={other!r}{spaces}, dtype=str, keep_default_na=False).to_csv(..., index=False)"
-        end = "; a file whose cells tabs separate ends in .tsv" if other == "\t" else ""
+        end = "; a tab-separated file must be named .tsv" if other == "\t" else ""
         wanted = "commas" if separator == "," else "tabs"
         return [f"fields are separated by {other!r}; this file needs {wanted}: {convert}{end}"]
     if image := next((cell for cell in header if is_image(cell)), None):
@@ -79,15 +78,15 @@ def _header_problems(header: list[str], line: int, separator: str) -> list[str]:
 
 
 class _Table:
-    """A position in a table's lines, from which the csv module reads on."""
+    """A position in a table's lines from which the csv module reads."""
 
     def __init__(self, lines: list[str], separator: str):
         self.lines, self.next = lines, 0
         self.sound = byte_fault("".join(lines)) is None
-        """Whether no row holds a byte that no text has."""
+        """Whether no row contains an invalid byte."""
         self.separator = separator
         self.columns: list[str] | None = None
-        """Known once the header is read: how many cells a row has."""
+        """Number of cells per row, known once the header is read."""
 
     def __iter__(self) -> _Table:
         return self
@@ -99,7 +98,7 @@ class _Table:
         return self.lines[self.next - 1]
 
     def rows(self) -> Iterator[tuple[int, list[str], str | None]]:
-        """Of each row the line on which it begins, from 1, and its cells or its fault."""
+        """For each row the line on which it begins, from 1, and its cells or its fault."""
         reader = csv.reader(self, delimiter=self.separator, strict=True)
         while self.next < len(self.lines):
             begin = self.next
@@ -124,10 +123,10 @@ class _Table:
         return f"too few fields: {len(cells)} where the header has {wanted}; add what is missing"
 
     def _go_back(self, begin: int, cells: list[str], fault: str | None) -> str | None:
-        """Where a row of several lines has swallowed others, go back to the first of them; returns the row's fault.
+        """If a row of several lines has swallowed other rows, go back to the first of them. Returns the row's fault.
 
-        The row is faulty, and one of its lines is a whole row by itself; or it looks sound, and one of its lines is a
-        row whose image or other file ends as its own does (`.jpg`).
+        This is the case if the row is faulty and one of its lines is a complete row; or if it looks fine, but one of
+        its lines is a row whose image or other file has the same extension (`.jpg`).
         """
         if self.columns is None:
             return fault

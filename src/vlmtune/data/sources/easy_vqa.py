@@ -1,7 +1,7 @@
 """easy-VQA: 5,000 drawings of 64 x 64 pixels with 48,248 questions, a real public set in a 3 MB package.
 
-Victor Zhou, MIT licence, https://github.com/vzhou842/easy-VQA. `train` and `validation` are the package's own train
-and test split; report on validation as a test only while nothing is chosen by it, as in the default config.
+Victor Zhou, MIT licence, https://github.com/vzhou842/easy-VQA. `train` and `validation` are the package's train and
+test splits. Scores on validation are only test scores if nothing is chosen by them, as in the default config.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def load(config: DataConfig) -> dict[str, pd.DataFrame]:
-    """Both splits, with the columns image_path, question and answer. Raises DataError without the package."""
+    """Both splits, with the columns image_path, question and answer. Raises DataError if the package is missing."""
     try:
         import easy_vqa
     except ImportError:

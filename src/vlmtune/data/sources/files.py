@@ -1,7 +1,7 @@
-"""Files as frames, each row knowing its file and line: CSV, TSV, JSON, JSON lines and Parquet, by their ending.
+"""Reads files into frames, with the file and line of each row: CSV, TSV, JSON, JSON lines, Parquet, by extension.
 
-The cells of a CSV are texts, exactly as written; those of the others are what they are. No value is guessed at: "NA",
-"None", "007" and "1.0" are answers like others.
+The cells of a CSV are texts, exactly as written; other formats keep their types. Values are never guessed: "NA",
+"None", "007" and "1.0" are ordinary answers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def parted(name: str) -> tuple[Path, str | None]:
-    """A file, and the key of the list in it that `FILE.json:KEY` names."""
+    """A file, and the key in `FILE.json:KEY`."""
     place, colon, key = name.rpartition(":")
     path = Path(name).expanduser()
     if colon and key and Path(place).suffix.lower() == ".json" and not path.exists():
@@ -33,28 +33,28 @@ def parted(name: str) -> tuple[Path, str | None]:
 
 
 def is_table(name: str) -> bool:
-    """Whether this names a file that `read_table` reads, by its ending."""
+    """Whether `read_table` reads this file, by its extension."""
     return parted(name)[0].suffix.lower() in READERS
 
 
 def read_table(name: str | Path, header: Sequence[str] | None = None) -> pd.DataFrame:
-    """Read a file into a frame whose index is file, line and row; `header` names the columns of a headless CSV.
+    """Read a file into a frame with the index file, line, row. `header`: column names of a CSV without a header line.
 
-    A row that can't be read is there with empty cells; `attrs["unread"]` has its fault (see `rows`).
-    Raises DataError that names the file, and the line at fault.
+    A row that can't be read has empty cells; `attrs["unread"]` has its fault (see `rows`). Raises DataError with the
+    file and the line of the fault.
     """
     path, key = parted(str(name))
     reader = READERS.get(path.suffix.lower())
     if not path.exists() and "," in str(name) and all(map(is_table, str(name).split(","))):
-        raise DataError(f"{name}: is no file; several files are a list: [{name}]")
+        raise DataError(f"{name}: is not a file; write several files as a list: [{name}]")
     if reader is None:
         raise DataError(
-            f"{path}: ends in none of {', '.join(READERS)}, so its form isn't known; rename the file by what it holds"
+            f"{path}: has an unknown extension; supported are {', '.join(READERS)}: rename the file by its format"
         )
     options: dict[str, Any] = {"key": key} if key is not None else {}
     if header is not None:
         if path.suffix.lower() not in (".csv", ".tsv"):
-            raise DataError(f"{path}: data.header is for CSV and TSV; the columns of this file have names")
+            raise DataError(f"{path}: data.header is for CSV and TSV; this file has column names")
         options["header"] = header
     with _nothing_collected():
         found = reader(path, **options)
@@ -63,7 +63,9 @@ def read_table(name: str | Path, header: Sequence[str] | None = None) -> pd.Data
 
 @contextmanager
 def _nothing_collected() -> Iterator[None]:
-    """FileRows have no cycles, and looking for some takes a third of the time in which a large file is read."""
+    """Disable garbage collection: FileRows have no reference cycles, and searching for them takes a third of the time
+    of reading a large file.
+    """
     before = gc.isenabled()
     gc.disable()
     try:
@@ -100,4 +102,4 @@ READERS: dict[str, Callable[..., FileRows | pd.DataFrame]] = {
     ".jsonl": read_json_lines,
     ".parquet": read_parquet,
 }
-"""By the ending of a file's name."""
+"""The reader for each file extension."""

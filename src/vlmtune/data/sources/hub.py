@@ -1,4 +1,4 @@
-"""Data sets of Hugging Face's `datasets`: a folder that it wrote or reads, or an id of a hub."""
+"""Data sets of Hugging Face's `datasets`: a folder that it wrote or can read, or a hub id."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ SPLITS = ("train", "validation", "test")
 
 
 def load(config: DataConfig) -> dict[str, HubTable | HubStream]:
-    """Open what `data.train`, `data.validation` and `data.test` name: PATH_OR_ID, or PATH_OR_ID:SPLIT.
+    """Open the data sets in `data.train`, `data.validation` and `data.test`: PATH_OR_ID, or PATH_OR_ID:SPLIT.
 
-    The split's name is otherwise the key's own. Raises DataError: no such set, split or network.
+    Without :SPLIT, the split has the same name as the key. Raises DataError for a missing data set, split or network.
     """
     named = {split: getattr(config, split) for split in SPLITS if getattr(config, split) is not None}
     if several := [f"data.{split}" for split, path in named.items() if not isinstance(path, str)]:
@@ -64,9 +64,9 @@ def _open(path: str, split: str, subset: str | None, *, streaming: bool = False)
 
 
 def files_outside(folder: Path) -> list[str]:
-    """The files that the metadata in a folder's README.md names and that aren't in the folder: URLs, other places.
+    """Files outside the folder (URLs, other paths) that the metadata in its README.md names.
 
-    `datasets` would fetch and read them.
+    `datasets` would download and read them.
     """
     import yaml
 
@@ -84,7 +84,7 @@ def files_outside(folder: Path) -> list[str]:
 
 
 def _texts(value: Any) -> list[str]:
-    """All texts in a value of any depth."""
+    """All texts in a nested value."""
     if isinstance(value, str):
         return [value]
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []

@@ -1,4 +1,4 @@
-"""Rows of a data set that stay on disk and are read when a step takes them: a set may be larger than memory."""
+"""Rows of a data set that stay on disk and are read when a step needs them: a set may be larger than memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from vlmtune.config.schema import DataConfig, TaskConfig
 from vlmtune.data.audit import keys_of
-from vlmtune.data.columns import SAMPLE, column_problems, columns_with_text, tell_unread
+from vlmtune.data.columns import SAMPLE, column_problems, columns_with_text, log_unread
 from vlmtune.data.images import image_size, open_image
 from vlmtune.data.reader import RowReader
 from vlmtune.data.records import BadRow, Record
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def undecoded(dataset: Any) -> Any:
-    """The set with its images as they are stored: they are decoded, and bounded, by us."""
+    """The data set with undecoded images: we decode them, with a size limit."""
     import datasets
 
     def stored(feature: Any) -> Any:
@@ -31,8 +31,8 @@ def undecoded(dataset: Any) -> Any:
             return datasets.List(stored(feature.feature), length=feature.length)
         return {name: stored(inner) for name, inner in feature.items()} if isinstance(feature, dict) else feature
 
-    dataset = dataset.with_format(None)  # a saved set remembers the tensors, or the columns, it was last read as
-    if dataset.features is None:  # a stream that has not been looked at
+    dataset = dataset.with_format(None)  # a saved set keeps the format (tensors, columns) in which it was last read
+    if dataset.features is None:  # a stream that has not been read yet
         dataset = dataset._resolve_features()
     for column, feature in dataset.features.items():
         if (changed := stored(feature)) != feature:
@@ -41,14 +41,14 @@ def undecoded(dataset: Any) -> Any:
 
 
 def _of_images(feature: Any) -> bool:
-    """Whether a column holds images, or lists of them."""
+    """Whether a column contains images, or lists of images."""
     import datasets
 
     return isinstance(getattr(feature, "feature", feature), datasets.Image)
 
 
 class HubReader(RowReader):
-    """Reads rows of a data set: their cells as the set's features say, for instance classes by name."""
+    """Reads rows of a data set, with values converted by the set's features, for instance class names."""
 
     def __init__(self, dataset: Any, config: DataConfig, task: TaskConfig, name: str, answers_required: bool):
         columns = list(dataset.features)
@@ -56,7 +56,7 @@ class HubReader(RowReader):
         if problems := column_problems(columns, config.columns, name, answers_required, task, texts):
             raise DataError(problems)
         super().__init__(config, task, name, answers_required, columns)
-        tell_unread(name, columns, config, self.refusable)
+        log_unread(name, columns, config, self.refusable)
         converters = {column: of_feature(feature) for column, feature in dataset.features.items()}
         self.converters = {column: convert for column, convert in converters.items() if convert}
 
@@ -64,18 +64,18 @@ class HubReader(RowReader):
         return super().read_cells(row, self.converted(cells))
 
     def converted(self, cells: Mapping[str, Any]) -> dict[str, Any]:
-        """A row with its values as their source wrote them."""
+        """A row with its values as in the source."""
         return {name: self.converters[name](cell) if name in self.converters else cell for name, cell in cells.items()}
 
 
 def _first_cells(dataset: Any) -> dict[str, list[Any]]:
-    """The first cells of each column, a stream's or a set's."""
+    """The first cells of each column, of a stream or a data set."""
     rows = list(dataset.take(SAMPLE if hasattr(dataset, "__len__") else 1))
     return {name: [row[name] for row in rows] for name in dataset.features}
 
 
 class CheckedReader:
-    """Reads rows and opens each distinct image once, as `data.check_images` says."""
+    """Reads rows and checks each distinct image once, by `data.check_images`."""
 
     def __init__(self, reader: RowReader, config: DataConfig):
         self.reader, self.most = reader, config.max_image_pixels
@@ -102,7 +102,7 @@ class HubTable:
         self.dataset, self.name = undecoded(dataset), name
 
     def audit(self, config: DataConfig, task: TaskConfig, answers_required: bool, seed: int = 0) -> Split:
-        """Read every row once, its images as `data.check_images` says; keep the good ones for reading again."""
+        """Read every row once and check its images by `data.check_images`; keep the numbers of the good rows."""
         from vlmtune import display
 
         reader = HubReader(self.dataset, config, task, self.name, answers_required)
@@ -125,14 +125,14 @@ class HubTable:
                     groups.append(record.group)
                     digest.update(content)
                 advance(1)
-        reader.tell()
+        reader.log()
         split.records = HubRows(self.dataset, reader, good, groups, digest.hexdigest())
-        reader.tell_images(split.records, self.dataset.column_names)
+        reader.warn_of_no_images(split.records, self.dataset.column_names)
         return split
 
 
 class HubRows(Records):
-    """The usable rows of a split, read from disk when asked for."""
+    """The usable rows of a split, read from disk on demand."""
 
     on_demand = True
 
@@ -144,7 +144,7 @@ class HubRows(Records):
         return self._groups
 
     def fingerprint(self) -> str:
-        """Of the rows' contents as they were when they were audited, images included."""
+        """A hash of the rows' content at the time of the audit, including images."""
         return self._fingerprint
 
     def image_fingerprint(self) -> None:
@@ -167,12 +167,12 @@ class HubRows(Records):
         return (self[index] for index in range(len(self)))
 
     def select(self, indices: Sequence[int]) -> HubRows:
-        """These rows of the same set."""
+        """A subset of the rows of the same data set."""
         rows, groups = [self.rows[i] for i in indices], [self._groups[i] for i in indices]
         return HubRows(self.dataset, self.reader, rows, groups, f"{self._fingerprint} {rows[:1]}+{len(rows)}")
 
     def frame(self) -> pd.DataFrame:
-        """The rows' columns without images, for predictions.csv."""
+        """The columns of the rows, except images, for predictions.csv."""
         import pandas as pd
 
         image = self.reader.names["image"]

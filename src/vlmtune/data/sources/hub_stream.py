@@ -1,4 +1,4 @@
-"""Rows of a data set that are read while training goes on."""
+"""Rows of a data set that are read during training."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ log = logging.getLogger("vlmtune")
 
 
 class HubStream:
-    """One split that is read while training goes on; of other splits the first rows are read at once."""
+    """A split that is read during training; for evaluation splits, the first rows are read at the start."""
 
     def __init__(self, dataset: Any, name: str, split: str):
         self.dataset, self.name, self.split = undecoded(dataset), name, split
 
     def audit(self, config: DataConfig, task: TaskConfig, answers_required: bool, seed: int = 0) -> Split:
-        """Check the columns, and the rows of an evaluation; training rows are checked when their turn comes."""
+        """Check the columns, and the rows of an evaluation; training rows are checked when they are read."""
         if self.split != "train":
             import datasets
 
@@ -40,9 +40,9 @@ class HubStream:
 
 
 class StreamedRows(Records):
-    """Rows without an end: after the last comes the first again, shuffled anew. Bad ones stop the run, or are logged.
+    """An endless stream: after the last row it starts again in a new order. Bad rows stop the run, or are logged.
 
-    Reading on is cheap; reading back starts from the beginning.
+    Reading forward is cheap; reading backward starts from the beginning.
     """
 
     on_demand = streamed = True
@@ -60,14 +60,14 @@ class StreamedRows(Records):
         self.dataset, self.reader, self.config, self.seed = dataset, reader, config, seed
         self.process, self.processes = process, processes
         self.faults_of = faults_of
-        """What the model has against a row."""
+        """The function that checks a row against the model."""
         self.next, self.rows = 0, self._rows()
 
     def refusing(self, faults_of: Callable[[Record], list[str]]) -> StreamedRows:
         return StreamedRows(self.dataset, self.reader, self.config, self.seed, faults_of, self.process, self.processes)
 
     def of_process(self, process: int, processes: int) -> StreamedRows:
-        """Every `processes`-th row, from number `process` on: the others are neither decoded nor checked here."""
+        """Every `processes`-th row, starting at number `process`: the other rows are neither decoded nor checked."""
         return StreamedRows(self.dataset, self.reader, self.config, self.seed, self.faults_of, process, processes)
 
     def groups(self) -> list[Hashable]:
@@ -94,7 +94,7 @@ class StreamedRows(Records):
                 return record
 
     def _rows(self) -> Iterator[Record]:
-        number = itertools.count()  # over all epochs, of which none need be a multiple of the processes
+        number = itertools.count()  # across epochs, whose lengths need not be multiples of the number of processes
         unusable = 0  # rows of this process since the last that could be used
         for epoch in itertools.count():
             self.dataset.set_epoch(epoch)
@@ -103,7 +103,7 @@ class StreamedRows(Records):
                 if next(number) % self.processes != self.process:
                     continue
                 record, faults = CheckedReader(self.reader, self.config)(rows - 1, cells)
-                self.reader.tell()
+                self.reader.log()
                 faults = faults or self.faults_of(record)
                 if not faults:
                     unusable = 0
@@ -111,7 +111,7 @@ class StreamedRows(Records):
                     continue
                 unusable += 1
                 if self.config.on_bad_row == "fail":
-                    raise DataError(f"{record.place}: {'; '.join(faults)}; data.on_bad_row=drop leaves such rows out")
-                log.warning("left out %s: %s", record.place, "; ".join(faults))
+                    raise DataError(f"{record.place}: {'; '.join(faults)}; data.on_bad_row=drop skips such rows")
+                log.warning("skipped %s: %s", record.place, "; ".join(faults))
             if unusable >= rows:  # as many as there are, or there are none
-                raise DataError(f"{self.reader.file}: the stream has no row that can be used")
+                raise DataError(f"{self.reader.file}: the stream has no usable row")

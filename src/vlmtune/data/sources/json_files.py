@@ -5,7 +5,7 @@
     {"images": [{"id": 7, ...}], "annotations": [{"image_id": 7, ...}]}      the same: each row gets its image's columns
     {"0293": {"question": "...", ...}, ...}                 data.train=FILE.json, the keys in a column `key`
 
-The third is COCO's form, with the columns `file_name` and `caption`; the fourth GQA's and ScienceQA's.
+The third is COCO's format, with the columns `file_name` and `caption`; the fourth that of GQA and ScienceQA.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from vlmtune.errors import DataError
 
 
 def read_json(path: Path, key: str | None = None) -> FileRows:
-    """Read a JSON list of objects, or the one that stands under `key` of an object."""
+    """Read a JSON list of objects, or the list at `key` of an object."""
     text = read_text(path)
     try:
         found = from_json(text, object_pairs_hook=_object, strict=byte_fault(text) is None)
@@ -30,7 +30,7 @@ def read_json(path: Path, key: str | None = None) -> FileRows:
         known = isinstance(error, json.JSONDecodeError)
         line = f", line {error.lineno}, character {error.colno}" if known else ""  # type: ignore[union-attr]
         of_lines = text.lstrip().startswith("{") and "Extra data" in str(error)
-        hint = "; a file with one object per line ends in .jsonl" if of_lines else ""
+        hint = "; a file with one object per line must be named .jsonl" if of_lines else ""
         raise DataError(f"{path}{line}: is {_broken(error)}{hint}") from None
     items, beside = rows_in(found, key, path)
     rows, doubtful = FileRows(), _is_doubtful(text)
@@ -43,7 +43,7 @@ def read_json_lines(path: Path) -> FileRows:
     """Read a file with one JSON object per line; blank lines are skipped."""
     rows, lines = FileRows(), read_lines(path)
     if lines[0].strip() == "[":
-        raise DataError(f"{path}: holds a JSON list; let its name end in .json")
+        raise DataError(f"{path}: holds a JSON list; its name must end in .json")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -69,24 +69,24 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands twice in an object")
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} occurs twice in an object")
     return found
 
 
 def _is_doubtful(text: str) -> bool:
-    """Whether what this JSON holds may have characters that no text has."""
+    """Whether this JSON may contain invalid characters."""
     return byte_fault(text) is not None or "\\ud" in text or "\\uD" in text
 
 
 def _item_fault(item: Any, doubtful: bool) -> str | None:
     if not isinstance(item, dict):
-        return f"no object: the row is {kind_of(item)}; write {{...}}"
+        return f"not an object: the row is {kind_of(item)}; write {{...}}"
     if not doubtful:
         return None
     written = json.dumps(item, ensure_ascii=False)
     try:
         written.encode()
     except UnicodeEncodeError as error:
-        half = f"half a character: {written[error.start]!r} has no partner, which two \\u escapes make together"
+        half = f"half a character: {written[error.start]!r} is half of a pair of \\u escapes"
         return byte_fault(written) or half
     return byte_fault(written)

@@ -1,4 +1,4 @@
-"""Where in a JSON file the rows are: a list, the list under a key, or the values of an object."""
+"""Finds the rows in a JSON file: a list, the list at a key, or the values of an object."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ questions and answers are in two files; join them with pandas, naming images as 
 
 
 def rows_in(found: Any, key: str | None, path: Path) -> tuple[list[Any], dict[str, Any]]:
-    """The rows of a file that holds `found`, under `key` where one is given, and the object beside them.
+    """The rows in a file's content `found`, at `key` if one is given, and the object around them.
 
-    Raises DataError that says where the rows may be.
+    Raises DataError that suggests where the rows may be.
     """
     if not isinstance(found, dict):
         if key is not None:
@@ -44,8 +44,8 @@ def rows_in(found: Any, key: str | None, path: Path) -> tuple[list[Any], dict[st
 
 
 def kind_of(value: Any) -> str:
-    """What JSON calls a value."""
-    kinds = {list: "a list", dict: "an object", str: "a text", bool: "a truth value", type(None): "null"}
+    """The JSON type of a value, for messages."""
+    kinds = {list: "a list", dict: "an object", str: "a text", bool: "a boolean", type(None): "null"}
     return kinds.get(type(value), "a number")
 
 
@@ -60,9 +60,9 @@ def _under(found: dict[str, Any], key: str, path: Path) -> Any:
 
 
 def _rows_by_key(found: dict[str, Any], path: Path, key: str | None) -> list[dict[str, Any]]:
-    """The rows of an object that holds one under each key, as GQA's and ScienceQA's; the keys are a column of them.
+    """The rows of an object with one row per key, as in GQA and ScienceQA; the keys become a column.
 
-    Raises DataError for an object of another form.
+    Raises DataError for any other object.
     """
     lists = {name: rows for name, rows in found.items() if isinstance(rows, list) and rows}
     rows = {name: items for name, items in lists.items() if any(isinstance(item, dict) for item in items)}
@@ -71,21 +71,23 @@ def _rows_by_key(found: dict[str, Any], path: Path, key: str | None) -> list[dic
     if rows and key is None:
         names = sorted(rows, key=lambda name: name == "images")
         shown = ", ".join(f"{path}:{name} ({len(rows[name])} rows)" for name in names)
-        raise DataError(f"{path}: holds an object, and rows are a list; name its key behind the file: {shown}")
+        raise DataError(f"{path}: holds an object, not a list of rows; add the key of the list: {shown}")
     values = [*found.values()]
     of_pandas = bool(found) and all(isinstance(column, dict) and all(map(str.isdigit, column)) for column in values)
     if of_pandas or (lists and not rows and len(lists) == len(found)):
-        raise DataError(f"{path}: holds columns, not rows; write it by frame.to_json(..., orient='records')")
+        raise DataError(f"{path}: holds columns, not rows; write it with frame.to_json(..., orient='records')")
     if not found or not all(isinstance(row, dict) for row in values):
         raise DataError(f"{path}: holds an object; a list of objects is needed ([...])")
     if not any(isinstance(cell, str) for row in values for cell in row.values()):
-        raise DataError(f"{path}: holds objects in an object; a list of rows deeper in it needs a file of its own")
+        raise DataError(f"{path}: holds nested objects; put a list of rows that is deeper inside into a separate file")
     log.info("%s: the rows are the values of an object; its keys are the column 'key'", path)
     return [{"key": name, **row} for name, row in found.items()]
 
 
 def _is_half(rows: list[Any]) -> bool:
-    """Whether rows are questions without answers, or answers without questions, as in VQAv2's and OK-VQA's pairs."""
+    """Whether rows are questions without answers, or answers without questions, as in the file pairs of VQAv2 and
+    OK-VQA.
+    """
     keys = rows[0].keys() if rows and isinstance(rows[0], dict) else set()
     return "question_id" in keys and "image_id" in keys and ("question" in keys) != ("answers" in keys)
 
@@ -95,20 +97,20 @@ def _by_image(rows: Any) -> bool:
 
 
 def with_images(rows: FileRows, beside: dict[str, Any], path: Path) -> FileRows:
-    """Each row with the columns of the image that its `image_id` names, where `images` stand beside the rows."""
+    """Add to each row the columns of the image with its `image_id`, if the file has a list `images`."""
     images = beside.get("images")
     if not (isinstance(images, list) and _by_image(rows.cells)):
         return rows
     of_id: dict[Any, dict[str, Any]] = {}
     for image in images:
         if not isinstance(image, dict) or "id" not in image:
-            raise DataError(f"{path}:images: one is no object with an id: {image!s:.80}")
+            raise DataError(f"{path}:images: one is not an object with an id: {image!s:.80}")
         if of_id.setdefault(image["id"], image) is not image:
             raise DataError(f"{path}:images: two have the id {to_json(image['id'])}")
     for position, row in enumerate(rows.cells):
         image = of_id.get(row.get("image_id"))
         if position not in rows.faults and image is None:
-            rows.faults[position] = f"no image: none of images has the id {to_json(row.get('image_id'))}"
+            rows.faults[position] = f"no image: the list `images` has no id {to_json(row.get('image_id'))}"
         rows.cells[position] = {**_columns(image), **row} if image is not None else {}
     return rows
 

@@ -1,4 +1,4 @@
-"""The text of a file, and which of its rows hold bytes that no text has."""
+"""Reads text files, and finds rows with invalid bytes."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ NOT_UTF8 = re.compile("[\udc80-\udcff]")
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text file, with their ends; a byte that is not UTF-8 becomes a lone surrogate.
+    """The lines of a text file, with line ends; a byte that is not UTF-8 becomes a lone surrogate.
 
-    Lines end as most files' do, in a line feed; where there is none, in a carriage return.
+    Lines end with a line feed; if the file has none, with a carriage return.
     """
     text = read_text(path)
     return list(io.StringIO(text, newline="\n" if "\n" in text else ""))
 
 
 def read_text(path: Path) -> str:
-    """The text of a file, without a byte order mark. Raises DataError for what is no text at all."""
+    """The text of a file, without a byte order mark. Raises DataError if it is not a text file."""
     content = _content(path)
     if not content.removeprefix(codecs.BOM_UTF8).strip():
         raise DataError(f"{path}: is empty; rows are needed")
@@ -32,7 +32,7 @@ def read_text(path: Path) -> str:
         raise DataError(f"{path}: is {kind}")
     head = content[:4096]
     if head.count(b"\0") * 8 > len(head):
-        raise DataError(f"{path}: holds NUL bytes all over (UTF-16, or no text); save it as text in UTF-8")
+        raise DataError(f"{path}: contains many NUL bytes (UTF-16, or not a text file); save it as UTF-8 text")
     return content.decode("utf-8-sig", errors="surrogateescape")
 
 
@@ -51,11 +51,11 @@ def _content(path: Path) -> bytes:
 
 
 def byte_fault(text: str) -> str | None:
-    """Why a row can't be used whose text, as `read_text` gives it, is this; None where nothing is wrong."""
+    """Why a row with this text, as `read_text` returns it, can't be used; None if nothing is wrong."""
     if text.isascii() and "\0" not in text:
         return None
     if "\0" in text:
-        return "NUL byte: take it out, or write the file again"
+        return "NUL byte: remove it, or write the file again"
     if wrong := NOT_UTF8.search(text):
         byte = f"byte 0x{ord(wrong[0]) - 0xDC00:02x}"
         return (
