@@ -661,3 +661,22 @@ def test_a_rewritten_model_computes_the_plain_way_for_a_comparison(
     assert torch.equal(again[1], before[1])
     rewrites.switch_off(fast)
     assert torch.equal(loss_and_gradient(fast, batch)[1], gradient)
+
+
+@pytest.mark.parametrize("fault", ["wrong", "raises"])
+def test_a_rewrite_that_fits_badly_is_left_out(
+    checkpoint_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """Before anything else is computed with it."""
+    sound = PatchMatmul.forward
+
+    def forward(self: PatchMatmul, input: torch.Tensor) -> torch.Tensor:
+        if fault == "raises" and not self.plain:
+            raise RuntimeError("no such product")
+        out = sound(self, input)
+        return out if self.plain else out.flip(0)
+
+    monkeypatch.setattr(PatchMatmul, "forward", forward)
+    run = tiny.assemble(tiny.config(checkpoint_of("qwen2_vl"), adapter=tiny.LORA), tiny.records(4))
+    assert not rewrites.is_used(run.model)
+    assert len(run.fit().losses) == 3

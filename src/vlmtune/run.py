@@ -56,9 +56,9 @@ def build(config: Config, splits: dict[str, Split], folder: Path | None) -> Setu
     # checks before time is spent, and the decisions that follow from them
     records = splits["train"].records
     sample = first_rows(records, config.trainer, most=8)
-    prove(model, parts, encoder, sample, rows, config, engine)
     if not rewrites_agree(model, encoder, sample, engine):
         rewrites.switch_off(model)
+    prove(model, parts, encoder, sample, rows, config, engine)
     evaluated = bool(splits.keys() & {"validation", "test"})
     decision = decide(model, parts, encoder, records, sample, config, engine, evaluated=evaluated)
     encoder = encoder.keeping(decision.cache)
