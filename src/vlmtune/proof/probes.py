@@ -43,7 +43,7 @@ def choose_layout(
     if trainer.share_prefix == "off":
         return Layout(reason="trainer.share_prefix=off")
     if not pairs:
-        return Layout(reason="no rows share a prompt up to an image")
+        return Layout(reason="no rows are known to share a prompt up to an image")
     verdicts = [layouts_agree(model, encoder, rows, engine) for rows in pairs]
     evidence = next((evidence for fits, evidence in verdicts if not fits), verdicts[0][1])
     fits = session.all_ranks(all(fits for fits, _ in verdicts), engine)
