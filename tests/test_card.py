@@ -134,11 +134,10 @@ def test_its_code_answers_a_question(
     assert isinstance(names["answer"], str)
 
 
-def test_a_processor_without_its_video_half_is_opened_from_the_base(hub: Config, tmp_path: Path) -> None:
-    """AutoProcessor refuses a Qwen2-VL processor that was saved where there is no torchvision."""
+def test_a_card_says_that_a_video_half_needs_torchvision(hub: Config, tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "processor_config.json").write_text('{"processor_class": "Qwen2VLProcessor"}')
-    text = written(tmp_path, hub)
-    assert 'AutoProcessor.from_pretrained("Qwen/Qwen2-VL-7B-Instruct", revision="eed1309")' in text
-    (tmp_path / "model" / "video_preprocessor_config.json").write_text("{}")
-    assert "AutoProcessor.from_pretrained(folder)" in written(tmp_path, hub)
+    for saved, said in ({}, False), ({"video_processor": {}}, True):
+        (tmp_path / "model" / "processor_config.json").write_text(json.dumps(saved))
+        text = written(tmp_path, hub)
+        assert "processor = AutoProcessor.from_pretrained(folder)" in text
+        assert ("needs torchvision" in text) == said

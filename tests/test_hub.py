@@ -215,6 +215,19 @@ def test_each_process_reads_its_own_rows_of_a_stream(saved: Path, tmp_path: Path
         second[0]
 
 
+def test_a_stream_without_rows_says_so(saved: Path) -> None:
+    records = streamed(saved, shuffle_buffer=1)
+    records.dataset = records.dataset.take(0)
+    with pytest.raises(DataError, match="has no row that can be used"):
+        records[0]
+
+
+def test_a_process_without_a_usable_row_takes_some_of_the_next_epoch(tmp_path: Path) -> None:
+    rows(3, answer=["yes", "", "yes"]).save_to_disk(str(tmp_path / "set"))
+    second = streamed(tmp_path / "set", shuffle_buffer=1, on_bad_row="drop").of_process(1, 2)
+    assert [second[n].question for n in range(3)] == ["Is it 0?", "Is it 2?", "Is it 0?"]
+
+
 def test_a_streamed_run_and_its_resumption(
     saved: Path, tmp_path: Path, checkpoint_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from vlmtune import api
 from vlmtune.config.schema import Config
-from vlmtune.errors import ConfigError
+from vlmtune.errors import ConfigError, DataError
 from vlmtune.launch import lock
 
 HOLDER = """
@@ -116,7 +116,7 @@ def test_a_run_leaves_its_folder_free(tmp_path: Path) -> None:
 
     config: Config = tiny.config(None)
     config.data.train = str(tmp_path / "gone.csv")
-    with pytest.raises(api.DataError):
+    with pytest.raises(DataError):
         api.run_in(tmp_path / "run", config)
     lock.check(tmp_path / "run")
 

@@ -131,6 +131,16 @@ def test_an_older_version_is_compared_in_what_it_noted(caplog: pytest.LogCapture
         changes(FOLDER, old, identity() | {"seed": 1}, 4)
 
 
+def test_a_source_that_has_moved_since_is_the_same_source() -> None:
+    def reading(source: str) -> dict[str, Any]:
+        return identity() | {"config": {**identity()["config"], "data._target_": source}}
+
+    now = reading("vlmtune.data.sources.easy_vqa.load")
+    assert changes(FOLDER, reading("vlmtune.data.easy_vqa.load"), now, 4) == []
+    with pytest.raises(CheckpointError, match=r"data\._target_ was vlmtune\.data\.sources\.hub\.load"):
+        changes(FOLDER, reading("vlmtune.data.hub.load"), now, 4)
+
+
 # ---------------------------------------------------------------- changes take effect
 
 

@@ -100,12 +100,13 @@ def runs(stopped: Any, overrides: Callable[..., list[str]], folder: Path) -> dic
         [f"resume={folder / 'resumed'}"],
         overrides("straight", DROPOUT),
         *(overrides(f"share_{share}", f"trainer.share_prefix={share}") for share in ("on", "off")),
+        overrides("accumulated", "trainer.gradient_accumulation_steps=4", size=2),
     ]
     (folder / "program.py").write_text(PROGRAM)
     with started([str(folder / "program.py"), json.dumps(jobs)], folder / "runs.log") as process:
         code = process.wait(timeout=600)
     assert code == 0, (folder / "runs.log").read_text()[-3000:]
-    names = ("resumed", "straight", "share_on", "share_off")
+    names = ("resumed", "straight", "share_on", "share_off", "accumulated")
     return {name: json.loads((folder / name / "result.json").read_text()) for name in names}
 
 
@@ -154,3 +155,14 @@ def test_two_ranks_train_and_evaluate_what_one_process_does(
     expected, found = weights(folder / name), weights(folder / f"share_{share}")
     assert all((expected[key] - found[key]).abs().max() < 1e-4 for key in expected)
     assert not (folder / "None").exists()
+
+
+def test_ranks_may_have_more_micro_batches_than_others(
+    runs: dict[str, dict[str, Any]], overrides: Callable[..., list[str]], folder: Path
+) -> None:
+    """Steps of 16 rows: in every second one the first rank has three micro-batches, and the other none."""
+    one = vlmtune.train(overrides("whole", size=16))
+    assert runs["accumulated"]["examples"] == one["examples"]
+    assert losses(folder / "accumulated") == pytest.approx(losses(folder / "whole"), abs=1e-4)
+    expected, found = weights(folder / "whole"), weights(folder / "accumulated")
+    assert all((expected[key] - found[key]).abs().max() < 1e-4 for key in expected)

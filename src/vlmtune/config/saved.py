@@ -11,6 +11,7 @@ import re
 import shlex
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -49,9 +50,14 @@ def read(path: Path) -> DictConfig:
     if not isinstance(values, dict) or not values:
         raise CheckpointError(f"{path}: is not a run's config; restore the file")
     data = values.get("data")
-    if isinstance(data, dict) and data.get("_target_") in MOVED:
-        data["_target_"] = MOVED[data["_target_"]]
+    if isinstance(data, dict) and "_target_" in data:
+        data["_target_"] = present_name(data["_target_"])
     return OmegaConf.create(literal(values))
+
+
+def present_name(target: Any) -> Any:
+    """What is called `target` in the config of a run of any version."""
+    return MOVED.get(target, target) if isinstance(target, str) else target
 
 
 def refuse_links(run: Path) -> None:

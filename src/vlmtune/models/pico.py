@@ -91,10 +91,9 @@ def _processor(tokenizer: PreTrainedTokenizerFast) -> ProcessorMixin:
 
     from vlmtune.prompt.image_only import image_only
 
-    images = Qwen2VLImageProcessorPil(
-        patch_size=PATCH, merge_size=MERGE, size={"shortest_edge": SIDE**2, "longest_edge": SIDE**2}
-    )
-    return image_only(Qwen2VLProcessor)(images, tokenizer, None, chat_template=CHAT_TEMPLATE)
+    patches = {"patch_size": PATCH, "merge_size": MERGE, "size": {"shortest_edge": SIDE**2, "longest_edge": SIDE**2}}
+    cls = image_only(Qwen2VLProcessor, patches)
+    return cls(Qwen2VLImageProcessorPil(**patches), tokenizer, None, chat_template=CHAT_TEMPLATE)
 
 
 def _config(tokenizer: PreTrainedTokenizerFast) -> Qwen2VLConfig:

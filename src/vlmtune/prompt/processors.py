@@ -9,7 +9,7 @@ from vlmtune.errors import ModelError
 from vlmtune.prompt.families import FAMILIES
 from vlmtune.prompt.hub import hub_options, is_original_internvl2, remote
 from vlmtune.prompt.image_budget import set_image_budget
-from vlmtune.prompt.image_only import image_only, torchvision_works
+from vlmtune.prompt.image_only import image_only, torchvision_works, video_settings
 
 
 def load_processor(config: ModelConfig) -> Any:
@@ -27,8 +27,10 @@ def load_processor(config: ModelConfig) -> Any:
         from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
         cls = PROCESSOR_MAPPING.get(type(AutoConfig.from_pretrained(config.path, **options)), None)
-        if cls is not None and "video_processor" in cls.get_attributes() and not torchvision_works():
-            processor = image_only(cls).from_pretrained(config.path, **options)
+        has_video = cls is not None and "video_processor" in cls.get_attributes()
+        video = video_settings(config.path, **options) if has_video else None
+        if has_video and (video is None or not torchvision_works()):
+            processor = image_only(cls, video).from_pretrained(config.path, **options)
         else:
             processor = AutoProcessor.from_pretrained(config.path, **options)
     if getattr(processor, "tokenizer", None) is None or getattr(processor, "image_processor", None) is None:

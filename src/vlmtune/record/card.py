@@ -46,8 +46,7 @@ def write(run: Path, config: Config, result: Mapping[str, Any], rows: Mapping[st
         adapter=config.uses_adapter,
         loads=_opened_by_transformers(config),
         original=config.model.save_layout == "original",
-        hub_id=config.model.path if _on_hub(config) else None,
-        image_only=_image_only(run / "model"),
+        has_video=_has_video(run / "model"),
         revision=config.model.revision if _on_hub(config) else None,
         custom_code=config.model.trust_remote_code,
         system_prompt=config.model.system_prompt is not None,
@@ -177,17 +176,10 @@ def _opened_by_transformers(config: Config) -> bool:
     return not config.uses_adapter or config.model.fresh is not None or not is_original_internvl2(config.model)
 
 
-def _image_only(model: Path) -> bool:
-    """Whether the processor was saved without its video half, as a machine without torchvision does: AutoProcessor
-    then opens the base's, and not this one."""
+def _has_video(model: Path) -> bool:
+    """Whether the processor has a video half, which AutoProcessor opens with torchvision alone."""
     file = model / "processor_config.json"
-    saved = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    if "video_processor" in saved or (model / "video_preprocessor_config.json").exists():
-        return False
-    import transformers
-
-    cls = getattr(transformers, str(saved.get("processor_class")), None)
-    return cls is not None and "video_processor" in cls.get_attributes()
+    return file.exists() and "video_processor" in json.loads(file.read_text(encoding="utf-8"))
 
 
 def _versions(environment: Mapping[str, Any]) -> str:

@@ -129,6 +129,8 @@ def _forward_backward(
     expected_tokens: float,
 ) -> Passed | None:
     """Compute the gradient of one step's mean loss, in `parameters`. Returns None when no micro-batch is left."""
+    # the DDP wrapper's forward pass may wait for other ranks, which may have fewer micro-batches
+    alone = getattr(model, "module", model)
     own, waited = Counter[str](), 0.0
     total = torch.zeros((), device=engine.device)
     while True:
@@ -140,7 +142,7 @@ def _forward_backward(
         own.update({name: getattr(batch, name) for name in COUNTED})
         if not batch.ends_step:
             with engine.no_sync(model):
-                total += _pass(model, batch, engine, summed_loss, expected_tokens)
+                total += _pass(alone, batch, engine, summed_loss, expected_tokens)
             continue
         counts = _over_ranks(own, engine)
         # DDP averages gradients over the ranks, so the token count is divided by the number of ranks

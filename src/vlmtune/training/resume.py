@@ -14,6 +14,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from vlmtune.config.saved import present_name
 from vlmtune.config.schema import OPEN_GROUPS, Config, plain
 from vlmtune.errors import CheckpointError
 from vlmtune.record import runfolder
@@ -200,7 +201,9 @@ def _different_keys(was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[
     Keys that an older version did not know are not compared. Fields of PEFT's and transformers' classes are null if
     they are not set.
     """
-    before, after = was.get("config", {}), now.get("config", {})
+    before, after = dict(was.get("config", {})), now.get("config", {})
+    if "data._target_" in before:
+        before["data._target_"] = present_name(before["data._target_"])
     for key in sorted(before.keys() | after.keys()):
         known = key.split(".")[0] in OPEN_GROUPS or (key in before and key in after)
         if before and after and known and before.get(key) != after.get(key):

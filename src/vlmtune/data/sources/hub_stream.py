@@ -95,22 +95,23 @@ class StreamedRows(Records):
 
     def _rows(self) -> Iterator[Record]:
         number = itertools.count()  # across epochs, whose lengths need not be multiples of the number of processes
+        unusable = 0  # rows of this process since the last usable one
         for epoch in itertools.count():
             self.dataset.set_epoch(epoch)
-            usable = own = 0
-            for row, cells in enumerate(self.dataset):
+            rows = 0
+            for rows, cells in enumerate(self.dataset, start=1):
                 if next(number) % self.processes != self.process:
                     continue
-                own += 1
-                record, faults = CheckedReader(self.reader, self.config)(row, cells)
+                record, faults = CheckedReader(self.reader, self.config)(rows - 1, cells)
                 self.reader.log()
                 faults = faults or self.faults_of(record)
                 if not faults:
-                    usable += 1
+                    unusable = 0
                     yield record
-                elif self.config.on_bad_row == "fail":
+                    continue
+                unusable += 1
+                if self.config.on_bad_row == "fail":
                     raise DataError(f"{record.place}: {'; '.join(faults)}; data.on_bad_row=drop skips such rows")
-                else:
-                    log.warning("skipped %s: %s", record.place, "; ".join(faults))
-            if own and not usable:
+                log.warning("skipped %s: %s", record.place, "; ".join(faults))
+            if unusable >= rows:  # a whole pass, or an empty stream
                 raise DataError(f"{self.reader.file}: the stream has no usable row")
