@@ -180,7 +180,7 @@ def test_a_list_of_texts_is_references_or_the_answer_itself(folder: Path, caplog
     caplog.set_level(logging.INFO)
     cells = pd.Series([["cup", "lamp"], '["cup", "lamp"]', "cup"], dtype=object)
     assert answers(of_frame(folder, cells)) == [("cup", "lamp"), ("cup", "lamp"), ("cup",)]
-    said = "answers that are lists of texts: 2; the first of each is trained on"
+    said = "answers that are lists of texts: 2; the first text is trained on"
     assert said in caplog.text
     assert "data.answer_lists=text" in caplog.text
     caplog.clear()
