@@ -59,7 +59,7 @@ def image_only(cls: Any, video: Mapping[str, Any] | None = None) -> Any:
         return [*super(image_class, sub)._get_arguments_from_pretrained(*args, **kwargs), None]
 
     def to_dict(self: Any) -> dict[str, Any]:
-        return {**super(image_class, self).to_dict(), **_saved_half(self, video or {})}
+        return {**super(image_class, self).to_dict(), **_saved_video(self, video or {})}
 
     image_class: Any = type(
         cls.__name__,
@@ -75,8 +75,8 @@ def image_only(cls: Any, video: Mapping[str, Any] | None = None) -> Any:
     return image_class
 
 
-def _saved_half(processor: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What a full processor writes of its video half; a value that `settings` lacks is its class's default.
+def _saved_video(processor: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a full processor writes of its video processor; a value that `settings` lacks is its class's default.
 
     Empty where no class of transformers answers to the family's name: `AutoProcessor` then asks for the base's.
     """
