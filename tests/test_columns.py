@@ -186,18 +186,18 @@ def shown(**more: Any) -> list[dict[str, Any]]:
 BAD_MESSAGES = [
     (messages(thinking="Fur."), "message 2: 'thinking' holds the reasoning before an answer"),
     (messages(function_call={"name": "zoom"}), "message 2: 'function_call' holds tools"),
-    (messages(weight=0.5), "message 2: weight 0.5: 0 or 1 is needed"),
-    (messages(loss="half"), "message 2: loss half: 0 or 1 is needed"),
+    (messages(weight=0.5), "message 2: weight 0.5: must be 0 or 1"),
+    (messages(loss="half"), "message 2: loss half: must be 0 or 1"),
     (messages(refusal="I can't."), "message 2: 'refusal' holds a refusal"),
     (messages(weight=0), "no answer to train on: each has weight 0"),
     ([{**messages()[0], "loss": True}, messages()[1]], "message 1: loss True: only answers are trained on"),
     ([{**messages()[0], "images": ["1.png"]}, messages()[1]], "message 1: 'images' holds images in a message"),
-    ([*messages(), {"role": "observation", "content": "4"}], "message 3: role 'observation': tools are not read"),
+    ([*messages(), {"role": "observation", "content": "4"}], "message 3: role 'observation': tools are not supported"),
     (
         [{"role": "developer", "content": "s"}, *messages()],
         "'developer' is not supported; choose from: system, human, user",
     ),
-    ([{"prompt": "What?", "reply": "a"}], "message 1: has no role: its keys are prompt, reply; read are role and"),
+    ([{"prompt": "What?", "reply": "a"}], "message 1: has no role: its keys are prompt, reply; expected role and"),
     ([{"user": "What?", "assistant": "a", "bbox": [1]}], "message 2: 'bbox' holds positions in the image"),
     ({"role": ["user", "assistant"], "content": ["What?"]}, "conversation is dict"),
     ([{"role": "user", "text": "What?"}], "message 1: has no content: its keys are role, text"),
@@ -205,7 +205,7 @@ BAD_MESSAGES = [
     ([{"role": "system", "content": "<image>"}, *messages()], "message 1: an image in a system prompt"),
     (messages(user={"text": "What?"}), "message 1: content is an object"),
     (messages(user=shown(min_pixels=3136)), r"an image's 'min_pixels' holds a size.*model\.image\.max_tokens"),
-    (messages(user=shown(crop=[0, 0, 4, 4])), "an image's 'crop' holds a size of its own"),
+    (messages(user=shown(crop=[0, 0, 4, 4])), "an image's 'crop' holds a size per image"),
     (
         messages(user=[{"type": "image_url", "image_url": {"url": "1.png", "detail": "low"}}, TEXT]),
         "an image's 'detail' holds a size per image: \"low\"",
@@ -219,7 +219,7 @@ BAD_MESSAGES = [
     (messages(user=[{"type": "image", "index": 1}, TEXT]), "an image of index 1: .* 0 is next"),
     (messages(user="<video>\nWhat happens?"), "<video> is a placeholder for a video"),
     (messages(user="What do you hear?<audio>"), "<audio> is a placeholder for audio"),
-    (messages(user=[{"type": "text", "text": "<image><image>Equal?"}]), r"2 places \(<image>\) for 1 images"),
+    (messages(user=[{"type": "text", "text": "<image><image>Equal?"}]), r"2 x <image> for 1 images"),
     ("[" * 100_000, "conversation is nested too deeply"),
 ]
 
@@ -289,8 +289,8 @@ def test_pairs_and_lists_by_key_are_messages(folder: Path, told: Any) -> None:
     [
         ("0.png", "<image>\nWhat?", Turn("What?", ("a cat",), (0,))),
         ("0.png", "What is <video> in HTML?", Turn("What is <video> in HTML?", ("a cat",))),
-        ("0.png", "<image> <image>Equal?", r"2 places \(<image>\) for 1 images"),
-        (None, "<image>\nWhat?", r"1 places \(<image>\) for 0 images"),
+        ("0.png", "<image> <image>Equal?", r"2 x <image> for 1 images"),
+        (None, "<image>\nWhat?", r"1 x <image> for 0 images"),
         ("0.png", "<video>\nWhat?", "<video> is a placeholder for a video"),
     ],
 )
@@ -312,7 +312,7 @@ def test_another_programs_mark_stays_text_and_is_said(folder: Path, caplog: pyte
     marks = ["<img>0.png</img>", "<image 1>", "<|image_1|>", "<image_placeholder>"]
     split = read(folder, [question(question=f"{mark} What?") for mark in marks])
     assert [record.question for record in split.records] == [f"{mark} What?" for mark in marks]
-    assert "4 questions hold a mark such as <img>0.png</img>, which stays text" in caplog.text
+    assert "4 questions contain a marker such as <img>0.png</img>, which stays text" in caplog.text
     caplog.clear()
     read(folder, [question(question="What does <img> mean in HTML?")])
     assert not caplog.records
@@ -333,7 +333,7 @@ def test_unnamed_questions_are_no_captions(folder: Path) -> None:
     ]
     named = ColumnsConfig(image="imgname", answer="label")
     with pytest.raises(
-        DataError, match=r"nothing reads: query, id.*columns\.question=query.*task=caption or data\.col"
+        DataError, match=r"unused columns with texts: query, id.*columns\.question=query.*task=caption or data\.col"
     ):
         read(folder, rows, columns=named)
     unlike = [{"image_path": "0.png", "ask": "How many?", "answer": "3"}]

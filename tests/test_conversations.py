@@ -194,11 +194,11 @@ def test_one_path_in_a_cell_has_a_place_too(folder: Path) -> None:
 
 
 def test_places_and_images_must_match(folder: Path) -> None:
-    with pytest.raises(BadRowsError, match=r"1 places \(<image>\) for 2 images"):
+    with pytest.raises(BadRowsError, match=r"1 x <image> for 2 images"):
         listed(folder, '["0.png", "1.png"]', "Is <image> red?")
     with pytest.raises(BadRowsError, match=r"9\.png"):
         listed(folder, '["0.png", "9.png"]', "Equal?")
-    with pytest.raises(BadRowsError, match="1 places"):
+    with pytest.raises(BadRowsError, match="1 x <image>"):
         records(folder, [{"conversations": chat("<image>\nWhat?", "a cat")}], LLAVA)
 
 
@@ -219,7 +219,7 @@ def test_a_file_of_messages_alone_needs_no_image_column(folder: Path, caplog: py
     assert records(folder, [shown], OPENAI, "a.jsonl")[0].images == (folder / "0.png",)
     assert not caplog.records
     assert records(folder, [{"messages": chat("Say a", "a")}], OPENAI, "b.jsonl")[0].images == ()
-    assert "trained on text alone" in caplog.text
+    assert "trained on text only" in caplog.text
 
 
 def test_carried_images_and_the_rows_own_keep_their_order(folder: Path) -> None:
@@ -231,7 +231,7 @@ def test_carried_images_and_the_rows_own_keep_their_order(folder: Path) -> None:
     messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "2"}]
     [record] = records(folder, [{"images": ["0.png"], "messages": messages}], OPENAI)
     assert [image.name for image in record.images] == ["2.png", "0.png"]  # type: ignore[union-attr]
-    with pytest.raises(BadRowsError, match="1 places"):
+    with pytest.raises(BadRowsError, match="1 x <image>"):
         records(folder, [{"images": ["0.png", "1.png"], "messages": messages}], OPENAI)
 
 

@@ -89,10 +89,10 @@ def test_images_are_named_by_what_the_cell_holds(folder: Path) -> None:
     ("config", "words"),
     [
         ({}, ["the cell is a number (42)", "data.image_name={}.jpg"]),
-        ({"image_name": "x.jpg"}, ["data.image_name=x.jpg: one place"]),
-        ({"image_name": "{}{}.jpg"}, ["one place"]),
-        ({"image_name": "{a}.jpg"}, ["one place"]),
-        ({"image_name": "{:q}.jpg"}, ["one place"]),
+        ({"image_name": "x.jpg"}, ["data.image_name=x.jpg: needs exactly one placeholder"]),
+        ({"image_name": "{}{}.jpg"}, ["one placeholder"]),
+        ({"image_name": "{a}.jpg"}, ["one placeholder"]),
+        ({"image_name": "{:q}.jpg"}, ["one placeholder"]),
     ],
 )
 def test_a_number_in_place_of_an_image_says_what_to_set(folder: Path, config: Any, words: list[str]) -> None:
@@ -181,7 +181,7 @@ def test_columns_that_change_a_row_are_refused_where_they_do(
         ({}, {"train_on": False}, "write it as weight: 0 or 1"),
         ({}, {"tool_plan": "look"}, "'tool_plan' holds tools"),
         ({"rotate": 90}, {}, "an image's 'rotate' holds a transformation of an image: 90"),
-        ({"max_tiles": 4}, {}, "an image's 'max_tiles' holds a size of its own"),
+        ({"max_tiles": 4}, {}, "an image's 'max_tiles' holds a size per image"),
     ],
 )
 def test_keys_of_messages_and_images_that_change_a_row_are_refused(
@@ -194,7 +194,7 @@ def test_keys_of_messages_and_images_that_change_a_row_are_refused(
 
 def test_a_kind_of_fault_is_named_by_words(folder: Path) -> None:
     rows = [{"image_path": "0.png", "question": "<image><image>Equal?", "answer": "a"}]
-    assert "(1 x places and images differ)" in fault(folder, rows)
+    assert "(1 x placeholders and images differ)" in fault(folder, rows)
     messages = [
         {"role": "user", "content": [{"type": "image", "base64": "aGk="}, {"type": "text", "text": "What?"}]},
         {"role": "assistant", "content": "a"},

@@ -199,7 +199,7 @@ def test_features_are_chosen_with_the_reason(encoder_of: Any, model_of: Callable
     assert "each image is needed once" in once.sentence
     assert once.store is None
     kept = chosen(model, encoder, "auto")
-    assert "kept in memory (loss differs by" in kept.sentence
+    assert "cached in memory (loss differs by" in kept.sentence
     assert type(kept.store) is FeatureStore
     assert encoder.image_cache is None, "a probe changes nothing"
     model.requires_grad_(True)

@@ -93,7 +93,7 @@ def test_a_folder_that_can_not_be_made_is_refused_before_anything_is_done(tmp_pa
     with pytest.raises(StorageError, match="is a file"):
         paths.check_writable(tmp_path / "file" / "run")
     if os.access("/proc/1", os.F_OK):
-        with pytest.raises(StorageError, match="can't be written"):
+        with pytest.raises(StorageError, match="can't be created"):
             paths.check_writable(Path("/proc/sys/kernel/run"))
     paths.check_writable(tmp_path / "new" / "run")
     assert not (tmp_path / "new").exists()

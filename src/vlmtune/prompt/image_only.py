@@ -1,4 +1,4 @@
-"""Processors without their video half, which needs torchvision."""
+"""Processors without their video processor, which needs torchvision."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def torchvision_works() -> bool:
 
 
 def video_settings(path: Any, **options: Any) -> dict[str, Any] | None:
-    """The video processor's settings in a checkpoint, from the files in which transformers looks for them. None: it has
-    none.
+    """The video processor's settings in a checkpoint, from the files where transformers looks for them; None: there
+    are none.
 
     `options`: arguments of `from_pretrained`, such as `revision`.
     """
@@ -31,7 +31,7 @@ def video_settings(path: Any, **options: Any) -> dict[str, Any] | None:
 
     try:
         settings, _ = VideoProcessorMixin.get_video_processor_dict(path, **options)
-    except OSError:  # transformers' word for "no such file"
+    except OSError:  # transformers raises this for a missing file
         return None
     return settings
 
@@ -39,8 +39,8 @@ def video_settings(path: Any, **options: Any) -> dict[str, Any] | None:
 def image_only(cls: Any, video: Mapping[str, Any] | None = None) -> Any:
     """A processor class without its video processor, which needs torchvision; images have a PIL implementation.
 
-    `video`: the video processor's settings. They are saved with the processor as transformers saves them, so that
-    `AutoProcessor` opens the folder where torchvision is installed. None: the defaults of the family's video processor.
+    `video`: the video processor's settings. They are saved with the processor in transformers' format, so that
+    `AutoProcessor` can open the folder if torchvision is installed. None: the family's defaults.
 
     `get_attributes` controls loading, saving and type checks. `__init__` stays the original one, because transformers
     reads its signature to pass on `chat_template` and other arguments.

@@ -53,7 +53,7 @@ class Journal:
         run, folder = self.run, self.run.folder
         if bad := [row for split in run.splits.values() for row in split.bad]:
             bad_rows.write_quarantine(folder / "quarantine.csv", bad)
-            log.warning("left out %d rows: %s", len(bad), folder / "quarantine.csv")
+            log.warning("skipped %d bad rows: %s", len(bad), folder / "quarantine.csv")
         described = environment.describe(run.config.trainer.seed, run.loader.fingerprint, run.processor)
         described |= {"image_fingerprint": run.loader.image_fingerprint, "changes": self.progress.changes}
         runfolder.write_json(folder / "environment.json", described)

@@ -129,7 +129,7 @@ def _forward_backward(
     expected_tokens: float,
 ) -> Passed | None:
     """Compute the gradient of one step's mean loss, in `parameters`. Returns None when no micro-batch is left."""
-    # the forward pass of DDP's wrapper may wait for the other ranks, which may have fewer micro-batches
+    # the DDP wrapper's forward pass may wait for other ranks, which may have fewer micro-batches
     alone = getattr(model, "module", model)
     own, waited = Counter[str](), 0.0
     total = torch.zeros((), device=engine.device)

@@ -74,7 +74,7 @@ def _header_problems(header: list[str], line: int, separator: str) -> list[str]:
         names = "[image_path,question,answer]"
         return [f"looks like a row, not a header ({image:.60}); name its columns in order: data.header={names}"]
     twice = sorted({name for name in header if header.count(name) > 1})
-    return [f"{header.count(name)} columns are called {name!r}; rename all but one" for name in twice]
+    return [f"{header.count(name)} columns are named {name!r}; rename all but one" for name in twice]
 
 
 class _Table:

@@ -95,7 +95,7 @@ class StreamedRows(Records):
 
     def _rows(self) -> Iterator[Record]:
         number = itertools.count()  # across epochs, whose lengths need not be multiples of the number of processes
-        unusable = 0  # rows of this process since the last that could be used
+        unusable = 0  # rows of this process since the last usable one
         for epoch in itertools.count():
             self.dataset.set_epoch(epoch)
             rows = 0
@@ -113,5 +113,5 @@ class StreamedRows(Records):
                 if self.config.on_bad_row == "fail":
                     raise DataError(f"{record.place}: {'; '.join(faults)}; data.on_bad_row=drop skips such rows")
                 log.warning("skipped %s: %s", record.place, "; ".join(faults))
-            if unusable >= rows:  # as many as there are, or there are none
+            if unusable >= rows:  # a whole pass, or an empty stream
                 raise DataError(f"{self.reader.file}: the stream has no usable row")
