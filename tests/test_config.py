@@ -195,11 +195,11 @@ def test_a_wrong_value_is_named_with_its_key(override: str, problem: str) -> Non
 @pytest.mark.parametrize(
     ("overrides", "starts"),
     [
-        (["model.freeze=[vision]"], "model.freeze=['vision']: under an adapter the whole base model is frozen"),
+        (["model.freeze=[vision]"], "model.freeze=['vision']: with an adapter the whole base model is frozen"),
         (["adapter=none", "quantization=nf4"], "quantization: quantized weights can't be trained"),
-        (["adapter=loha", "quantization=nf4"], "adapter=loha: PEFT can't put it on 4-bit weights"),
-        (["adapter=lokr", "quantization=fp4"], "adapter=lokr: PEFT can't put it on 4-bit weights"),
-        (["adapter=pissa", "quantization=int8"], "adapter.init_lora_weights=pissa: splits the weights"),
+        (["adapter=loha", "quantization=nf4"], "adapter=loha: PEFT does not support it on 4-bit weights"),
+        (["adapter=lokr", "quantization=fp4"], "adapter=lokr: PEFT does not support it on 4-bit weights"),
+        (["adapter=pissa", "quantization=int8"], "adapter.init_lora_weights=pissa: decomposes the base weights"),
         (["model.image.min_tokens=9", "model.image.max_tokens=4"], "model.image.min_tokens=9: above"),
         (["trainer.precision=fp16", "model.dtype=bf16"], "trainer.precision=fp16: can't be combined with"),
         (["model=auto"], "model.path: missing"),

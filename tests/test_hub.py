@@ -218,7 +218,7 @@ def test_each_process_reads_its_own_rows_of_a_stream(saved: Path, tmp_path: Path
 def test_a_stream_without_rows_says_so(saved: Path) -> None:
     records = streamed(saved, shuffle_buffer=1)
     records.dataset = records.dataset.take(0)
-    with pytest.raises(DataError, match="has no row that can be used"):
+    with pytest.raises(DataError, match="the stream has no usable row"):
         records[0]
 
 
