@@ -173,8 +173,8 @@ def test_all_problems_come_in_one_error_with_what_would_work() -> None:
     [
         ("trainer.batch_size=0", "trainer.batch_size=0: must be at least 1"),
         ("trainer.batch_size=1.5", "trainer.batch_size=1.5: must be of type int"),
-        ("trainer.batch_size=true", "trainer.batch_size=True: must be of type int"),
-        ("trainer.batch_size=null", "trainer.batch_size=None: must be of type int"),
+        ("trainer.batch_size=true", "trainer.batch_size=true: must be of type int"),
+        ("trainer.batch_size=null", "trainer.batch_size=null: must be of type int"),
         ("trainer.epochs=0", "trainer.epochs=0.0: must be above 0"),
         ("trainer.learning_rate=nan", "trainer.learning_rate=nan: must be at least 0"),
         ("trainer.seed=${nowhere}", "trainer.seed: Interpolation key 'nowhere' not found"),

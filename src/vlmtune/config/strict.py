@@ -73,7 +73,7 @@ def _value(schema: type, spec: dataclasses.Field[Any], key: str, value: Any, pro
     try:
         value = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(single), {"value": literal(value)})).value  # type: ignore[union-attr]
     except OmegaConfBaseException:
-        problems.append(f"{key}={value!r}: must be of type {spec.type}")
+        problems.append(f"{key}={_typed(value)}: must be of type {spec.type}")
         return None
     rule = spec.metadata
     if "files" in rule and not (value is None or _is_name(value) or _are_names(value)):
@@ -98,6 +98,11 @@ def literal(value: Any) -> Any:
     if isinstance(value, list):
         return [literal(inner) for inner in value]
     return re.sub(r"(\\*)\$\{", r"\1\1\${", value) if isinstance(value, str) else value
+
+
+def _typed(value: Any) -> str:
+    """`value` as a user types it: null, true, false; others as Python shows them."""
+    return {"None": "null", "True": "true", "False": "false"}.get(repr(value), repr(value))
 
 
 def _is_name(value: Any) -> bool:

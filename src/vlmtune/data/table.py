@@ -78,8 +78,9 @@ def load(
     tables = _tables(dataclasses.replace(config, **unwanted), wanted)
     holds_out = holds_out and "train" in tables and "validation" not in tables
     if splits[0] not in tables and not holds_out:
-        target = f"let data._target_={config._target_} return the split {splits[0]!r}"
-        raise ConfigError(f"data.{splits[0]}: missing; set data.{splits[0]}=FILE, or {target}")
+        reads_files = config._target_ == DataConfig._target_
+        target = "" if reads_files else f", or let data._target_={config._target_} return the split {splits[0]!r}"
+        raise ConfigError(f"data.{splits[0]}: missing; set data.{splits[0]}=FILE{target}")
     found = _audited(tables, config, task, answers_required, seed)
     if holds_out:  # even if validation is not wanted, so that training rows are the same in every call
         found["train"], found["validation"] = hold_out(found["train"], config.validation_fraction, seed)
