@@ -498,3 +498,20 @@ def test_copies_of_an_image_are_one_group(tmp_path: Path) -> None:
     assert groups[3] == groups[4] == (groups[0], groups[2])
     assert groups[5] is None
     assert [Path(str(record.images[0])).name for record in split.records[:2]] == ["a.png", "copy.png"]
+
+
+def no_tables(config: DataConfig) -> dict[str, pd.DataFrame]:
+    return {}
+
+
+@pytest.mark.parametrize(
+    ("source", "advice"),
+    [
+        (read_files, ""),
+        (no_tables, f", or let data._target_={__name__}.no_tables return the split 'train'"),
+    ],
+)
+def test_a_missing_split_names_what_helps(source: Any, advice: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load(DataConfig(_target_=f"{source.__module__}.{source.__name__}"), TaskConfig(), 0, ("train",))
+    assert str(refused.value) == f"data.train: missing; set data.train=FILE{advice}"
