@@ -16,7 +16,7 @@ from vlmtune.errors import ConfigError
 from vlmtune.evaluation.generate import generate
 from vlmtune.launch import session
 from vlmtune.models.load import load_trained
-from vlmtune.training import checkpoint
+from vlmtune.training.model_folder import save_model
 
 FAMILIES = [*tiny.FAMILIES, *tiny_families.FAMILIES]
 ADAPTERS: dict[str, dict[str, Any]] = {"full": tiny.NONE, "lora": tiny.LORA, "dora": {**tiny.LORA, "use_dora": True}}
@@ -59,7 +59,7 @@ def outcome(checkpoint_folder: Path, folder: Path, storage: str, adapter: str) -
     run.fit()
     assert run.losses[-1] < run.losses[0]
     before = answers(run.model, run.encoder, rows)
-    checkpoint.save_model(run.model, run.processor, folder / "model")
+    save_model(run.model, run.processor, folder / "model")
     model, _ = load_trained(folder, config, device=run.engine.device, **session.dtypes(config, run.engine))
     assert_same_answers(run, model, rows)
     if adapter == "full" or storage != "bf16":

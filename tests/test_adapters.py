@@ -18,7 +18,7 @@ from vlmtune.batching.layout import padded
 from vlmtune.errors import CheckpointError, ConfigError
 from vlmtune.models.adapters import adapt, load_adapter, set_total_steps
 from vlmtune.models.parts import find_parts
-from vlmtune.training.checkpoint import save_model
+from vlmtune.training.model_folder import save_model
 
 # PEFT 0.19 still asks transformers 5 for the property's old name
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")

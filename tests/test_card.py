@@ -17,7 +17,7 @@ import tiny
 from vlmtune import durable
 from vlmtune.config.schema import Config
 from vlmtune.record import card
-from vlmtune.training.checkpoint import save_model
+from vlmtune.training.model_folder import save_model
 
 RESULT: dict[str, Any] = {
     "status": "completed",

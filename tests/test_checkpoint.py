@@ -25,14 +25,8 @@ from vlmtune.models.quantization import keep_trainable_on_cpu
 from vlmtune.prompt.encode import Encoder
 from vlmtune.record.progress import Progress
 from vlmtune.training import checkpoint
-from vlmtune.training.checkpoint import (
-    all_checkpoints,
-    load_checkpoint,
-    load_weights,
-    save_checkpoint,
-    save_model,
-    whole,
-)
+from vlmtune.training.checkpoint import all_checkpoints, load_checkpoint, load_weights, save_checkpoint, whole
+from vlmtune.training.model_folder import save_model
 
 PROGRESS = Progress(step=3, examples=24, tokens=999, skipped=1, best=0.5, best_step=2, since_best=1)
 DROPOUT = {**tiny.LORA, "lora_dropout": 0.1}

@@ -24,7 +24,7 @@ from vlmtune.errors import DataError
 from vlmtune.prompt.encode import Encoder
 from vlmtune.prompt.labels import IGNORE
 from vlmtune.proof.checks import check_labels
-from vlmtune.proof.rows import Limits, Look
+from vlmtune.proof.look import Limits, Look
 
 LLAVA = ColumnsConfig(image="image", conversation="conversations")
 OPENAI = ColumnsConfig(image="images", conversation="messages")

@@ -55,7 +55,8 @@ from vlmtune.prompt.families import Family
 from vlmtune.prompt.hub import hub_options
 from vlmtune.prompt.image_cache import STORES
 from vlmtune.record import report, tracking
-from vlmtune.record.tracking import read_metrics
+from vlmtune.record.metrics_file import read_metrics
+from vlmtune.record.samples import Sample
 from vlmtune.training.optim import build_optimizer
 
 FP32: dict[str, Any] = {"dtype": torch.float32, "compute_dtype": torch.float32, "device": torch.device("cpu")}
@@ -692,7 +693,7 @@ def test_each_evaluation_shows_so_many_samples(
     shown: list[int] = []
 
     class Noting(tracking.NoTracker):
-        def samples(self, rows: list[tracking.Sample], step: int) -> None:
+        def samples(self, rows: list[Sample], step: int) -> None:
             shown.append(len(rows))
 
     monkeypatch.setattr(tracking, "build", lambda *_, **__: Noting())

@@ -21,7 +21,7 @@ from vlmtune.errors import DataError
 from vlmtune.predict.files import predict_file
 from vlmtune.predict.scores import evaluate_run
 from vlmtune.record import runfolder
-from vlmtune.record.tracking import read_metrics
+from vlmtune.record.metrics_file import read_metrics
 
 datasets = pytest.importorskip("datasets")
 HUB = {"_target_": "vlmtune.data.sources.hub.load", "columns": ColumnsConfig(image="image")}

@@ -25,7 +25,7 @@ from vlmtune.models.load import load
 from vlmtune.prompt import internvl2 as originals
 from vlmtune.prompt.encode import Encoder
 from vlmtune.prompt.processors import load_processor
-from vlmtune.training import checkpoint
+from vlmtune.training.model_folder import save_model
 
 HEADS, GROUPS, WIDTH, VISION, LAYERS, DEPTH = 8, 2, 128, 64, 2, 3
 ORIGINAL: dict[str, Any] = {
@@ -207,7 +207,7 @@ def test_saved_natively_it_opens_with_transformers_alone(folder: Path, tmp_path:
     from transformers import AutoModelForImageTextToText
 
     model, processor = opened(folder)
-    checkpoint.save_model(model, processor, tmp_path / "model")
+    save_model(model, processor, tmp_path / "model")
     plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "model")
     assert type(plain).__name__ == "InternVLForConditionalGeneration"
     ours, theirs = model.state_dict(), plain.state_dict()
@@ -241,7 +241,7 @@ def test_split_and_join_are_inverse() -> None:
 def test_a_run_saves_the_layout_that_is_asked_for(folder: Path, tmp_path: Path) -> None:
     config = tiny.config(folder, model={"save_layout": "original"})
     run = tiny.assemble(config, tiny.records(4)).fit()
-    checkpoint.save_model(run.model, run.processor, tmp_path / "model", config.model)
+    save_model(run.model, run.processor, tmp_path / "model", config.model)
     again, _ = opened(tmp_path / "model")
     assert "language_model.model.layers.0.attention.wqkv.weight" in load_file(tmp_path / "model" / "model.safetensors")
     assert all(torch.equal(again.get_parameter(name), p) for name, p in run.model.named_parameters())
@@ -492,7 +492,7 @@ def test_lora_trains_and_comes_back(folder: Path, tmp_path: Path) -> None:
     rows = tiny.records(4)
     run = tiny.assemble(config, rows).fit()
     assert run.losses[-1] < run.losses[0]
-    checkpoint.save_model(run.model, run.processor, tmp_path / "model")
+    save_model(run.model, run.processor, tmp_path / "model")
     fp32 = {"dtype": torch.float32, "compute_dtype": torch.float32, "device": torch.device("cpu")}
     again, _ = load_trained(tmp_path, config, **fp32)
     batch = padded(run.encoder, rows)

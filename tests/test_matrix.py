@@ -16,7 +16,7 @@ from vlmtune.config.schema import plain
 from vlmtune.launch import session
 from vlmtune.models import adapters
 from vlmtune.models.load import load_trained
-from vlmtune.training import checkpoint
+from vlmtune.training.model_folder import save_model
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning",  # PEFT asks transformers 5 for the old name
@@ -75,7 +75,7 @@ def test_every_adapter_file_fits_every_family(
     assert run.losses[-1] < run.losses[0]
     after = answers(run.model, run.encoder, rows)
     assert not torch.equal(after, before)
-    checkpoint.save_model(run.model, run.processor, tmp_path / "model")
+    save_model(run.model, run.processor, tmp_path / "model")
     model, _ = load_trained(tmp_path, config, device=run.engine.device, **session.dtypes(config, run.engine))
     torch.testing.assert_close(answers(model, run.encoder, rows), after, rtol=1e-4, atol=1e-4)
 
@@ -101,7 +101,7 @@ def test_modules_that_an_adapter_saves_whole(
     config = tiny.config(checkpoint_of(family), adapter=adapter, learning_rate=1e-2)
     rows = tiny.records(4)
     run = tiny.assemble(config, rows).fit()
-    checkpoint.save_model(run.model, run.processor, tmp_path / "model")
+    save_model(run.model, run.processor, tmp_path / "model")
     model, _ = load_trained(tmp_path, config, device=run.engine.device, **session.dtypes(config, run.engine))
     assert torch.equal(answers(model, run.encoder, rows), answers(run.model, run.encoder, rows))
     trained = {run.parts.of(name) for name, p in run.model.named_parameters() if p.requires_grad}

@@ -25,7 +25,7 @@ from vlmtune.models.adapters import adapt
 from vlmtune.models.explain import check_names
 from vlmtune.models.load import load
 from vlmtune.models.parts import find_parts
-from vlmtune.training.checkpoint import save_model
+from vlmtune.training.model_folder import save_model
 
 
 def refusal(path: Path | str) -> str:

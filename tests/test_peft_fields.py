@@ -20,7 +20,7 @@ from vlmtune.config import peft_fields
 from vlmtune.errors import ConfigError
 from vlmtune.models import adapters, peft_config
 from vlmtune.models.parts import find_parts
-from vlmtune.training.checkpoint import save_model
+from vlmtune.training.model_folder import save_model
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from PIL import Image, ImageDraw
 
+from vlmtune.record.metrics_file import MetricsFile
 from vlmtune.record.report import chart, ticks, write
-from vlmtune.record.tracking import MetricsFile
 
 RESULT: dict[str, Any] = {
     "status": "completed",

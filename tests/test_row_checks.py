@@ -24,7 +24,8 @@ from vlmtune.data.splits import RecordList, Split
 from vlmtune.errors import ModelError
 from vlmtune.prompt.encode import Encoder
 from vlmtune.proof import rows as row_checks
-from vlmtune.proof.rows import Limits, Look, check_rows, limits_of
+from vlmtune.proof.look import Limits, Look, limits_of
+from vlmtune.proof.rows import check_rows
 
 ROOMY = Limits(100_000, 100_000)
 

@@ -17,7 +17,7 @@ from vlmtune.errors import CheckpointError, ConfigError
 from vlmtune.launch import lock
 from vlmtune.models.load import load_trained
 from vlmtune.record import guard
-from vlmtune.training.checkpoint import save_model
+from vlmtune.training.model_folder import save_model
 
 CONFIGS: dict[str, bytes] = {
     "nothing": b"",

@@ -26,6 +26,7 @@ from vlmtune.evaluation import evaluate as evaluation
 from vlmtune.launch import session
 from vlmtune.launch.signals import Interrupted
 from vlmtune.record import report, runfolder, tracking
+from vlmtune.record.wandb_tracker import WandB
 
 Overrides = Callable[..., list[str]]
 
@@ -182,14 +183,14 @@ def test_wandbs_variables_win_over_our_defaults_and_lose_to_keys(
     }.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
     wandb_reads_again()
-    tracker = tracking.WandB(None, "offline", {}, tmp_path / "default")
+    tracker = WandB(None, "offline", {}, tmp_path / "default")
     run = tracker.run
     assert (run.project, run.name, run.group, run.id, run.tags) == ("theirs", "a name", "a group", "abc", ("x",))
     tracker.finish({})
     monkeypatch.delenv("WANDB_RUN_ID")
     wandb_reads_again()
     monkeypatch.setenv("WANDB_DIR", str(tmp_path / "elsewhere"))
-    tracker = tracking.WandB("typed", "offline", {}, tmp_path / "typed")
+    tracker = WandB("typed", "offline", {}, tmp_path / "typed")
     assert tracker.run.project == "typed"
     assert Path(tracker.run.dir).is_relative_to(tmp_path / "elsewhere")
     tracker.finish({})
@@ -203,7 +204,7 @@ def test_wandbs_variables_win_over_our_defaults_and_lose_to_keys(
 def test_a_resume_is_one_run_in_wandb_and_a_new_start_another(tmp_path: Path) -> None:
     ids = []
     for resumed in (False, True, False):
-        tracker = tracking.WandB(None, "offline", {}, tmp_path, resumed)
+        tracker = WandB(None, "offline", {}, tmp_path, resumed)
         tracker.log({"train/loss": 1.0}, 3)
         ids.append(tracker.run.id)
         tracker.finish({})

@@ -16,7 +16,9 @@ import wandb_offline
 from vlmtune.config.schema import TrackerConfig
 from vlmtune.errors import ConfigError
 from vlmtune.record import tracking
-from vlmtune.record.tracking import MetricsFile, NoTracker, Sample, Surviving, build, read_metrics, without_secrets
+from vlmtune.record.metrics_file import MetricsFile, read_metrics
+from vlmtune.record.samples import Sample
+from vlmtune.record.tracking import NoTracker, Surviving, build, without_secrets
 
 CONFIG = {
     "adapter": {"method": "LORA", "r": 16},

@@ -19,14 +19,8 @@ from vlmtune.models import adapters, gradient_checkpointing, load, rewrites
 from vlmtune.models.parts import find_parts
 from vlmtune.objectives.next_token import summed_loss
 from vlmtune.prompt.encode import Encoder
-from vlmtune.proof import first_pass
-from vlmtune.proof.decision import decide
-from vlmtune.proof.probes import rewrites_agree
-from vlmtune.proof.prove import prove
-from vlmtune.proof.rows import check_rows, limits_of
-from vlmtune.training import Best, Finish, Journal, Saving, Scoring, Setup, Stopping, loop
-from vlmtune.training.optim import build_optimizer
-from vlmtune.training.schedule import Schedule
+from vlmtune.proof import check_longest, check_rows, decide, limits_of, prove, rewrites_agree
+from vlmtune.training import Best, Finish, Journal, Saving, Schedule, Scoring, Setup, Stopping, build_optimizer, loop
 
 log = logging.getLogger("vlmtune")
 
@@ -59,20 +53,18 @@ def build(config: Config, splits: dict[str, Split], folder: Path | None) -> Setu
     if not rewrites_agree(model, encoder, sample, engine):
         rewrites.switch_off(model)
     prove(model, parts, encoder, sample, rows, config, engine)
-    evaluated = bool(splits.keys() & {"validation", "test"})
-    decision = decide(model, parts, encoder, records, sample, config, engine, evaluated=evaluated)
+    decision = decide(model, parts, encoder, records, sample, config, engine, evaluated=len(splits) > 1)
     encoder = encoder.keeping(decision.cache)
     loader = Loader(encoder, records, decision.plan, decision.layout, config.trainer, engine)
-    log.info(first_pass.check_longest(model, loader, rows.longest, engine))
+    log.info(check_longest(model, loader, rows.longest, engine))
 
     # optimizer and schedule
     optimizer = build_optimizer(model, parts, config.trainer, config.optimizer)
     scheduler = Schedule(optimizer, config.trainer, loader.total_steps)
     adapters.set_total_steps(model, config, loader.total_steps)
     prepared, optimizer = engine.prepare(model, optimizer)
-    return Setup(
-        config, folder, engine, splits, model, prepared, parts, processor, encoder, loader, optimizer, scheduler
-    )
+    made = (model, prepared, parts, processor, encoder, loader, optimizer, scheduler)
+    return Setup(config, folder, engine, splits, *made)
 
 
 def fit(run: Setup) -> dict[str, Any]:

@@ -38,6 +38,9 @@ class Layout:
         return f"batches    {'shared, each image once' if self.share else 'padded, one row each'} ({self.reason})"
 
 
+PLAIN = Layout()
+
+
 @dataclass
 class Batch:
     """The input of one forward pass."""

@@ -35,7 +35,6 @@ def greedy_branches(
     numbers = torch.arange(1, int(branches.max()) + 1, device=branches.device)  # [K]
     exists, last = last_indices(branches, numbers)
     out, positions = _prompts(model, batch, last)
-    ends = torch.tensor(eos_token_id, device=branches.device)
     written: list[list[int]] = [[] for _ in range(int(exists.sum()))]
     growing = exists
     for step in range(max_new_tokens):
@@ -44,7 +43,7 @@ def greedy_branches(
         tokens = logits.argmax(-1)  # [B, K]
         for line, token, grows in zip(written, tokens[exists].tolist(), growing[exists].tolist(), strict=True):
             line += [token] * grows
-        growing = growing & ~torch.isin(tokens, ends)
+        growing = growing & ~torch.isin(tokens, torch.tensor(eos_token_id, device=tokens.device))
         if step == max_new_tokens - 1 or not growing.any():
             break
         query = torch.where(growing, numbers, PADDING)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from vlmtune import display
-from vlmtune.batching.layout import Batch, padded, shared
+from vlmtune.batching.layout import PLAIN, Batch, Layout, padded, shared
 from vlmtune.config.schema import Config
 from vlmtune.data.records import Record
 from vlmtune.evaluation.drafts import Draft
@@ -44,24 +44,19 @@ def evaluate(
     engine: Any,
     *,
     title: str,
-    share: bool = False,
-    share_answers: bool = False,
+    layout: Layout = PLAIN,
     stop: Callable[[], int | None] = lambda: None,
     done: Callable[[int, list[str]], None] | None = None,
 ) -> Evaluation:
-    """Answer and score all records; each rank takes a contiguous part. `share`: batches for the loss contain each image
-    once; `share_answers`: so do batches for generation.
+    """Answer and score all records; each rank takes a contiguous part.
 
-    `stop`: called after each batch, returns the number of a signal that asks to stop, or None. On a signal, every rank
-    raises `signals.EvaluationStopped`.
+    `stop`: called after each batch, returns the number of a signal that asks to stop, or None; every rank then raises
+    `signals.EvaluationStopped`.
     `done`: called with the first row's number and the answers of a few batches, in order; with several processes once
     at the end, with all answers.
     """
-    from accelerate.utils import gather_object
-
-    stretch = math.ceil(len(records) / engine.num_processes)
-    own = records[engine.process_index * stretch : (engine.process_index + 1) * stretch]
-    gathered: list[Any]
+    own = _dealt(records, engine)
+    result: Answered | int
     try:
         with display.bar(title, 2 * len(own), show=engine.is_main_process) as shown:
 
@@ -70,32 +65,50 @@ def evaluate(
                 if number := stop():
                     raise EvaluationStopped(number)
 
-            def answer(rows: Sequence[Record]) -> tuple[float, int, list[str]]:
-                return _answer(model, encoder, rows, config, engine, share, share_answers, advance)
+            def answer(rows: Sequence[Record]) -> Answered:
+                return _answer(model, encoder, rows, config, engine, layout, advance)
 
-            alone = done if engine.num_processes == 1 else None
-            gathered = [_in_pieces(answer, own, config.trainer.eval_batch_size, alone)]
+            result = _in_pieces(
+                answer, own, config.trainer.eval_batch_size, done if engine.num_processes == 1 else None
+            )
     except EvaluationStopped as ended:
-        gathered = [ended.number]
-    if engine.num_processes > 1:
-        gathered = gather_object(gathered)  # in rank order
-    for number in gathered:
-        if isinstance(number, int):  # a signal may reach only some ranks, and all must stop
-            raise EvaluationStopped(number)
-    loss, tokens = sum(g[0] for g in gathered), sum(g[1] for g in gathered)
-    predictions = [text for g in gathered for text in g[2]]
+        result = ended.number
+    loss, tokens, predictions = _over_ranks(result, engine)
     if done is not None and engine.num_processes > 1:
         done(0, predictions)
     means, scores = score(resolve(config.task.metrics), predictions, [list(record.answers) for record in records])
     return Evaluation({"loss": loss / max(tokens, 1), **means}, predictions, scores)
 
 
+def _dealt(records: Sequence[Record], engine: Any) -> Sequence[Record]:
+    """This rank's part of the records."""
+    count = math.ceil(len(records) / engine.num_processes)
+    return records[engine.process_index * count : (engine.process_index + 1) * count]
+
+
+Answered = tuple[float, int, list[str]]
+"""Summed loss, number of supervised tokens, and the answers, of some rows."""
+
+
+def _over_ranks(own: Answered | int, engine: Any) -> Answered:
+    """The results of all ranks together. Raises `EvaluationStopped` if one of them has the number of a signal instead:
+    it may reach only some ranks, and all must stop.
+    """
+    from accelerate.utils import gather_object
+
+    found: list[Any] = [own] if engine.num_processes == 1 else gather_object([own])  # in rank order
+    for number in found:
+        if isinstance(number, int):
+            raise EvaluationStopped(number)
+    return sum(one[0] for one in found), sum(one[1] for one in found), [text for one in found for text in one[2]]
+
+
 def _in_pieces(
-    answer: Callable[[Sequence[Record]], tuple[float, int, list[str]]],
+    answer: Callable[[Sequence[Record]], Answered],
     own: Sequence[Record],
     size: int,
     done: Callable[[int, list[str]], None] | None,
-) -> tuple[float, int, list[str]]:
+) -> Answered:
     """The result of `answer` for all rows; piece by piece if there is a `done` to pass the answers to."""
     if done is None:
         return answer(own)
@@ -114,13 +127,12 @@ def _answer(
     own: Sequence[Record],
     config: Config,
     engine: Any,
-    share: bool,
-    share_answers: bool,
+    layout: Layout,
     advance: Callable[[int], None],
-) -> tuple[float, int, list[str]]:
-    """Summed loss, number of supervised tokens, and the answers of these rows."""
+) -> Answered:
+    """Evaluate some rows."""
     size = config.trainer.eval_batch_size
-    make = shared if share else padded
+    make = shared if layout.share else padded
     draft = Draft(model, encoder, config.generation)
     loss, tokens, drafted = loss_and_drafts(model, encoder, own, size, engine, make, draft, advance)
     open_rows = [row for row, answer in enumerate(drafted) if answer is None]
@@ -133,7 +145,7 @@ def _answer(
             config.generation,
             batch_size=size,
             autocast=engine.autocast,
-            share=share_answers,
+            share=layout.share_answers,
             advance=advance,
         )
     )

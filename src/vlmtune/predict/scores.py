@@ -19,6 +19,7 @@ def evaluate_run(folder: str, config: Config, output: str | None) -> str:
     `output`: a CSV file for the rows with answer_predictions and score. Raises DataError for rows that can't be used.
     """
     from vlmtune import display
+    from vlmtune.batching.layout import Layout
     from vlmtune.data import table
     from vlmtune.evaluation.evaluate import evaluate
     from vlmtune.launch import signals
@@ -41,7 +42,7 @@ def evaluate_run(folder: str, config: Config, output: str | None) -> str:
                 config,
                 predictor.engine,
                 title="evaluating",
-                share_answers=predictor.shares_answers(rows.records),
+                layout=Layout(share_answers=predictor.shares_answers(rows.records)),
                 done=done,
             )
         if target is not None:

@@ -1,0 +1,10 @@
+"""What is proven, and decided, on a run's own rows before its first step."""
+
+from vlmtune.proof.decision import decide
+from vlmtune.proof.first_pass import check_longest
+from vlmtune.proof.look import limits_of
+from vlmtune.proof.probes import rewrites_agree
+from vlmtune.proof.prove import prove
+from vlmtune.proof.rows import check_rows
+
+__all__ = ["check_longest", "check_rows", "decide", "limits_of", "prove", "rewrites_agree"]

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from vlmtune.record.tracking import read_metrics, thumbnail
+from vlmtune.record.metrics_file import read_metrics
+from vlmtune.record.samples import thumbnail
 
 if TYPE_CHECKING:
     from PIL import Image

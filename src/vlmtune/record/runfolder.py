@@ -18,7 +18,8 @@ from vlmtune.config.schema import Config, plain
 from vlmtune.data.splits import Split
 from vlmtune.errors import CheckpointError
 from vlmtune.launch import signals
-from vlmtune.record import environment, tracking
+from vlmtune.record import environment
+from vlmtune.record.metrics_file import read_metrics
 from vlmtune.record.outputs import ANSWER, SCORE, as_cells
 
 if TYPE_CHECKING:  # they import torch, and a run that fails at once should not wait for it
@@ -165,7 +166,7 @@ def write_table(path: Path, frame: Any) -> None:
 def write_failure(folder: Path, error: BaseException) -> None:
     """Say in result.json that and why the run failed or was interrupted, with what its log shows of how far it came."""
     stopped = isinstance(error, signals.Interrupted | KeyboardInterrupt)
-    rows = tracking.read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else []
+    rows = read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else []
     last: dict[str, Any] = {}
     for row in rows:
         last |= row

@@ -7,7 +7,6 @@ safetensors and JSON, so loading one never runs code.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import logging
 import re
@@ -22,7 +21,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vlmtune import durable
-from vlmtune.config.schema import ModelConfig
 from vlmtune.durable import whole
 from vlmtune.errors import CheckpointError
 from vlmtune.record.progress import Progress
@@ -258,46 +256,3 @@ def _load_optimizer(folder: Path, optimizer: Any, saved: dict[str, Any]) -> None
         raise CheckpointError(f"{folder}: holds the state of a different optimizer: {error}") from error
     for group, values in zip(optimizer.param_groups, own, strict=True):
         group |= values
-
-
-def save_model(model: Any, processor: Any, folder: Path, config: ModelConfig | None = None) -> None:
-    """Write the adapter (or the whole model), processor and generation config, in PEFT's and transformers' format, or
-    in the layout of `config.save_layout`.
-
-    The weights are read back and compared before the folder gets its final name.
-    """
-    from vlmtune.models.parts import base_of
-
-    with whole(folder) as partial:
-        if config is not None and config.save_layout == "original":
-            from vlmtune.models.internvl2 import save_original
-
-            save_original(model, config, partial)
-            return
-        model.save_pretrained(partial)
-        (partial / "README.md").unlink(missing_ok=True)  # PEFT's empty template; record.card writes the model card
-        processor.save_pretrained(partial)
-        base_of(model).generation_config.save_pretrained(partial)
-        _compare(model, partial)
-
-
-def _compare(model: Any, folder: Path) -> None:
-    """Raise CheckpointError unless the weight files in `folder` hold every trained weight, bit by bit.
-
-    Compared by content, because names differ between a live model and the hub's layout.
-    """
-    from vlmtune.models.adapters import adapter_state, saved_name
-
-    saved = {_digest(t) for file in folder.glob("*.safetensors") for t in load_file(file).values()}
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    adapter = adapter_state(model)  # has different names, and under AdaLoRA different shapes
-    lost = [name for name, p in trained.items() if not adapter and _digest(p) not in saved]
-    lost += [name for name, tensor in adapter.items() if _digest(tensor) not in saved]
-    lost += [n for n, p in trained.items() if adapter and saved_name(n) not in adapter and _digest(p) not in saved]
-    if lost:
-        raise CheckpointError(f"{folder}: the saved files do not hold the trained value of {lost[0]}")
-
-
-def _digest(tensor: Tensor) -> bytes:
-    data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-    return hashlib.blake2b(data.data, digest_size=16).digest()

@@ -11,9 +11,9 @@ from typing import Any
 from vlmtune.data.images import open_image
 from vlmtune.evaluation.evaluate import Evaluation
 from vlmtune.record import card, report, runfolder
-from vlmtune.training import checkpoint
 from vlmtune.training.best import Best
 from vlmtune.training.journal import Journal
+from vlmtune.training.model_folder import save_model
 from vlmtune.training.setup import Setup
 
 log = logging.getLogger("vlmtune")
@@ -41,7 +41,7 @@ class Finish:
         run = self.run
         final = self._choose()
         if run.writes:  # before anything else can fail
-            checkpoint.save_model(run.model, run.processor, run.folder / "model", run.config.model)
+            save_model(run.model, run.processor, run.folder / "model", run.config.model)
         metrics, final = self._score(final)
         status = "completed" if self.stopping.signal is None else "interrupted"
         result = runfolder.make_result(status, self.saving.progress, metrics, run.config.task.metrics[0])

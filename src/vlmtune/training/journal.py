@@ -13,6 +13,7 @@ from vlmtune.config.schema import plain
 from vlmtune.data import bad_rows
 from vlmtune.launch import signals
 from vlmtune.record import environment, runfolder, tracking
+from vlmtune.record.metrics_file import MetricsFile
 from vlmtune.record.progress import Progress
 from vlmtune.training.loop import StepReport
 from vlmtune.training.setup import Setup
@@ -27,14 +28,14 @@ class Journal:
         self.run, self.progress = run, progress
         self.began = time.perf_counter()
         self.tracker: tracking.Tracker = tracking.NoTracker()
-        self.metrics_file: tracking.MetricsFile | None = None
+        self.metrics_file: MetricsFile | None = None
 
     def __enter__(self) -> Journal:
         config, folder = self.run.config, self.run.folder
         if self.run.writes:
             self._describe()
             resumed = self.progress.step if config.resume else None
-            self.metrics_file = tracking.MetricsFile(folder / "metrics.jsonl", resume_step=resumed)
+            self.metrics_file = MetricsFile(folder / "metrics.jsonl", resume_step=resumed)
             self.tracker = tracking.build(config.tracker, plain(config), folder, resumed=bool(config.resume))
         return self
 

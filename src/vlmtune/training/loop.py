@@ -84,14 +84,12 @@ def fit(
     skip_nonfinite: bool = False,
     hooks: Hooks,
 ) -> None:
-    """Train on this rank's micro-batches. `ends_step` marks the last micro-batch of each optimizer step.
+    """Train on this rank's micro-batches; `ends_step` marks the last one of each optimizer step. Raises NonFinite.
 
     Every supervised token has the same weight, however a step is split into micro-batches and ranks: losses are
     summed and divided by the number of supervised tokens over all of them. That number is only known at the step's
     last micro-batch. Until then losses are divided by `expected_tokens`, an estimate of a rank's supervised tokens
     per step, so that gradients stay near their final size.
-
-    Raises NonFinite.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     patience = Patience(optimizer, skip_nonfinite)
@@ -103,20 +101,25 @@ def fit(
         if passed is None:
             return
         norm = _gradient_norm(parameters, max_grad_norm, engine)
-        finite = math.isfinite(passed.loss) and math.isfinite(norm)
-        if finite or patience.scaled:
-            optimizer.step()
-        if finite:
-            hooks.before_zero_grad(progress.step + 1)
-        patience.note(passed.loss, norm, progress)
         learning_rate = scheduler.get_last_lr()[0]
+        _update(passed.loss, norm, optimizer, patience, progress, hooks)
         scheduler.step()
-        optimizer.zero_grad(set_to_none=True)
         report = _report(passed, progress, norm, learning_rate, time.perf_counter() - began)
         for hook in hooks.after_step:
             hook(report)
         if hooks.stop():
             return
+
+
+def _update(loss: float, norm: float, optimizer: Any, patience: Patience, progress: Progress, hooks: Hooks) -> None:
+    """Take the step if loss and gradients are finite, and clear the gradients. Raises NonFinite."""
+    finite = math.isfinite(loss) and math.isfinite(norm)
+    if finite or patience.scaled:
+        optimizer.step()
+    if finite:
+        hooks.before_zero_grad(progress.step + 1)
+    patience.note(loss, norm, progress)
+    optimizer.zero_grad(set_to_none=True)
 
 
 def _forward_backward(

@@ -9,7 +9,7 @@ from vlmtune.data.images import open_image
 from vlmtune.data.records import Record
 from vlmtune.data.splits import Records
 from vlmtune.evaluation.evaluate import Evaluation, evaluate
-from vlmtune.record import tracking
+from vlmtune.record.samples import Sample
 from vlmtune.training.journal import Journal
 from vlmtune.training.setup import Setup
 from vlmtune.training.stopping import Stopping
@@ -48,8 +48,7 @@ class Scoring:
             run.config,
             run.engine,
             title=f"evaluating {title}",
-            share=run.loader.layout.share,
-            share_answers=run.loader.layout.share_answers,
+            layout=run.loader.layout,
             stop=self.stopping.pending,
         )
         prefix = "eval" if split == "validation" else split
@@ -68,8 +67,8 @@ class Scoring:
             samples = [self._sample(records[n], found, n) for n in spread]
             self.journal.tracker.samples(samples, self.journal.progress.step)
 
-    def _sample(self, record: Record, found: Evaluation, index: int) -> tracking.Sample:
+    def _sample(self, record: Record, found: Evaluation, index: int) -> Sample:
         config = self.run.config
         picture = open_image(record.images[0], config.data.max_image_pixels) if record.images else None
         score = found.scores[index][config.task.metrics[0]]
-        return tracking.Sample(record.question, record.answers[0], found.predictions[index], score, picture)
+        return Sample(record.question, record.answers[0], found.predictions[index], score, picture)

@@ -1,0 +1,58 @@
+"""The folder `model/`: what a run leaves for vlmtune, PEFT and transformers alike."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from vlmtune.config.schema import ModelConfig
+from vlmtune.durable import whole
+from vlmtune.errors import CheckpointError
+
+
+def save_model(model: Any, processor: Any, folder: Path, config: ModelConfig | None = None) -> None:
+    """Write the adapter (or the whole model), processor and generation config, in PEFT's and transformers' format, or
+    in the layout of `config.save_layout`.
+
+    The weights are read back and compared before the folder gets its final name.
+    """
+    from vlmtune.models.parts import base_of
+
+    with whole(folder) as partial:
+        if config is not None and config.save_layout == "original":
+            from vlmtune.models.internvl2 import save_original
+
+            save_original(model, config, partial)
+            return
+        model.save_pretrained(partial)
+        (partial / "README.md").unlink(missing_ok=True)  # PEFT's empty template; record.card writes the model card
+        processor.save_pretrained(partial)
+        base_of(model).generation_config.save_pretrained(partial)
+        _compare(model, partial)
+
+
+def _compare(model: Any, folder: Path) -> None:
+    """Raise CheckpointError unless the weight files in `folder` hold every trained weight, bit by bit.
+
+    Compared by content, because names differ between a live model and the hub's layout.
+    """
+    from vlmtune.models.adapters import adapter_state, saved_name
+
+    saved = {_digest(t) for file in folder.glob("*.safetensors") for t in load_file(file).values()}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    adapter = adapter_state(model)  # has different names, and under AdaLoRA different shapes
+    lost = [name for name, p in trained.items() if not adapter and _digest(p) not in saved]
+    lost += [name for name, tensor in adapter.items() if _digest(tensor) not in saved]
+    lost += [n for n, p in trained.items() if adapter and saved_name(n) not in adapter and _digest(p) not in saved]
+    if lost:
+        raise CheckpointError(f"{folder}: the saved files do not hold the trained value of {lost[0]}")
+
+
+def _digest(tensor: Tensor) -> bytes:
+    data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return hashlib.blake2b(data.data, digest_size=16).digest()
