@@ -14,7 +14,7 @@ import torch
 import tiny
 import vlmtune
 from vlmtune.config.schema import ModelConfig
-from vlmtune.prompt import encode
+from vlmtune.prompt import image_inputs
 from vlmtune.prompt.encode import Encoder
 from vlmtune.prompt.processors import load_processor
 
@@ -84,8 +84,13 @@ def test_a_run_answers_from_the_pixels_that_it_trained_on(
     table = tmp_path / "rows.csv"
     table.write_text("image_path,question,answer\n0.jpg,a?,x\n1.jpg,b?,y\n")
     used: list[bool] = []
-    plain = encode.open_image
-    monkeypatch.setattr(encode, "open_image", lambda *given: (used.append(given[2] is not None), plain(*given))[1])
+    plain = image_inputs.open_image
+
+    def noting(*given: Any) -> Any:
+        used.append(given[2] is not None)
+        return plain(*given)
+
+    monkeypatch.setattr(image_inputs, "open_image", noting)
     result = vlmtune.train(
         [
             "model=auto",
