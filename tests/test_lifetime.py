@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 import tiny
 import vlmtune
+from grids import thinned
 from vlmtune import display
 from vlmtune.models import load
 from vlmtune.record import environment
@@ -71,7 +72,7 @@ def models(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[weakref.ref[Any]]]:
     gc.enable()
 
 
-@pytest.mark.parametrize("more", ["adapter=lora", "adapter=none", "data.validation_fraction=0.3"])
+@pytest.mark.parametrize("more", thinned(["adapter=lora", "adapter=none", "data.validation_fraction=0.3"], 1))
 def test_the_model_of_a_run_is_gone_when_the_run_is(overrides: Overrides, models: list[Any], more: str) -> None:
     """The features of frozen towers stay for the next trial, and hold no model."""
     vlmtune.train(overrides(more, name="one"))
@@ -136,7 +137,7 @@ def outside(checkpoint_of: Callable[[str], Path], tmp_path_factory: pytest.TempP
 
 
 @pytest.mark.xdist_group("caller's settings")
-@pytest.mark.parametrize("kind", ["float64", "no_grad", "inference", "meta", "autocast"])
+@pytest.mark.parametrize("kind", thinned(["float64", "no_grad", "inference", "meta", "autocast"], 2))
 def test_a_run_inside_the_callers_torch_settings_is_the_run_outside(
     overrides: Overrides, tmp_path: Path, outside: str, kind: str
 ) -> None:

@@ -15,6 +15,7 @@ from peft.tuners.lora.layer import Linear
 from peft.utils import PeftType
 
 import tiny
+from grids import thinned
 from vlmtune.config import fields as known_fields
 from vlmtune.config import peft_fields
 from vlmtune.errors import ConfigError
@@ -130,14 +131,14 @@ def check(model_of: Callable[[str], Any], fields: dict[str, Any], scope: list[st
     assert trained(found) == wanted
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", thinned(METHODS, 12))
 def test_every_method_trains_what_peft_trains_in_the_language_model(
     model_of: Callable[[str], Any], method: str
 ) -> None:
     check(model_of, fields_of(method), ["language"])
 
 
-@pytest.mark.parametrize("name", LORA)
+@pytest.mark.parametrize("name", thinned(LORA, 8))
 def test_every_field_of_lora_chooses_what_peft_chooses(model_of: Callable[[str], Any], name: str) -> None:
     check(model_of, {"method": "lora", **LORA[name]}, ["language"])
 
@@ -207,7 +208,9 @@ def test_a_method_that_saves_too_little_to_go_on_from_is_refused() -> None:
     assert problem == "adapter.save_only_topk_weights: saves too little of VB-LoRA to resume from; leave it out"
 
 
-@pytest.mark.parametrize("name", ["layers", "ranks", "its biases", "all biases", "dora", "rslora", "dropout", "tokens"])
+@pytest.mark.parametrize(
+    "name", thinned(["layers", "ranks", "its biases", "all biases", "dora", "rslora", "dropout", "tokens"], 3)
+)
 def test_steps_are_those_of_plain_peft(
     model_of: Callable[[str], Any], batch: dict[str, torch.Tensor], name: str
 ) -> None:

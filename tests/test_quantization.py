@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 import tiny
-from grids import sampled
+from grids import sampled, thinned
 from vlmtune.batching.layout import padded
 from vlmtune.errors import ConfigError
 from vlmtune.evaluation.generate import generate
@@ -63,7 +63,7 @@ def test_other_parts_where_asked(checkpoint_of: Callable[[str], Path]) -> None:
     assert {run.parts.of(name) for name in quantized(run)} == {"vision", "projector"}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", thinned(KINDS, 2))
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_training_lowers_the_loss(checkpoint_of: Callable[[str], Path], family: str, kind: str) -> None:
     run = assemble(checkpoint_of(family), kind, max_steps=6).fit()
@@ -72,7 +72,7 @@ def test_training_lowers_the_loss(checkpoint_of: Callable[[str], Path], family: 
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", thinned(tiny.FAMILIES, 2))
 def test_gradients_after_an_evaluation_are_those_before(
     checkpoint_of: Callable[[str], Path], family: str, kind: str
 ) -> None:

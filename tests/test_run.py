@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 import tiny
 import vlmtune
 import wandb_offline
+from grids import thinned
 from vlmtune.config import compose
 from vlmtune.evaluation import generate
 from vlmtune.evaluation.branches import greedy_branches
@@ -114,7 +115,7 @@ def in_process(words: list[str]) -> None:
     assert predict_file(composed.run, compose.overlay(composed, words), composed.output) == 1
 
 
-@pytest.mark.parametrize("kind", ["lora", "nf4", "full"])
+@pytest.mark.parametrize("kind", thinned(["lora", "nf4", "full"], 1))
 def test_predict_script_and_api_agree(overrides: Overrides, tmp_path: Path, table: Path, kind: str) -> None:
     """The same answers, in row order, for an adapter, an adapter over 4-bit weights and a whole model."""
     extra = {"lora": [], "nf4": ["quantization=nf4"], "full": ["adapter=none"]}[kind]
@@ -203,7 +204,7 @@ def straight(
 
 
 @pytest.mark.xdist_group("interrupted runs")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", thinned([signal.SIGTERM, signal.SIGINT], 1))
 def test_an_interrupted_run_goes_on_where_it_stopped(
     overrides: Overrides, tmp_path: Path, straight: dict[str, Any], number: Any
 ) -> None:

@@ -61,6 +61,7 @@ with ranks.closed_at_exit(World.from_environment()):
 """
 
 
+@pytest.mark.slow
 def test_ranks_end_without_an_abort(tmp_path: Path) -> None:
     """Left alone, such a script ended in SIGABRT in 6 of 10 starts."""
     (tmp_path / "job.py").write_text(RANKS_THAT_END)

@@ -18,7 +18,7 @@ from transformers.activations import QuickGELUActivation
 
 import tiny
 import tiny_families
-from grids import sampled
+from grids import sampled, thinned
 from test_families import SHARED
 from vlmtune.batching.inputs import model_inputs
 from vlmtune.batching.layout import padded, shared
@@ -341,7 +341,7 @@ def whole_loss(model: Any, batch: Any) -> tuple[float, Tensor]:
     return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", thinned(FAMILIES, 6))
 def test_the_last_layer_serves_supervised_tokens_only(
     family: str, encoder_of: Callable[[str], Encoder], model_of: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -388,7 +388,7 @@ def test_the_last_layer_under_lora(
 # ---------------------------------------------------------------- logits in chunks
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", thinned(FAMILIES, 5))
 def test_chunks_of_logits_give_the_whole_loss(
     family: str, encoder_of: Callable[[str], Encoder], model_of: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -485,7 +485,7 @@ def pico() -> tuple[Any, Encoder, list[Record]]:
     return model.eval(), Encoder(processor), list(records)
 
 
-@pytest.mark.parametrize("make", [padded, shared])
+@pytest.mark.parametrize("make", thinned([padded, shared], 1))
 def test_drafts_are_what_generation_writes(make: Any, pico: tuple[Any, Encoder, list[Record]]) -> None:
     model, encoder, records = pico
     own = answers(model, encoder, records, share=False)

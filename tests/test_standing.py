@@ -18,6 +18,7 @@ import pytest
 import tiny
 import vlmtune
 import wandb_offline
+from grids import thinned
 from vlmtune import display
 from vlmtune.batching.loader import _Items
 from vlmtune.config.schema import TrackerConfig
@@ -112,7 +113,7 @@ def signal_in(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, number: in
     monkeypatch.setattr(owner, name, sending)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", thinned([signal.SIGINT, signal.SIGTERM, signal.SIGHUP], 1))
 def test_a_signal_while_the_model_loads_interrupts_and_the_run_can_be_started_again(
     overrides: Overrides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
