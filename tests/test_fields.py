@@ -254,6 +254,7 @@ def test_attention_is_computed_as_asked(checkpoint_of: Callable[[str], Path]) ->
         assert model.config._attn_implementation == attention
 
 
+@pytest.mark.slow
 def test_a_system_prompt_is_trained_with(train: Train) -> None:
     own, given = train(), train({"model.system_prompt": "Answer in one word, please."})
     assert own.losses[0] != given.losses[0]
@@ -508,6 +509,7 @@ def test_large_jpegs_are_decoded_small_unless_that_is_off(
         assert sizes == {size}
 
 
+@pytest.mark.slow
 def test_features_are_kept_where_asked_for(train: Train, tmp_path: Path) -> None:
     """In memory up to a budget, and in a folder that a later run with no memory finds."""
     folder = tmp_path / "kept"

@@ -47,6 +47,7 @@ def test_rows_of_a_scene_share_its_image_and_held_out_ones_are_never_trained_on(
         train[len(train)]
 
 
+@pytest.mark.slow
 def test_the_weights_that_ship_are_small_safe_and_see() -> None:
     import torch
     from accelerate import Accelerator

@@ -334,6 +334,7 @@ def test_a_run_goes_on_with_two_processes_and_back(overrides: Overrides, tmp_pat
     assert vlmtune.train([f"resume={run}", "trainer.batch_size=4"])["steps"] == 4
 
 
+@pytest.mark.slow
 def test_config_yaml_edited_by_hand_is_compared_too(overrides: Overrides, tmp_path: Path) -> None:
     run = tmp_path / "run"
     vlmtune.train(overrides())
@@ -353,6 +354,7 @@ def test_data_and_run_may_move(overrides: Overrides, tmp_path: Path) -> None:
     assert vlmtune.train([f"resume={moved / 'run'}", f"data.train={moved / 'rows.csv'}"])["steps"] == 4
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_costs_its_steps_alone(overrides: Overrides, tmp_path: Path) -> None:
     run = tmp_path / "run"
     vlmtune.train(overrides(name="straight"))

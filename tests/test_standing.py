@@ -136,6 +136,7 @@ def test_a_signal_in_the_first_evaluation_interrupts_and_is_told_to_wandb(
     assert wandb_offline.read(tmp_path / "run")["exit_code"] == 1
 
 
+@pytest.mark.slow
 def test_a_signal_in_an_evaluation_between_steps_saves_at_once(
     overrides: Overrides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,6 +216,7 @@ def test_a_resume_is_one_run_in_wandb_and_a_new_start_another(tmp_path: Path) ->
 # ---------------------------------------------------------------- Accelerate
 
 
+@pytest.mark.slow
 def test_settings_of_accelerate_change_nothing_and_are_said(
     overrides: Overrides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

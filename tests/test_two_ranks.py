@@ -26,16 +26,30 @@ import vlmtune
 
 pytestmark = pytest.mark.xdist_group("two ranks")  # one worker, one pair of launches
 
-STEPS = 10
+STEPS = 24
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
 PROGRAM = """
-import json, sys
+import json, os, shutil, signal, sys, threading, time
+from pathlib import Path
 import vlmtune
 from vlmtune.cli.main import leave
-for words in json.loads(sys.argv[1]):
+
+def signal_after_a_step(curve):
+    while not (curve.exists() and "train/loss" in curve.read_text()):
+        time.sleep(0.005)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+folder, stopped, jobs = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
+rank = os.environ["RANK"]
+if stopped and rank == "1":
+    threading.Thread(target=signal_after_a_step, args=[folder / stopped / "metrics.jsonl"], daemon=True).start()
+for words in jobs:
     vlmtune.train(words)
+    if stopped and rank == "0" and not (folder / "stopped.json").exists():
+        shutil.copy(folder / stopped / "result.json", folder / "stopped.json")
 leave(0)
 """
+"""Runs the jobs one after the other. Rank 1 alone gets SIGTERM in the first one, if it is the run named `stopped`."""
 
 
 @contextmanager
@@ -79,29 +93,16 @@ DROPOUT = "adapter.lora_dropout=0.1"
 
 
 @pytest.fixture(scope="module")
-def stopped(overrides: Callable[..., list[str]], folder: Path) -> tuple[int, dict[str, Any]]:
-    """Exit code and result.json of a run that was sent SIGTERM after its first step."""
-    run = folder / "resumed"
-    curve, end = run / "metrics.jsonl", time.monotonic() + 300
-    with started(["src/train.py", *overrides("resumed", DROPOUT)], folder / "stopped.log") as process:
-        while not (curve.exists() and "train/loss" in curve.read_text()):
-            assert process.poll() is None, (folder / "stopped.log").read_text()[-3000:]
-            assert time.monotonic() < end
-            time.sleep(0.02)
-        process.send_signal(signal.SIGTERM)  # torchrun hands it on to both
-        code = process.wait(timeout=120)
-    return code, json.loads((run / "result.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def runs(stopped: Any, overrides: Callable[..., list[str]], folder: Path) -> dict[str, dict[str, Any]]:
-    """result.json of each run of two ranks, the stopped one's after it was resumed."""
+def runs(overrides: Callable[..., list[str]], folder: Path) -> dict[str, dict[str, Any]]:
+    """result.json of each run of two ranks; of the one that was stopped, as it was then and after it was resumed."""
     jobs = [
+        overrides("resumed", DROPOUT),
         [f"resume={folder / 'resumed'}"],
         overrides("straight", DROPOUT),
         overrides("accumulated", "trainer.gradient_accumulation_steps=4", size=2),
     ]
-    return started_together(jobs, folder, ("resumed", "straight", "accumulated"))
+    found = started_together(jobs, folder, ("resumed", "straight", "accumulated"), stopped="resumed")
+    return {**found, "stopped": json.loads((folder / "stopped.json").read_text())}
 
 
 @pytest.fixture(scope="module")
@@ -111,10 +112,12 @@ def layouts(overrides: Callable[..., list[str]], folder: Path) -> dict[str, dict
     return started_together(jobs, folder, ("share_on", "share_off"))
 
 
-def started_together(jobs: list[list[str]], folder: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+def started_together(
+    jobs: list[list[str]], folder: Path, names: Sequence[str], stopped: str = ""
+) -> dict[str, dict[str, Any]]:
     """Run one job after the other on the same two ranks; their results by name."""
     (folder / "program.py").write_text(PROGRAM)
-    with started([str(folder / "program.py"), json.dumps(jobs)], folder / "runs.log") as process:
+    with started([str(folder / "program.py"), str(folder), stopped, json.dumps(jobs)], folder / "runs.log") as process:
         code = process.wait(timeout=600)
     assert code == 0, (folder / "runs.log").read_text()[-3000:]
     return {name: json.loads((folder / name / "result.json").read_text()) for name in names}
@@ -134,11 +137,24 @@ def answers(run: Path) -> list[str]:
         return [row["answer_predictions"] for row in csv.DictReader(file)]
 
 
-def test_a_signal_ends_both_after_the_step(stopped: tuple[int, dict[str, Any]], folder: Path) -> None:
-    code, result = stopped
+def test_a_signal_to_one_ends_both_after_the_step(runs: dict[str, dict[str, Any]]) -> None:
+    assert runs["stopped"]["status"] == "interrupted"
+    assert 0 < runs["stopped"]["steps"] < STEPS
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_launcher_ends_both(overrides: Callable[..., list[str]], folder: Path) -> None:
+    run = folder / "launched"
+    curve, end = run / "metrics.jsonl", time.monotonic() + 300
+    with started(["src/train.py", *overrides("launched", DROPOUT)], folder / "launched.log") as process:
+        while not (curve.exists() and "train/loss" in curve.read_text()):
+            assert process.poll() is None, (folder / "launched.log").read_text()[-3000:]
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)  # torchrun passes it on to both
+        code = process.wait(timeout=120)
     assert code != 0
-    assert result["status"] == "interrupted", (folder / "stopped.log").read_text()[-3000:]
-    assert 0 < result["steps"] < STEPS
+    assert json.loads((run / "result.json").read_text())["status"] == "interrupted"
 
 
 def test_the_stopped_run_is_resumed_bit_by_bit(runs: dict[str, dict[str, Any]], folder: Path) -> None:
