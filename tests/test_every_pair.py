@@ -14,7 +14,7 @@ QUANTIZATIONS = sorted(path.stem for path in (CONF / "quantization").glob("*.yam
 ADAPTERS = sorted(path.stem for path in (CONF / "adapter").glob("*.yaml"))
 FOUR_BITS = ("nf4", "fp4")
 REFUSED = {
-    **{("none", kind): "can't be trained themselves" for kind in (*FOUR_BITS, "int8")},
+    **{("none", kind): "can't be trained" for kind in (*FOUR_BITS, "int8")},
     **{("pissa", kind): "decomposes the base weights" for kind in (*FOUR_BITS, "int8")},
     **{(name, kind): "does not support it on 4-bit weights" for name in ("loha", "lokr") for kind in FOUR_BITS},
     ("dora", "int8"): "lose the scales of int8 weights",

@@ -93,11 +93,11 @@ def test_two_processes_end_with_the_error_of_the_second(tmp_path: Path) -> None:
     table = tiny.write_csv(tmp_path, [(f"number {i}?", "red") for i in range(12)], per_image=3)
     (tmp_path / "second.py").write_text(
         "import os, vlmtune.batching.loader as b\n"
-        "real = b.Batches.__getitem__\n"
-        "def failing(self, step):\n"
+        "real = b.Loader.make\n"
+        "def failing(self, step, number):\n"
         "    if os.environ['RANK'] == '1' and step == 2: raise vlmtune.DataError('the disk of the second machine')\n"
-        "    return real(self, step)\n"
-        "import vlmtune; b.Batches.__getitem__ = failing\n"
+        "    return real(self, step, number)\n"
+        "import vlmtune; b.Loader.make = failing\n"
         "from vlmtune.cli.main import run\n"
         "run('train')\n"
     )
