@@ -113,6 +113,7 @@ def test_a_kill_while_a_step_is_saved_again_leaves_one_of_both(tmp_path: Path) -
     assert seen == {1, 2}
 
 
+@pytest.mark.slow
 def test_a_kill_while_an_old_checkpoint_is_deleted_leaves_no_half_one(tmp_path: Path) -> None:
     root = tmp_path / "checkpoints"
     seen = set()

@@ -489,6 +489,7 @@ def test_schedules_end_with_the_steps_of_the_layout_that_was_chosen(
     assert told == [{"off": 6, "on": 8}[share]]
 
 
+@pytest.mark.slow
 def test_large_jpegs_are_decoded_small_unless_that_is_off(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

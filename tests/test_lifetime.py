@@ -110,6 +110,7 @@ def test_training_and_answering_leave_the_callers_state_alone(overrides: Overrid
     assert state() == before
 
 
+@pytest.mark.slow
 def test_sampling_goes_on_in_the_predictors_own_random_numbers(overrides: Overrides, tmp_path: Path) -> None:
     """Two calls draw two answers, and a predictor that is opened again draws the same two."""
     vlmtune.train(overrides())

@@ -344,6 +344,7 @@ def test_config_yaml_edited_by_hand_is_compared_too(overrides: Overrides, tmp_pa
         vlmtune.train([f"resume={run}"])
 
 
+@pytest.mark.slow
 def test_data_and_run_may_move(overrides: Overrides, tmp_path: Path) -> None:
     vlmtune.train(overrides())
     moved = tmp_path / "moved"

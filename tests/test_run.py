@@ -138,6 +138,7 @@ def test_predict_script_and_api_agree(overrides: Overrides, tmp_path: Path, tabl
     assert by_run[:3] == by_script["answer_predictions"][:3].tolist()
 
 
+@pytest.mark.slow
 def test_images_are_shown_once_for_the_answers_of_a_finished_run(
     overrides: Overrides, tmp_path: Path, table: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

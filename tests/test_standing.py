@@ -150,6 +150,7 @@ def test_a_signal_in_an_evaluation_between_steps_saves_at_once(
     assert (resumed["status"], resumed["metrics"]) == ("completed", straight["metrics"])
 
 
+@pytest.mark.slow
 def test_a_signal_in_the_last_evaluation_leaves_the_model_and_can_be_gone_on_with(
     overrides: Overrides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
