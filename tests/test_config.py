@@ -217,6 +217,19 @@ def test_a_wrong_value_is_named_with_its_key(override: str, problem: str) -> Non
         (["model.image.min_tokens=9", "model.image.max_tokens=4"], "model.image.min_tokens=9: above"),
         (["trainer.precision=fp16", "model.dtype=bf16"], "trainer.precision=fp16: can't be combined with"),
         (["model=auto"], "model.path: missing"),
+        (["model.path=a/b", "model.trust_remote_code=true", "model.revision=main"], "model.revision=main: code from a"),
+        (["model.save_layout=original"], "model.save_layout=original: is for whole models"),
+        (["trainer.early_stopping_patience=2", "trainer.eval_every=5"], "trainer.early_stopping_patience: also needs"),
+        (
+            ["trainer.best_metric=eval/exact", "trainer.eval_every=5"],
+            "trainer.best_metric=eval/exact: choose from: eval/exact_match",
+        ),
+        (["trainer.best_metric=eval/loss", "trainer.eval_every=null"], "trainer.best_metric: also needs"),
+        (["data.ignore=[answer]"], "data.ignore: answer is the column that data.columns.answer reads"),
+        (["data.streaming=true"], "data.streaming, data.subset: are for data=hub"),
+        (["data.header=[image_path,question,answer]"], "data.header: is for CSV and TSV files"),
+        (["data=csv", "data.train=a.csv", "data.header=[a,a]"], "data.header=['a', 'a']: must name each column once"),
+        (["adapter=ia3", "optimizer.loraplus_lr_ratio=16"], "optimizer.loraplus_lr_ratio: is for LoRA's B matrices"),
     ],
 )
 def test_an_impossible_combination_is_refused(overrides: list[str], starts: str) -> None:
@@ -356,3 +369,22 @@ def test_a_task_without_metrics_is_refused() -> None:
 def test_a_sweeps_folder_bears_its_name(words: list[str], name: str) -> None:
     composed = compose.compose("train", words)
     assert Path(composed.hydra.sweep.dir).parts[-2] == name
+
+
+def test_what_a_stream_cannot_do_is_refused_together() -> None:
+    stream = ["data=hub", "data.train=a/b", "data.validation=a/b:test", "data.streaming=true", "trainer.max_steps=null"]
+    unfit = [
+        "data.on_duplicate=drop",
+        "trainer.share_prefix=on",
+        "trainer.save_every=epoch",
+        "data.validation_fraction=0.1",
+    ]
+    found = problems(*stream, *unfit, "data.max_eval_rows=null")
+    assert [problem.split(":")[0] for problem in found] == [
+        "data.on_duplicate",
+        "trainer.share_prefix=on",
+        "data.streaming",
+        "data.streaming",
+        "data.validation_fraction",
+        "data.max_eval_rows",
+    ]
