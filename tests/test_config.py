@@ -222,7 +222,7 @@ def test_a_wrong_value_is_named_with_its_key(override: str, problem: str) -> Non
         (["trainer.early_stopping_patience=2", "trainer.eval_every=5"], "trainer.early_stopping_patience: also needs"),
         (
             ["trainer.best_metric=eval/exact", "trainer.eval_every=5"],
-            "trainer.best_metric=eval/exact: choose from: eval/exact_match",
+            "trainer.best_metric=eval/exact: choose from",
         ),
         (["trainer.best_metric=eval/loss", "trainer.eval_every=null"], "trainer.best_metric: also needs"),
         (["data.ignore=[answer]"], "data.ignore: answer is the column that data.columns.answer reads"),
