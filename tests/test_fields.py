@@ -289,6 +289,7 @@ def test_a_field_of_transformers_own_reaches_it(checkpoint_of: Callable[[str], P
 # ---------------------------------------------------------------- trainer
 
 
+@pytest.mark.slow
 def test_epochs_count_the_rows_and_max_steps_wins(train: Train) -> None:
     steps = [
         train({"trainer.epochs": e, "trainer.max_steps": most}) for e, most in ((1.0, None), (1.5, None), (1.5, 2))
@@ -426,6 +427,7 @@ def test_workers_prepare_batches(
     assert (set(processes) == {str(os.getpid())}) == here
 
 
+@pytest.mark.slow
 def test_a_seed_repeats_a_run_and_another_does_not(train: Train) -> None:
     first, again, other = (train({"trainer.seed": seed}) for seed in (1, 1, 2))
     assert first.losses == again.losses

@@ -278,6 +278,7 @@ def losses(run: Path) -> list[float]:
     return [row["train/loss"] for row in rows if "train/loss" in row]
 
 
+@pytest.mark.slow
 def test_a_change_is_applied_recorded_and_kept(overrides: Overrides, tmp_path: Path) -> None:
     run = tmp_path / "run"
     vlmtune.train(overrides("trainer.scheduler.name=constant"))
