@@ -49,7 +49,7 @@ def built(words: list[str], folder: Path) -> Setup:
 
 
 def ours(setup: Setup) -> Callable[[int], None]:
-    """Train so many steps with the loop of a run, on the first batches again and again."""
+    """Train a number of steps with the loop of a run, on the first batches again and again."""
     batches = [next(iter(setup.loader.micro_batches(step))) for step in range(BATCHES)]
 
     def steps(count: int) -> None:

@@ -28,7 +28,7 @@ def second() -> Iterator[World]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
-    yield World(rank=1, processes=2, local_rank=1, address="127.0.0.1", port=port)
+    yield World(rank=1, processes=2, address="127.0.0.1", port=port)
     del store
 
 

@@ -40,7 +40,7 @@ def test_the_world_is_what_the_launcher_says(monkeypatch: pytest.MonkeyPatch) ->
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     world = World.from_environment()
-    assert world == World(rank=9, processes=16, local_rank=1, address="node0", port=29500)
+    assert world == World(rank=9, processes=16, address="node0", port=29500)
     assert (world.is_main, world.is_alone) == (False, False)
     monkeypatch.setenv("WORLD_SIZE", "two")
     with pytest.raises(ConfigError, match="WORLD_SIZE=two: must be a number"):

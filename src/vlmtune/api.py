@@ -38,7 +38,7 @@ def run_in(folder: Path, config: Config, world: World = ALONE) -> dict[str, Any]
     Raises ConfigError if the folder holds another run, and any error that ends the run early: with several processes
     the error of the process that failed first.
     """
-    from vlmtune import display
+    from vlmtune.display import logging_to
     from vlmtune.launch import ranks, signals, surroundings
     from vlmtune.record import environment, guard, tracking
 
@@ -46,7 +46,7 @@ def run_in(folder: Path, config: Config, world: World = ALONE) -> dict[str, Any]
     tracking.check(config.tracker)
     with surroundings.kept(), ranks.closed_at_exit(world):
         if not world.is_main:
-            with display.logging_to(None), signals.ending_at_once(), ranks.reporting(world):
+            with logging_to(None), signals.ending_at_once(), ranks.reporting(world):
                 return _trained(config, None)
         with guard.held(folder, config, world):
             return _run_held(folder, config)
@@ -72,12 +72,12 @@ def _trained(config: Config, folder: Path | None) -> dict[str, Any]:
     if config.trainer.best_metric and "validation" not in splits:
         raise ConfigError("trainer.best_metric: needs rows to evaluate; set data.validation(_fraction)")
     log.info("fine-tuning %s for %s", config.model.name, config.task.name)
-    from vlmtune import run
+    from vlmtune.run import build, fit
 
-    built = run.build(config, splits, folder)
+    built = build(config, splits, folder)
     if config.preflight == "only":
         return {"status": "preflight", "steps": 0}
-    return run.fit(built)
+    return fit(built)
 
 
 def load(folder: str | Path, *, overrides: Sequence[str] = ()) -> Predictor:

@@ -17,6 +17,7 @@ from vlmtune.config.schema import TrainerConfig
 from vlmtune.data.records import Record
 from vlmtune.data.splits import Records
 from vlmtune.errors import VlmtuneError
+from vlmtune.launch.engine import Engine
 from vlmtune.launch.signals import SIGNALS
 from vlmtune.prompt.encode import Encoder
 
@@ -33,7 +34,7 @@ class Loader:
         plan: Plan,
         layout: Layout,
         trainer: TrainerConfig,
-        engine: Any,
+        engine: Engine,
     ):
         self.encoder, self.records, self.layout, self.trainer = encoder, records, layout, trainer
         self.order, self.total_steps = plan.order, plan.total_steps

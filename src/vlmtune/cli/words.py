@@ -18,7 +18,7 @@ Check = Callable[[list[str], bool, World], None]
 """Gets the overrides and whether -m is set. Raises VlmtuneError for what is wrong, without opening data or model."""
 
 
-def prepare(command: str, check: Check, world: World) -> int:
+def prepare(command: str, check: Check, world: World) -> None:
     """Check the command line and put it into Hydra's form in `sys.argv`. Raises VlmtuneError with all problems."""
     try:
         Path.cwd()
@@ -26,7 +26,7 @@ def prepare(command: str, check: Check, world: World) -> int:
         raise StorageError("the working folder no longer exists; change into one that does") from None
     words = flags_and_overrides(command)
     if words.hydra_help or words.shell_completion:
-        return 0
+        return
     usable, problems = compose.normalise(words.overrides)
     looks_only = words.help or words.cfg or words.info
     if not looks_only:
@@ -36,7 +36,6 @@ def prepare(command: str, check: Check, world: World) -> int:
         raise ConfigError(problems)
     flags = [word for word in sys.argv[1:] if word not in words.overrides]
     sys.argv[1:] = [*flags, *usable, *folder_of_resumed(words.overrides)]
-    return 0
 
 
 def flags_and_overrides(command: str) -> Any:

@@ -14,7 +14,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vlmtune.commands import typed
+from vlmtune.commands import PACKAGE, typed
 from vlmtune.config import paths, saved
 from vlmtune.config.paths import files_of
 from vlmtune.config.schema import SCHEMA, Config, defaults, home
@@ -22,14 +22,11 @@ from vlmtune.config.strict import strict, unreadable
 from vlmtune.errors import CheckpointError, ConfigError, UsageError, nearest
 
 NOT_ONE_RUN = "means several runs; add -m, or quote the value if it is one text"
-PACKAGE = Path(__file__).resolve().parents[1]
 OmegaConf.register_new_resolver("package", lambda path: str(PACKAGE / path), replace=True)
 OmegaConf.register_new_resolver("or_plain", lambda name: name if name not in (None, "None") else "plain", replace=True)
 OmegaConf.register_new_resolver("home", lambda: str(home()), replace=True)
 OmegaConf.register_new_resolver("typed", typed, replace=True)
-ConfigStore.instance().store(
-    "defaults", defaults()
-)  # the defaults that conf/train.yaml starts from, so that --help shows them too
+ConfigStore.instance().store("defaults", defaults())  # where conf/train.yaml starts, so that --help shows them too
 
 
 @functools.cache

@@ -17,12 +17,12 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vlmtune.config.schema import home
+from vlmtune.config.schema import READ_HUB, home
 from vlmtune.config.strict import literal
 from vlmtune.errors import CheckpointError, ConfigError
 
 MOVED = {
-    "vlmtune.data.hub.load": "vlmtune.data.sources.hub.load",
+    "vlmtune.data.hub.load": READ_HUB,
     "vlmtune.data.easy_vqa.load": "vlmtune.data.sources.easy_vqa.load",
     "vlmtune.data.drawn.load": "vlmtune.data.sources.drawn.courses.load",
     "vlmtune.data.drawn.load_see": "vlmtune.data.sources.drawn.courses.load_see",

@@ -13,13 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vlmtune.commands import PACKAGE
+
 PARTS = ("vision", "projector", "cross_attention", "language", "head")
 
 
 def home() -> Path:
     """The folder that contains `conf/` and `sweeps/`: the checkout, or the installed package."""
-    package = Path(__file__).resolve().parents[1]
-    return package if (package / "conf").is_dir() else package.parents[1]
+    return PACKAGE if (PACKAGE / "conf").is_dir() else PACKAGE.parents[1]
 
 
 def one_of(*choices: str, default: str | None = None) -> Any:
@@ -30,6 +31,12 @@ def one_of(*choices: str, default: str | None = None) -> Any:
 def number(default: Any, *, least: float = -math.inf, above: float = -math.inf, most: float = math.inf) -> Any:
     """A number field with bounds: `least` and `most` are inclusive, `above` is exclusive."""
     return field(default=default, metadata={"least": least, "above": above, "most": most})
+
+
+READ_FILES = "vlmtune.data.table.read_files"
+"""The function that reads tables by their file extensions, as `data._target_`."""
+READ_HUB = "vlmtune.data.sources.hub.load"
+"""The function that reads data sets of the hub."""
 
 
 @dataclass
@@ -146,7 +153,7 @@ class ColumnsConfig:
 
 @dataclass
 class DataConfig:
-    _target_: str = "vlmtune.data.table.read_files"
+    _target_: str = READ_FILES
     """Dotted path of the function that gets this config and returns the splits {train, validation, test}; may be your
     own."""
     train: Any = field(default=None, metadata={"files": True})

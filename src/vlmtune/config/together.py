@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmtune.config import peft_fields, quantization_fields
-from vlmtune.config.schema import PARTS, Config
+from vlmtune.config.schema import PARTS, READ_FILES, READ_HUB, Config
 from vlmtune.errors import ConfigError, nearest
 from vlmtune.metrics import resolve
 
@@ -65,11 +65,11 @@ def of_data(config: Config) -> Iterator[str]:
     for role, name in vars(data.columns).items():
         if name in data.ignore:
             yield f"data.ignore: {name} is the column that data.columns.{role} reads; remove it from one of them"
-    if (data.streaming or data.subset) and data._target_ != "vlmtune.data.sources.hub.load":
+    if (data.streaming or data.subset) and data._target_ != READ_HUB:
         yield "data.streaming, data.subset: are for data=hub"
     if data.header is None:
         return
-    if data._target_ != "vlmtune.data.table.read_files":
+    if data._target_ != READ_FILES:
         yield "data.header: is for CSV and TSV files, with data=csv"
     if not data.header or len(set(data.header)) < len(data.header):
         yield f"data.header={data.header}: must name each column once, for instance [image_path,question,answer]"

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vlmtune.config.paths import files_of
-from vlmtune.config.schema import DataConfig, TaskConfig
+from vlmtune.config.schema import READ_FILES, DataConfig, TaskConfig
 from vlmtune.data.bad_rows import BadRowsError, refusals, repeats_refused, without_repeats
 from vlmtune.data.columns import column_problems
 from vlmtune.data.rows import joined
@@ -78,7 +78,7 @@ def load(
     tables = _tables(dataclasses.replace(config, **unwanted), wanted)
     holds_out = holds_out and "train" in tables and "validation" not in tables
     if splits[0] not in tables and not holds_out:
-        reads_files = config._target_ == DataConfig._target_
+        reads_files = config._target_ == READ_FILES
         target = "" if reads_files else f", or let data._target_={config._target_} return the split {splits[0]!r}"
         raise ConfigError(f"data.{splits[0]}: missing; set data.{splits[0]}=FILE{target}")
     found = _audited(tables, config, task, answers_required, seed)

@@ -16,6 +16,7 @@ from vlmtune.config.schema import Config
 from vlmtune.data.records import Record
 from vlmtune.evaluation.drafts import Draft
 from vlmtune.evaluation.generate import generate
+from vlmtune.launch.engine import Engine
 from vlmtune.launch.signals import EvaluationStopped
 from vlmtune.metrics import resolve, score
 from vlmtune.objectives.next_token import supervised_logits
@@ -41,7 +42,7 @@ def evaluate(
     encoder: Encoder,
     records: Sequence[Record],
     config: Config,
-    engine: Any,
+    engine: Engine,
     *,
     title: str,
     layout: Layout = PLAIN,
@@ -55,7 +56,7 @@ def evaluate(
     `done`: called with the first row's number and the answers of a few batches, in order; with several processes once
     at the end, with all answers.
     """
-    own = _dealt(records, engine)
+    own, alone = _dealt(records, engine), engine.num_processes == 1
     result: Answered | int
     try:
         with display.bar(title, 2 * len(own), show=engine.is_main_process) as shown:
@@ -68,19 +69,17 @@ def evaluate(
             def answer(rows: Sequence[Record]) -> Answered:
                 return _answer(model, encoder, rows, config, engine, layout, advance)
 
-            result = _in_pieces(
-                answer, own, config.trainer.eval_batch_size, done if engine.num_processes == 1 else None
-            )
+            result = _in_pieces(answer, own, config.trainer.eval_batch_size, done if alone else None)
     except EvaluationStopped as ended:
         result = ended.number
     loss, tokens, predictions = _over_ranks(result, engine)
-    if done is not None and engine.num_processes > 1:
+    if done is not None and not alone:
         done(0, predictions)
     means, scores = score(resolve(config.task.metrics), predictions, [list(record.answers) for record in records])
     return Evaluation({"loss": loss / max(tokens, 1), **means}, predictions, scores)
 
 
-def _dealt(records: Sequence[Record], engine: Any) -> Sequence[Record]:
+def _dealt(records: Sequence[Record], engine: Engine) -> Sequence[Record]:
     """This rank's part of the records."""
     count = math.ceil(len(records) / engine.num_processes)
     return records[engine.process_index * count : (engine.process_index + 1) * count]
@@ -90,7 +89,7 @@ Answered = tuple[float, int, list[str]]
 """Summed loss, number of supervised tokens, and the answers, of some rows."""
 
 
-def _over_ranks(own: Answered | int, engine: Any) -> Answered:
+def _over_ranks(own: Answered | int, engine: Engine) -> Answered:
     """The results of all ranks together. Raises `EvaluationStopped` if one of them has the number of a signal instead:
     it may reach only some ranks, and all must stop.
     """
@@ -126,7 +125,7 @@ def _answer(
     encoder: Encoder,
     own: Sequence[Record],
     config: Config,
-    engine: Any,
+    engine: Engine,
     layout: Layout,
     advance: Callable[[int], None],
 ) -> Answered:
@@ -162,7 +161,7 @@ def loss_and_drafts(
     encoder: Encoder,
     records: Sequence[Record],
     batch_size: int,
-    engine: Any,
+    engine: Engine,
     make: Callable[[Encoder, Sequence[Record]], Batch],
     draft: Draft,
     advance: Callable[[int], None],

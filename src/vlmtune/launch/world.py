@@ -16,8 +16,6 @@ class World:
     """Of this process, from 0, over all machines."""
     processes: int = 1
     """How many the launcher started, over all machines."""
-    local_rank: int = 0
-    """Of this process, from 0, on its own machine."""
     address: str | None = None
     """Host of the store by which the processes found each other; None without a launcher."""
     port: int | None = None
@@ -28,7 +26,6 @@ class World:
         return cls(
             rank=_number("RANK") or 0,
             processes=_number("WORLD_SIZE") or 1,
-            local_rank=_number("LOCAL_RANK") or 0,
             address=os.environ.get("MASTER_ADDR"),
             port=_number("MASTER_PORT"),
         )

@@ -6,11 +6,11 @@ import dataclasses
 from contextlib import closing
 from pathlib import Path
 
-from vlmtune.config.schema import Config
+from vlmtune.config.schema import READ_FILES, Config
 from vlmtune.data.splits import Records
 from vlmtune.errors import ConfigError, DataError
 from vlmtune.predict.predictor import Predictor, audited, reasons_of
-from vlmtune.predict.rows import READ_FILES, inputs_of, of_test_rows
+from vlmtune.predict.rows import inputs_of, of_test_rows
 from vlmtune.record.outputs import ANSWER, ERROR, Answers, Rows, output_file, refuse_columns, warn_of_formulas
 
 

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from vlmtune.config.schema import DataConfig
-
-READ_FILES = "vlmtune.data.table.read_files"
-"""The function that reads a table by its file extension."""
+from vlmtune.config.schema import READ_FILES, READ_HUB, DataConfig
 
 
 def of_test_rows(data: DataConfig) -> DataConfig:
@@ -16,7 +13,7 @@ def of_test_rows(data: DataConfig) -> DataConfig:
     from vlmtune.data.sources.files import is_table
 
     own = dataclasses.replace(data, train=None, validation=None, validation_fraction=0.0)
-    hub = data._target_ == "vlmtune.data.sources.hub.load" and not all(map(is_table, files_of(data.test)))
+    hub = data._target_ == READ_HUB and not all(map(is_table, files_of(data.test)))
     return own if hub else dataclasses.replace(own, _target_=READ_FILES)
 
 

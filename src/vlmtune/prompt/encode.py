@@ -26,7 +26,6 @@ from vlmtune.prompt.placeholders import expanded
 from vlmtune.prompt.rendering import Prompt, Spans
 
 if TYPE_CHECKING:
-    from vlmtune.config.schema import Config
     from vlmtune.prompt.image_cache import PixelStore
 
 

@@ -14,10 +14,8 @@ def by_the_processor(encoder: Encoder, record: Record, *, answered: bool) -> Any
     processor = encoder.processor
     text, _ = encoder.render(record, answered=answered)
     pictures = [encoder.images.open(source) for source in record.images]
-    own, processor.tokenizer = (
-        processor.tokenizer,
-        encoder.tokenizer,
-    )  # our encoder treats markers in a user's text as text
+    own = processor.tokenizer
+    processor.tokenizer = encoder.tokenizer  # it treats markers in a user's text as text
     try:
         return processor(
             text=[text],

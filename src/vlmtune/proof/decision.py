@@ -13,6 +13,7 @@ from vlmtune.batching.order import Plan, plan
 from vlmtune.config.schema import Config
 from vlmtune.data.records import Record
 from vlmtune.data.splits import Records
+from vlmtune.launch.engine import Engine
 from vlmtune.models.parts import Parts
 from vlmtune.prompt.encode import Encoder
 from vlmtune.prompt.image_cache import PixelStore
@@ -39,7 +40,7 @@ def decide(
     records: Records,
     sample: Sequence[Record],
     config: Config,
-    engine: Any,
+    engine: Engine,
     *,
     evaluated: bool,
 ) -> Decision:

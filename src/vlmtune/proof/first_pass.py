@@ -16,14 +16,16 @@ from vlmtune.batching.layout import Batch, padded
 from vlmtune.batching.loader import Loader
 from vlmtune.data.records import Record
 from vlmtune.errors import TrainingError
+from vlmtune.launch.engine import Engine
 from vlmtune.models.parts import Parts, base_of
 from vlmtune.objectives.next_token import summed_loss
 from vlmtune.prompt.encode import Encoder
 
-REFUSALS = (ValueError, TypeError, RuntimeError, IndexError, KeyError, AttributeError, NotImplementedError)
+REFUSALS = (ValueError, TypeError, RuntimeError, IndexError, KeyError, AttributeError)
+"""What a model raises if it does not support a form of its inputs."""
 
 
-def check_loss(model: Any, encoder: Encoder, records: Sequence[Record], engine: Any) -> str:
+def check_loss(model: Any, encoder: Encoder, records: Sequence[Record], engine: Engine) -> str:
     """Raise TrainingError unless our loss of some rows equals the loss that the model computes from the same labels.
 
     In evaluation mode, on padded rows. The model computes logits at all positions, so the number of rows is limited
@@ -48,7 +50,7 @@ def check_loss(model: Any, encoder: Encoder, records: Sequence[Record], engine: 
     finally:
         model.train(was_training)
     gap = float((ours - own).abs() / own.abs().clamp(min=1e-6))
-    allowed = 2e-2 if _computes_in_halves(model, engine) else 1e-3
+    allowed = 2e-2 if computes_in_halves(model, engine) else 1e-3
     if not gap <= allowed and torch.isfinite(own):
         raise TrainingError(
             f"the loss of the first rows is {float(ours):.6f}, but the model computes {float(own):.6f} from the same "
@@ -61,12 +63,12 @@ MOST_LOGITS = 2**28
 """The most logits to hold for the model's own loss: 1 GB in float32."""
 
 
-def _computes_in_halves(model: Any, engine: Any) -> bool:
+def computes_in_halves(model: Any, engine: Engine) -> bool:
     halves = (torch.float16, torch.bfloat16)
     return engine.mixed_precision != "no" or any(p.dtype in halves for p in model.parameters())
 
 
-def check_gradients(model: Any, parts: Parts, encoder: Encoder, records: Sequence[Record], engine: Any) -> str:
+def check_gradients(model: Any, parts: Parts, encoder: Encoder, records: Sequence[Record], engine: Engine) -> str:
     """Raise TrainingError if a frozen tensor gets a gradient, or a trainable one that these rows reach gets none.
 
     A tensor is reached if its module (or the module's holder) runs in this pass. The log names tensors that are not
@@ -119,7 +121,7 @@ def _owners(model: Any, name: str) -> set[str]:
     return {module, holder}
 
 
-def _one_pass(model: Any, batch: Batch, engine: Any) -> tuple[Tensor, list[str], list[str], set[str]]:
+def _one_pass(model: Any, batch: Batch, engine: Engine) -> tuple[Tensor, list[str], list[str], set[str]]:
     """The loss, trainable tensors without a gradient, frozen tensors with one, and the modules that ran."""
     was_training = model.training
     model.train()
@@ -157,7 +159,7 @@ def _noting_use(model: Any) -> Iterator[set[str]]:
             handle.remove()
 
 
-def check_longest(model: Any, loader: Loader, candidates: Sequence[Record], engine: Any) -> str:
+def check_longest(model: Any, loader: Loader, candidates: Sequence[Record], engine: Engine) -> str:
     """Run one forward and backward pass with the longest training row, in a batch of the run's size.
 
     `candidates`: rows that may be the longest. Raises TrainingError if the pass fails. An out-of-memory error passes

@@ -19,20 +19,20 @@ from vlmtune.data.records import Record
 from vlmtune.errors import ConfigError
 from vlmtune.evaluation.generate import generate
 from vlmtune.launch import session
+from vlmtune.launch.engine import Engine
 from vlmtune.models import rewrites
 from vlmtune.models.features import FeatureStore, refusal
 from vlmtune.models.parts import Parts
 from vlmtune.objectives.next_token import summed_loss
 from vlmtune.prompt.encode import Encoder
 from vlmtune.prompt.image_cache import PixelStore, pixels_mark
+from vlmtune.proof.first_pass import REFUSALS, computes_in_halves
 
 log = logging.getLogger("vlmtune")
-REFUSALS = (ValueError, TypeError, RuntimeError, IndexError, KeyError, AttributeError)
-"""What a model raises if it doesn't support a form of its inputs."""
 
 
 def choose_layout(
-    model: Any, encoder: Encoder, pairs: list[list[Record]], trainer: TrainerConfig, engine: Any, *, evaluated: bool
+    model: Any, encoder: Encoder, pairs: list[list[Record]], trainer: TrainerConfig, engine: Engine, *, evaluated: bool
 ) -> Layout:
     """Padded or shared batches, by `trainer.share_prefix`. `pairs`: rows that show the same images, by shape.
 
@@ -53,14 +53,14 @@ def choose_layout(
     return Layout(fits, fits and evaluated and session.all_ranks(answers, engine), evidence)
 
 
-def answers_agree(model: Any, encoder: Encoder, records: list[Record], engine: Any) -> bool:
+def answers_agree(model: Any, encoder: Encoder, records: list[Record], engine: Engine) -> bool:
     """Whether this model generates the same tokens for records that share their image as for each record alone.
 
     False if there are no records.
     """
     if not records:
         return False
-    options = {"batch_size": len(records), "autocast": engine.autocast}
+    options: dict[str, Any] = {"batch_size": len(records), "autocast": engine.autocast}
     short = GenerationConfig(max_new_tokens=4)
     try:
         answers = [generate(model, encoder, records, short, share=share, **options) for share in (False, True)]
@@ -72,7 +72,7 @@ def answers_agree(model: Any, encoder: Encoder, records: list[Record], engine: A
     return answers[0] == answers[1]
 
 
-def layouts_agree(model: Any, encoder: Encoder, records: list[Record], engine: Any) -> tuple[bool, str]:
+def layouts_agree(model: Any, encoder: Encoder, records: list[Record], engine: Engine) -> tuple[bool, str]:
     """Whether loss and gradients are the same with both layouts of `records`, and the measured differences."""
     plain, branched = partial(padded, encoder, records), partial(shared, encoder, records)
     return _agree(model, engine, plain, branched, "the shared layout")
@@ -93,7 +93,7 @@ def choose_cache(
     encoder: Encoder,
     sample: Sequence[Record],
     config: Config,
-    engine: Any,
+    engine: Engine,
     *,
     seen_once: bool,
 ) -> ImageCache:
@@ -123,7 +123,7 @@ def choose_cache(
     return ImageCache(store, f"features   {what} {'on disk' if setting == 'disk' else 'in memory'} ({evidence})")
 
 
-def _needs_no_cache(data: DataConfig, shown: Sequence[Record], engine: Any, seen_once: bool) -> str | None:
+def _needs_no_cache(data: DataConfig, shown: Sequence[Record], engine: Engine, seen_once: bool) -> str | None:
     """Why no model needs a cache here; None if a cache may help."""
     setting = data.cache_features
     if setting == "off":
@@ -145,7 +145,7 @@ def _uncached(setting: str, reason: str) -> ImageCache:
     return ImageCache(None, f"features   computed each time ({reason})")
 
 
-def rewrites_agree(model: Any, encoder: Encoder, sample: Sequence[Record], engine: Any) -> bool:
+def rewrites_agree(model: Any, encoder: Encoder, sample: Sequence[Record], engine: Engine) -> bool:
     """Whether loss and gradients are the same with the fast forms of modules (`models.rewrites`) as without.
 
     True if the model has none. The result is logged.
@@ -179,7 +179,7 @@ def _same_inputs(plain: Callable[[], Batch], kept: Callable[[], Batch]) -> tuple
 
 
 def _agree(
-    model: Any, engine: Any, plain: Callable[[], Batch], fast: Callable[[], Batch], name: str
+    model: Any, engine: Engine, plain: Callable[[], Batch], fast: Callable[[], Batch], name: str
 ) -> tuple[bool, str]:
     """Whether two forms of the same rows give the same loss and gradients, and the measured differences."""
     try:
@@ -195,7 +195,7 @@ Pass = tuple[float, torch.Tensor]
 """A summed loss, and the gradients as one vector."""
 
 
-def _passed(model: Any, batch: Callable[[], Batch], engine: Any) -> Pass:
+def _passed(model: Any, batch: Callable[[], Batch], engine: Engine) -> Pass:
     """One forward and backward pass in evaluation mode, so that dropout causes no differences."""
     was_training = model.training
     model.eval()
@@ -206,11 +206,9 @@ def _passed(model: Any, batch: Callable[[], Batch], engine: Any) -> Pass:
         model.zero_grad(set_to_none=True)
 
 
-def _compared(first: Pass, second: Pass, model: Any, engine: Any) -> tuple[bool, str]:
+def _compared(first: Pass, second: Pass, model: Any, engine: Engine) -> tuple[bool, str]:
     """Whether both passes gave the same result up to rounding, and the measured differences."""
-    halves = (torch.float16, torch.bfloat16)
-    half = engine.mixed_precision != "no" or any(p.dtype in halves for p in model.parameters())
-    allowed = 5e-2 if half else 1e-3
+    allowed = 5e-2 if computes_in_halves(model, engine) else 1e-3
     loss_gap = abs(first[0] - second[0]) / max(abs(first[0]), 1e-6)
     gradient_gap = float((first[1] - second[1]).norm() / first[1].norm().clamp(min=1e-12))
     found = f"loss differs by {loss_gap:.1e}, gradients by {gradient_gap:.1e} (relative; allowed {allowed:.0e})"
@@ -221,7 +219,7 @@ COMPARED = 20_000_000
 """The most gradient entries to compare: those of the smallest tensors, which all depend on the attention."""
 
 
-def _loss_and_gradient(model: Any, batch: Batch, engine: Any) -> Pass:
+def _loss_and_gradient(model: Any, batch: Batch, engine: Engine) -> Pass:
     """Summed loss, and the gradients as one vector on the CPU."""
     model.zero_grad(set_to_none=True)
     with engine.autocast():

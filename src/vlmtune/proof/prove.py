@@ -8,6 +8,7 @@ from typing import Any
 
 from vlmtune.config.schema import Config
 from vlmtune.data.records import Record
+from vlmtune.launch.engine import Engine
 from vlmtune.models.parts import Parts
 from vlmtune.prompt.encode import Encoder
 from vlmtune.proof import checks, first_pass
@@ -17,7 +18,7 @@ log = logging.getLogger("vlmtune")
 
 
 def prove(
-    model: Any, parts: Parts, encoder: Encoder, sample: Sequence[Record], rows: Checked, config: Config, engine: Any
+    model: Any, parts: Parts, encoder: Encoder, sample: Sequence[Record], rows: Checked, config: Config, engine: Engine
 ) -> None:
     """Check on real rows that the labels, inputs, loss and gradients are right.
 

@@ -88,8 +88,7 @@ class Finish:
                 metric, rows = run.config.task.metrics[0], run.splits["validation"]
                 runfolder.write_predictions(folder / "predictions.csv", rows, final, metric)
         with _optional("model/README.md"):
-            counts = {name: len(split) for name, split in run.splits.items() if not split.records.streamed}
-            card.write(folder, run.config, result, counts)
+            card.write(folder, run.config, result, {name: len(split) for name, split in run.splits.items()})
         with _optional("the tracker's result"):
             self.journal.tracker.finish(result)
         with _optional("report.html"):

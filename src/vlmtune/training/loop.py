@@ -7,11 +7,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from vlmtune.errors import NonFinite
+from vlmtune.launch.engine import Engine
 from vlmtune.record.progress import Progress
 
 
@@ -31,19 +32,6 @@ class StepReport:
     """Share of the computed tokens that are padding."""
     waited: float
     """How many of these seconds the step waited for data."""
-
-
-class Engine(Protocol):
-    """What the loop needs of accelerate.Accelerator."""
-
-    device: torch.device
-    num_processes: int
-
-    def backward(self, loss: torch.Tensor) -> None: ...
-    def no_sync(self, model: Any) -> Any: ...
-    def autocast(self) -> Any: ...
-    def clip_grad_norm_(self, parameters: Any, max_norm: float) -> Any: ...
-    def reduce(self, tensor: torch.Tensor, reduction: str) -> torch.Tensor: ...
 
 
 @dataclass

@@ -17,6 +17,7 @@ from typing import Any
 from vlmtune.config.saved import present_name
 from vlmtune.config.schema import OPEN_GROUPS, Config, plain
 from vlmtune.errors import CheckpointError
+from vlmtune.launch.engine import Engine
 from vlmtune.record import runfolder
 
 log = logging.getLogger("vlmtune")
@@ -127,7 +128,7 @@ WAYS_OUT = {
 """What to do if a value that follows from several keys or from files differs."""
 
 
-def identity(config: Config, batches: Any, engine: Any, model_files: str) -> dict[str, Any]:
+def identity(config: Config, batches: Any, engine: Engine, model_files: str) -> dict[str, Any]:
     """Everything about a run that a resumed run is compared with, in the form that a checkpoint stores."""
     found = {
         **batches.identity,

@@ -9,6 +9,7 @@ from typing import Any
 from vlmtune.batching.loader import Loader
 from vlmtune.config.schema import Config
 from vlmtune.data.splits import Split
+from vlmtune.launch.engine import Engine
 from vlmtune.models.parts import Parts
 from vlmtune.prompt.encode import Encoder
 
@@ -20,7 +21,7 @@ class Setup:
     config: Config
     folder: Path
     """The run folder. The same on every process; only the first process writes to it."""
-    engine: Any
+    engine: Engine
     splits: dict[str, Split]
     model: Any
     prepared: Any

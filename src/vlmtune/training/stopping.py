@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
 from vlmtune.launch import signals
+from vlmtune.launch.engine import Engine
 
 
 class Stopping:
     """Watches for signals. A signal that reached only some processes stops all of them."""
 
-    def __init__(self, engine: Any):
+    def __init__(self, engine: Engine):
         self.engine, self.own = engine, signals.StopRequest()
         self.signal: int | None = None
         """The signal that ends the run, the same on every process."""
