@@ -24,7 +24,7 @@ from vlmtune.errors import DataError
 from vlmtune.prompt.encode import Encoder
 from vlmtune.prompt.labels import IGNORE
 from vlmtune.proof.checks import check_labels
-from vlmtune.proof.look import Limits, Look
+from vlmtune.proof.row_checker import Limits, RowChecker
 
 LLAVA = ColumnsConfig(image="image", conversation="conversations")
 OPENAI = ColumnsConfig(image="images", conversation="messages")
@@ -280,7 +280,7 @@ def test_no_token_of_an_image_is_learned_where_a_template_ends_no_answer(encoder
 
 def test_rows_that_a_family_can_not_take_are_named_before_training(encoder_of: Callable[[str], Encoder]) -> None:
     bad = [tiny.record("Say a", "a", []), tiny.record("b?", "b", earlier=[("a?", "a")])]
-    reasons, _ = Look(encoder_of("paligemma2"), Limits(None, 10_000)).through([tiny.record(), *bad])
+    reasons, _ = RowChecker(encoder_of("paligemma2"), Limits(None, 10_000)).check_all([tiny.record(), *bad])
     assert {row: reason[:30] for row, reason in reasons.items()} == {
         1: "has no image, and PaliGemmaPro",
         2: "this model's chat template ref",

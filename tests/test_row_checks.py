@@ -24,7 +24,7 @@ from vlmtune.data.splits import RecordList, Split
 from vlmtune.errors import ModelError
 from vlmtune.prompt.encode import Encoder
 from vlmtune.proof import rows as row_checks
-from vlmtune.proof.look import Limits, Look, limits_of
+from vlmtune.proof.row_checker import Limits, RowChecker, limits_of
 from vlmtune.proof.rows import check_rows
 
 ROOMY = Limits(100_000, 100_000)
@@ -37,7 +37,7 @@ def config(**data: Any) -> Any:
 
 
 def looked(encoder: Encoder, records: list[Record], limits: Limits = ROOMY) -> dict[int, str]:
-    return Look(encoder, limits).through(records)[0]
+    return RowChecker(encoder, limits).check_all(records)[0]
 
 
 # ---------------------------------------------------------------- length
@@ -60,7 +60,7 @@ def test_bounds_are_no_smaller_than_lengths(encoder_of: Callable[[str], Encoder]
     encoder = encoder_of("qwen2_vl")
     sizes = [(28 * (1 + n % 7), 28 * (1 + n % 5)) for n in range(40)]  # more than are tried one by one
     records = [tiny.record(f"ü{n}?", "a\n\nb", [tiny.image(*size, n)]) for n, size in enumerate(sizes)]
-    _, bounds = Look(encoder, ROOMY).through(records)
+    _, bounds = RowChecker(encoder, ROOMY).check_all(records)
     assert all(bound >= sum(real) for bound, real in zip(bounds, encoder.lengths(records), strict=True))
 
 

@@ -13,7 +13,7 @@ from test_prompts import messages_of, record_of, shapes, with_template
 from vlmtune.errors import DataError
 from vlmtune.prompt.encode import Encoder
 from vlmtune.proof.checks import check_labels
-from vlmtune.proof.look import Limits
+from vlmtune.proof.row_checker import Limits
 from vlmtune.proof.rows import check_rows
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"

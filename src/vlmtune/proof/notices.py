@@ -9,7 +9,7 @@ from collections import Counter
 from vlmtune.data.marks import PLACE
 from vlmtune.data.splits import Split
 from vlmtune.prompt.encode import Encoder
-from vlmtune.proof.look import texts_of
+from vlmtune.proof.row_checker import texts_of
 
 log = logging.getLogger("vlmtune")
 

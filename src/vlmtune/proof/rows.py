@@ -14,8 +14,8 @@ from vlmtune.data.bad_rows import BadRowsError, refusals
 from vlmtune.data.records import Record
 from vlmtune.data.splits import RecordList, Records, Split
 from vlmtune.prompt.encode import Encoder
-from vlmtune.proof.look import Limits, Look, texts_of
 from vlmtune.proof.notices import log_date, log_markers, warn_of_long_references
+from vlmtune.proof.row_checker import Limits, RowChecker, texts_of
 
 log = logging.getLogger("vlmtune")
 
@@ -37,14 +37,14 @@ def check_rows(encoder: Encoder, splits: dict[str, Split], config: Config, limit
     Raises ModelError if every row needs tokens beyond the model's embedding, and BadRowsError if `data.on_bad_row` and
     `data.max_bad_fraction` don't allow the run to continue.
     """
-    look = Look(encoder, limits)
-    look.at_template()
+    checker = RowChecker(encoder, limits)
+    checker.check_tokenizer()
     problems, longest, count = [], [], 0
     for name, split in splits.items():
         if split.records.streamed:
-            split.records = split.records.refusing(look.faults_of)
+            split.records = split.records.refusing(checker.faults_of)
             continue
-        reasons, bounds = look.through(split.records)
+        reasons, bounds = checker.check_all(split.records)
         if name == "train":
             usable = [n for n in range(len(bounds)) if n not in reasons]
             longest = [split.records[n] for n in sorted(usable, key=bounds.__getitem__, reverse=True)[:LONGEST]]

@@ -42,7 +42,7 @@ def limits_of(model: Any) -> Limits:
     return Limits(positions, embedding.weight.shape[0] + (0 if extra is None else extra.weight.shape[0]))
 
 
-class Look:
+class RowChecker:
     """Finds rows that the model can't process. Cheap bounds come first; only few rows are tokenized."""
 
     def __init__(self, encoder: Encoder, limits: Limits):
@@ -55,7 +55,7 @@ class Look:
         self.refusal = functools.cache(self._refusal)
         self.seen: dict[Hashable, tuple[int, int]] = {}
 
-    def at_template(self) -> None:
+    def check_tokenizer(self) -> None:
         """Raise ModelError if tokens that every row contains have no embedding."""
         base = self.encoder.tokenizer.vocab_size
         end = max(self.encoder.answers.end_ids)
@@ -66,7 +66,7 @@ class Look:
                 "was not resized (model.resize_token_embeddings) before the checkpoint was saved"
             )
 
-    def through(self, records: Sequence[Record]) -> tuple[dict[int, str], list[int]]:
+    def check_all(self, records: Sequence[Record]) -> tuple[dict[int, str], list[int]]:
         """The reason against each bad row, by row number, and an upper bound on the tokens of each row."""
         reasons: dict[int, str] = {}
         shown: list[Sizes] = []
@@ -90,8 +90,8 @@ class Look:
         return reasons, bounds
 
     def faults_of(self, record: Record) -> list[str]:
-        """As `through`, for one row."""
-        return list(self.through([record])[0].values())
+        """As `check_all`, for one row."""
+        return list(self.check_all([record])[0].values())
 
     # ---------------------------------------------------------------- one row
 
