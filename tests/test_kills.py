@@ -19,8 +19,6 @@ from safetensors.torch import load_file
 
 import tiny
 import vlmtune
-from vlmtune import durable
-from vlmtune.errors import CheckpointError
 
 pytestmark = pytest.mark.slow
 
@@ -92,11 +90,7 @@ def test_a_killed_run_ends_as_the_straight_one(
     words = overrides(folder, *kind)
     done = subprocess.run([sys.executable, "-c", PROGRAM, name, str(place), *words], capture_output=True)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
-    try:
-        result = vlmtune.train([f"resume={folder}"])
-    except CheckpointError:  # nothing was saved yet: the same command starts it again
-        assert place == 1 or name == "fsync"
-        result = vlmtune.train(words)
+    result = vlmtune.train([*words, "resume=auto"])
     assert (result["status"], result["steps"]) == ("completed", 9)
     assert_equal(folder, straight)
 
@@ -114,7 +108,7 @@ def test_runs_killed_at_random_end_as_the_straight_one(
     for number in range(RUNS):
         folder = tmp_path / f"run{number}"
         for kill in range(KILLS + 1):
-            process = start([f"resume={folder}"] if saved(folder) else overrides(folder, *kind))
+            process = start([*overrides(folder, *kind), "resume=auto"])
             if kill < KILLS:
                 time.sleep(chance.uniform(0.1, 1.1) * seconds)
                 process.kill()
@@ -125,8 +119,3 @@ def test_runs_killed_at_random_end_as_the_straight_one(
 def start(words: list[str]) -> subprocess.Popen[bytes]:
     program = [sys.executable, "src/train.py", *words]
     return subprocess.Popen(program, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-
-def saved(folder: Path) -> bool:
-    """Whether there is a checkpoint, under its own name or one that the next start gives back to it."""
-    return any(name.startswith("step_") for name in durable.names(folder / "checkpoints"))

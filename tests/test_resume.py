@@ -420,3 +420,67 @@ def test_the_rows_of_an_older_version_are_the_same_rows() -> None:
 
 def asking(**fields: Any) -> Record:
     return Record((Turn("who?", ("me",), **fields),), (), "2")
+
+
+# ---------------------------------------------------------------- resume=auto: the same command again
+
+
+def test_the_same_command_starts_resumes_and_then_has_nothing_to_do(overrides: Overrides, tmp_path: Path) -> None:
+    run, straight = tmp_path / "run", tmp_path / "straight"
+    vlmtune.train(overrides("trainer.log_every=1", name="straight"))
+    words = overrides("trainer.log_every=1", "resume=auto")
+    vlmtune.train(words)
+    cut_back(run, 2)
+    again = vlmtune.train(words)
+    assert "resuming from step 2" in (run / "train.log").read_text()
+    assert losses(run) == losses(straight)
+    assert (run / "model" / "adapter_model.safetensors").read_bytes() == (
+        straight / "model" / "adapter_model.safetensors"
+    ).read_bytes()
+    files = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "train.log"}
+    assert vlmtune.train(words) == again
+    assert {path: path.read_bytes() for path in files} == files
+
+
+def test_a_run_without_a_checkpoint_starts_again(overrides: Overrides, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = overrides("resume=auto", "trainer.log_every=1")
+    with pytest.raises(ConfigError, match="has no trainable weight"):
+        vlmtune.train([*words, "trainer.learning_rate_of.vision=1e-5"])
+    assert vlmtune.train(words)["steps"] == 4
+    shutil.rmtree(run / "checkpoints")
+    (run / "result.json").unlink()
+    shutil.rmtree(run / "model")  # as if it had been killed early
+    assert vlmtune.train(words)["steps"] == 4
+
+
+def test_another_run_is_no_restart(overrides: Overrides, tmp_path: Path) -> None:
+    words = overrides("resume=auto", "trainer.save_every=null")
+    vlmtune.train(words)
+    assert vlmtune.train(words)["status"] == "completed"
+    with pytest.raises(ConfigError, match="holds a run already"):
+        vlmtune.train([*words, "trainer.seed=1"])
+    vlmtune.train(overrides("resume=auto", name="saved"))
+    with pytest.raises(CheckpointError, match=r"adapter\.r was \d+, now 3"):
+        vlmtune.train(overrides("resume=auto", "adapter.r=3", name="saved"))
+
+
+def test_a_folder_that_is_new_at_each_start_is_refused(overrides: Overrides) -> None:
+    words = [word for word in overrides("resume=auto") if not word.startswith("hydra")]
+    with pytest.raises(ConfigError, match="the same folder at each start"):
+        vlmtune.train(words)
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_by_the_same_command(overrides: Overrides, tmp_path: Path) -> None:
+    """The first rank looks at the folder, and the others follow it."""
+    run, words = tmp_path / "run", overrides("trainer.log_every=1", "resume=auto", "trainer.batch_size=2")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "src/train.py", *words]
+    straight = subprocess.run(command, capture_output=True, text=True)
+    assert straight.returncode == 0, straight.stderr[-2000:]
+    wanted = losses(run)
+    cut_back(run, 2)
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert "resuming from step 2" in (run / "train.log").read_text()
+    assert losses(run) == wanted

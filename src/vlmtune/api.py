@@ -27,7 +27,7 @@ def train(overrides: Sequence[str] = ()) -> dict[str, Any]:
     from vlmtune.config import compose
 
     config, composed = compose.read("train", overrides)
-    folder = Path(config.resume or composed.hydra.run.dir).absolute()
+    folder = Path(config.resumed_folder or composed.hydra.run.dir).absolute()
     result = run_in(folder, config, World.from_environment())
     return {**result, "folder": str(folder)}
 
@@ -49,7 +49,7 @@ def run_in(folder: Path, config: Config, world: World = ALONE) -> dict[str, Any]
             with logging_to(None), signals.ending_at_once(), ranks.reporting(world):
                 return _trained(config, None)
         with guard.held(folder, config, world):
-            return _run_held(folder, config)
+            return guard.own_result(folder, config, world) or _run_held(folder, config)
 
 
 def _run_held(folder: Path, config: Config) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def build(config: Config, splits: dict[str, Split], folder: Path | None) -> Setu
     """
     # processes and number types
     engine = session.engine(config)
-    folder = session.agree_on_folder(folder, engine)
+    folder = session.agree_on_folder(folder, config, engine)
     dtypes = session.dtypes(config, engine)
 
     # the model, and which of its weights train

@@ -16,7 +16,8 @@ def check(overrides: list[str], multirun: bool, world: World) -> None:
     """Raise VlmtuneError with every problem that can be found without opening data or model."""
     config, composed = compose.read("train", overrides, multirun=multirun)
     if world.is_main:
-        paths.check_writable(Path(composed.hydra.sweep.dir if multirun else config.resume or composed.hydra.run.dir))
+        folder = composed.hydra.sweep.dir if multirun else config.resumed_folder or composed.hydra.run.dir
+        paths.check_writable(Path(folder))
     if not multirun and world.is_main:
         guard.check_free(Path(composed.hydra.run.dir), config)
     elif swept := composed.hydra.sweeper.get("params"):
@@ -29,8 +30,7 @@ def job(composed: Any, world: World) -> int:
 
     from vlmtune.config.strict import strict
 
-    resumed = composed.get("resume")
-    config = strict(compose.saved_config(resumed, overrides_given("train")) if resumed else composed)
+    config = strict(compose.with_resume(composed, overrides_given("train")))
     folder = Path(HydraConfig.get().runtime.output_dir) if HydraConfig.initialized() else Path()
     result = api.run_in(folder, config, world)
     return 128 + result["signal"] if result["status"] == "interrupted" else 0

@@ -11,6 +11,7 @@ from typing import Any
 
 from vlmtune.commands import typed
 from vlmtune.config import compose, paths
+from vlmtune.config.schema import AUTO
 from vlmtune.errors import ConfigError, StorageError, UsageError
 from vlmtune.launch.world import World
 
@@ -83,5 +84,5 @@ def refuse_launcher(command: str, overrides: list[str], multirun: bool, world: W
 def folder_of_resumed(overrides: list[str]) -> list[str]:
     """The Hydra override that makes a resumed run continue in its own folder."""
     resumed = [o for o in compose.parse(overrides) if o.key_or_group == "resume" and not o.is_sweep_override()]
-    found = [override.value() for override in resumed]
+    found = [override.value() for override in resumed if override.value() != AUTO]
     return [f"hydra.run.dir={paths.quoted(str(found[-1]))}", "hydra.output_subdir=null"] if found and found[-1] else []

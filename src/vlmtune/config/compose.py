@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from vlmtune.commands import PACKAGE, typed
 from vlmtune.config import paths, saved
 from vlmtune.config.paths import files_of
-from vlmtune.config.schema import SCHEMA, Config, defaults, home
+from vlmtune.config.schema import AUTO, SCHEMA, Config, defaults, home
 from vlmtune.config.strict import strict, unreadable
 from vlmtune.errors import CheckpointError, ConfigError, UsageError, nearest
 
@@ -111,13 +111,28 @@ def read(command: str, overrides: Sequence[str], *, multirun: bool = False) -> t
         problems += [_several(override.lstrip("+")) for override in usable if asks_for_several(override)]
     try:
         composed = compose(command, [one_choice(override) for override in usable])
-        with_resume = saved_config(composed.resume, usable) if composed.get("resume") else composed
-        config = strict(with_resume)
+        config = strict(with_resume(composed, usable))
+        problems += [MOVING_FOLDER] if config.resume == AUTO and not multirun and _moves(composed) else []
     except ConfigError as error:
         raise ConfigError([*problems, *error.problems]) from error
     if problems:
         raise ConfigError(problems)
     return config, composed
+
+
+def with_resume(composed: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """The values of a run: as composed, or those of the run that `resume` names with the overrides applied."""
+    resumed = composed.get("resume")
+    return composed if resumed in (None, AUTO) else saved_config(resumed, overrides)
+
+
+MOVING_FOLDER = "resume=auto: the run needs the same folder at each start; add hydra.run.dir=FOLDER"
+
+
+def _moves(composed: DictConfig) -> bool:
+    """Whether the run folder is another one at each start."""
+    folder = OmegaConf.to_container(composed.hydra.run, resolve=False)
+    return "${now:" in str(folder)
 
 
 def _several(override: str) -> str:

@@ -37,6 +37,8 @@ READ_FILES = "vlmtune.data.table.read_files"
 """The function that reads tables by their file extensions, as `data._target_`."""
 READ_HUB = "vlmtune.data.sources.hub.load"
 """The function that reads data sets of the hub."""
+AUTO = "auto"
+"""As `resume`: resume or start, depending on the folder."""
 
 
 @dataclass
@@ -310,9 +312,15 @@ class Config:
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     """Experiment tracking: metrics and samples."""
     resume: str | None = None
-    """A run folder to resume from its newest undamaged checkpoint."""
+    """A run folder to resume from its newest undamaged checkpoint. `auto`: resume the run in hydra.run.dir if it has a
+    checkpoint, else start it there; for launchers that start the same command again."""
     preflight: str = one_of("on", "only")
     """`only`: stop after the checks before the first step."""
+
+    @property
+    def resumed_folder(self) -> str | None:
+        """The folder that `resume` names; None if it names none, or if it is open until the run folder is looked at."""
+        return None if self.resume == AUTO else self.resume
 
     @property
     def uses_adapter(self) -> bool:

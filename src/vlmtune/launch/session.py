@@ -111,14 +111,15 @@ def dtypes(config: Config, engine: Engine) -> dict[str, torch.dtype]:
     return {"dtype": compute if config.uses_adapter else torch.float32, "compute_dtype": compute}
 
 
-def agree_on_folder(folder: Path | None, engine: Engine) -> Path:
-    """The first rank's run folder, on every rank."""
+def agree_on_folder(folder: Path | None, config: Config, engine: Engine) -> Path:
+    """The first rank's run folder, on every rank, and its `config.resume`: only it looks at the folder."""
     from accelerate.utils import broadcast_object_list
 
-    agreed = [str(folder)]
+    agreed = [str(folder), config.resume]
     if engine.num_processes > 1:
         broadcast_object_list(agreed)
-    return Path(agreed[0])
+    config.resume = agreed[1]
+    return Path(str(agreed[0]))
 
 
 def decided_by_first(decide: Callable[[], Any], engine: Engine) -> Any:

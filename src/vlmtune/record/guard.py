@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from vlmtune import display, durable
 from vlmtune.config import saved
-from vlmtune.config.schema import Config
+from vlmtune.config.schema import AUTO, Config, plain
+from vlmtune.config.strict import strict
 from vlmtune.errors import ConfigError, TrainingError, VlmtuneError, memory_advice, storage_advice
 from vlmtune.launch import lock, ranks, signals
 from vlmtune.launch.world import World
@@ -19,10 +21,16 @@ def check_free(folder: Path, config: Config) -> None:
 
     A run that failed or was killed before it saved anything is no obstacle.
     """
+    lock.check(Path(config.resumed_folder).expanduser() if config.resumed_folder else folder)
+    if not config.resume:
+        _refuse_another(folder)
+
+
+def _refuse_another(folder: Path) -> None:
+    """Raise ConfigError if the folder holds a run that saved something or is complete."""
     from vlmtune.record.runfolder import read_result
 
-    lock.check(Path(config.resume).expanduser() if config.resume else folder)
-    if config.resume or not (folder / "config.yaml").exists():
+    if not (folder / "config.yaml").exists():
         return
     killed = "killed" if (folder / lock.NAME).exists() else None  # a run of ours that nothing runs any more
     status = (read_result(folder) or {"status": killed})["status"]
@@ -40,17 +48,24 @@ def held(folder: Path, config: Config, world: World) -> Iterator[None]:
             saved.refuse_links(folder)
         folder.mkdir(parents=True, exist_ok=True)
         with lock.held(folder):
-            _prepare(folder, config)
+            _prepare(folder, config, world)
             with display.logging_to(folder), signals.ending_at_once(), failure_written(folder, world):
                 yield
 
 
-def _prepare(folder: Path, config: Config) -> None:
-    """Finish what a killed process left half done; a new run starts in a clean folder."""
+def _prepare(folder: Path, config: Config, world: World) -> None:
+    """Finish what a killed process left half done, and decide what `resume=auto` means here.
+
+    A new run starts in a clean folder.
+    """
     from vlmtune.record import runfolder
 
     for parent in (folder, folder / "checkpoints"):
         durable.repair_all(parent)
+    if config.resume == AUTO and not own_result(folder, config, world):
+        config.resume = str(folder) if durable.names(folder / "checkpoints") else None
+        if not config.resume:
+            _refuse_another(folder)
     if config.resume:  # the files of a resumed run are touched once it is known to be the same run
         return
     if (folder / "base").exists():  # of a start that failed, perhaps with another seed
@@ -58,6 +73,20 @@ def _prepare(folder: Path, config: Config) -> None:
     runfolder.write_config(folder / "config.yaml", config)
     for left_over in ("quarantine.csv", "result.json"):
         (folder / left_over).unlink(missing_ok=True)
+
+
+def own_result(folder: Path, config: Config, world: World) -> dict[str, Any] | None:
+    """With `resume=auto` on one process: the result of this very run if it is complete, so that nothing is left to do.
+
+    Several processes train no further step either, but evaluate again: each must come to the same end.
+    """
+    from vlmtune.record.runfolder import absolute, read_result
+
+    result = read_result(folder) if config.resume == AUTO and world.is_alone else None
+    if result is None or result["status"] != "completed":
+        return None
+    before, now = plain(strict(saved.read(folder / "config.yaml"))), plain(absolute(config))
+    return result if {**before, "resume": None} == {**now, "resume": None} else None
 
 
 @contextmanager
