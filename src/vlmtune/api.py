@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vlmtune import errors
 from vlmtune.config.schema import Config
 from vlmtune.errors import ConfigError, memory_advice
+from vlmtune.launch import processes
 from vlmtune.launch.world import ALONE, World
 from vlmtune.predict.predictor import Predictor
 
@@ -27,9 +29,25 @@ def train(overrides: Sequence[str] = ()) -> dict[str, Any]:
     from vlmtune.config import compose
 
     config, composed = compose.read("train", overrides)
-    folder = Path(config.resumed_folder or composed.hydra.run.dir).absolute()
-    result = run_in(folder, config, World.from_environment())
+    folder, world = Path(config.resumed_folder or composed.hydra.run.dir).absolute(), World.from_environment()
+    count = processes.to_start(config.backend, world)
+    result = run_in(folder, config, world) if count == 1 else _in_processes(overrides, folder, count)
     return {**result, "folder": str(folder)}
+
+
+def _in_processes(overrides: Sequence[str], folder: Path, count: int) -> dict[str, Any]:
+    """As `run_in`, in processes that are started for it. Raises the error that ended the run."""
+    from vlmtune.commands import started
+    from vlmtune.config import paths
+    from vlmtune.record.runfolder import read_result
+
+    place = f"hydra.run.dir={paths.quoted(str(folder))}"
+    code = processes.run([*started("train"), *overrides, place], count)
+    result = read_result(folder)
+    if result is None or result["status"] == "failed" or code not in (0, 128 + result.get("signal", 0)):
+        found = (result or {}).get("error") or {"type": "", "message": f"exit code {code}; see the output above"}
+        raise errors.of_kind(found["type"], [found["message"]])
+    return result
 
 
 def run_in(folder: Path, config: Config, world: World = ALONE) -> dict[str, Any]:

@@ -21,6 +21,13 @@ def launched(command: str) -> str:
     return typed(command).removeprefix("python ") if _is_script() else f"-m vlmtune {command}"
 
 
+def started(command: str) -> list[str]:
+    """The words that start the same command as another process."""
+    if _is_script():
+        return [sys.executable, str(Path(sys.argv[0]).resolve().with_name(f"{command}.py"))]
+    return [sys.executable, "-m", "vlmtune", command]
+
+
 def _is_script() -> bool:
     """Whether one of this package's scripts in `src/` was started, not a user's own train.py."""
     place = Path(sys.argv[0])

@@ -66,6 +66,14 @@ class NonFinite(TrainingError):
     """The loss or the gradient is NaN or infinite, and the run is to stop."""
 
 
+def of_kind(name: str, problems: Sequence[str]) -> VlmtuneError:
+    """An error of another process, by its class's name; a TrainingError for classes that are not ours."""
+    kind = globals().get(name)
+    if isinstance(kind, type) and issubclass(kind, VlmtuneError):
+        return kind(problems)
+    return TrainingError(problems if not name else [f"{name}: {problems[0]}", *problems[1:]])
+
+
 DEVICE_MEMORY = (
     "out of device memory. Less is needed with a smaller trainer.batch_size (and more "
     "trainer.gradient_accumulation_steps) or trainer.eval_batch_size, trainer.gradient_checkpointing=true, "

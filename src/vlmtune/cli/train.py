@@ -7,7 +7,9 @@ from typing import Any
 
 from vlmtune import api
 from vlmtune.cli.words import overrides_given
+from vlmtune.commands import started
 from vlmtune.config import compose, paths
+from vlmtune.launch import processes
 from vlmtune.launch.world import World
 from vlmtune.record import guard
 
@@ -15,6 +17,7 @@ from vlmtune.record import guard
 def check(overrides: list[str], multirun: bool, world: World) -> None:
     """Raise VlmtuneError with every problem that can be found without opening data or model."""
     config, composed = compose.read("train", overrides, multirun=multirun)
+    processes.to_start(config.backend, world)
     if world.is_main:
         folder = composed.hydra.sweep.dir if multirun else config.resumed_folder or composed.hydra.run.dir
         paths.check_writable(Path(folder))
@@ -32,5 +35,8 @@ def job(composed: Any, world: World) -> int:
 
     config = strict(compose.with_resume(composed, overrides_given("train")))
     folder = Path(HydraConfig.get().runtime.output_dir) if HydraConfig.initialized() else Path()
+    if (count := processes.to_start(config.backend, world)) > 1:
+        place = f"hydra.run.dir={paths.quoted(str(folder.absolute()))}"
+        return processes.run([*started("train"), *overrides_given("train"), place], count)
     result = api.run_in(folder, config, world)
     return 128 + result["signal"] if result["status"] == "interrupted" else 0

@@ -275,6 +275,14 @@ class TrackerConfig:
 
 
 @dataclass
+class BackendConfig:
+    name: str = one_of("local", "accelerate")
+    """`local`: this process, or those that torchrun or `accelerate launch` started. `accelerate`: start processes."""
+    num_processes: int | None = number(None, least=1)
+    """With backend=accelerate: processes on this machine; null: one per GPU."""
+
+
+@dataclass
 class MethodConfig:
     """A method of another package: `adapter` or `quantization`. In YAML its `fields` are on the same level as the
     others."""
@@ -311,6 +319,8 @@ class Config:
     """How answers are generated."""
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     """Experiment tracking: metrics and samples."""
+    backend: BackendConfig = field(default_factory=BackendConfig)
+    """The processes of the run."""
     resume: str | None = None
     """A run folder to resume from its newest undamaged checkpoint. `auto`: resume the run in hydra.run.dir if it has a
     checkpoint, else start it there; for launchers that start the same command again."""

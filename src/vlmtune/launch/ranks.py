@@ -16,7 +16,7 @@ from datetime import timedelta
 from typing import Any
 
 from vlmtune import errors
-from vlmtune.errors import TrainingError, VlmtuneError, memory_advice, storage_advice
+from vlmtune.errors import VlmtuneError, memory_advice, storage_advice
 from vlmtune.launch.world import World
 
 log = logging.getLogger("vlmtune")
@@ -107,5 +107,4 @@ def reported(world: World) -> VlmtuneError | None:
         found = json.loads(store.get(FIRST))
     except RuntimeError:
         return None
-    kind = getattr(errors, found["kind"], TrainingError)
-    return kind(found["problems"]) if isinstance(kind, type) and issubclass(kind, VlmtuneError) else None
+    return errors.of_kind(found["kind"], found["problems"])

@@ -32,7 +32,7 @@ class EvaluationStopped(Exception):
 
 
 @contextmanager
-def _handling(handler: Any) -> Iterator[dict[signal.Signals, Any]]:
+def handling(handler: Any) -> Iterator[dict[signal.Signals, Any]]:
     """Handle the signals while inside; only the main thread can, and others leave them alone."""
     if threading.current_thread() is not threading.main_thread():
         yield {}
@@ -53,7 +53,7 @@ def ending_at_once() -> Iterator[None]:
     def handler(number: int, frame: Any) -> None:
         raise Interrupted(number)
 
-    with _handling(handler):
+    with handling(handler):
         yield
 
 
@@ -73,6 +73,6 @@ class StopRequest:
             for watched, old in before.items():
                 signal.signal(watched, old)
 
-        with _handling(handler) as replaced:
+        with handling(handler) as replaced:
             before |= replaced
             yield

@@ -32,6 +32,7 @@ class Rule(Enum):
 
 RULES: dict[str, Rule] = {
     "adapter": Rule.FIXED,
+    "backend": Rule.FREE,
     "data._target_": Rule.FIXED,
     "data.answer_lists": Rule.FIXED,
     "data.cache_features": Rule.RECORDED,

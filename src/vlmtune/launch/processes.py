@@ -1,0 +1,169 @@
+"""Start the processes of a run on this machine, watch them, and end them together."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import IO, Any
+
+from vlmtune.commands import PACKAGE
+from vlmtune.config.schema import BackendConfig
+from vlmtune.errors import ConfigError
+from vlmtune.launch.signals import handling
+from vlmtune.launch.world import World
+
+PATIENCE = 15.0
+"""Seconds that processes get to end by themselves after one of them failed, and again after SIGTERM."""
+SHOWN = 2000
+"""The most characters to show of the output of a process that failed."""
+
+
+def to_start(backend: BackendConfig, world: World) -> int:
+    """How many processes this one has to start; 1: none, the run happens in this process.
+
+    Raises ConfigError if a launcher started another number of them than asked for, or if no number is known.
+    """
+    if backend.name != "accelerate":
+        return 1
+    if not world.is_alone:
+        if backend.num_processes not in (None, world.processes):
+            raise ConfigError(
+                f"backend.num_processes={backend.num_processes}: but a launcher started {world.processes} processes; "
+                "leave one of the two out"
+            )
+        return 1
+    count = backend.num_processes or _gpus()
+    if not count:
+        raise ConfigError("backend=accelerate: this machine has no GPU to count; set backend.num_processes")
+    return count
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def run(command: Sequence[str], count: int) -> int:
+    """Run `command` as `count` processes of one run. Returns the first rank's exit code, or that of one that failed.
+
+    Signals are passed on to all of them. If one fails, the others are ended. They also end if this process is killed.
+    Only the first rank writes to the terminal: it tells what failed on another one. Where it can't, the other's own
+    output is shown.
+    """
+    with ExitStack() as stack:
+        outputs = [None, *(stack.enter_context(tempfile.TemporaryFile()) for _ in range(1, count))]
+        meeting = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        shared = _environment(count, meeting.getsockname()[1])
+        started = [_start(command, rank, shared, output) for rank, output in enumerate(outputs)]
+        failed = None
+        try:
+            with _passed_on(started):
+                store = _store(meeting)
+                failed = _wait(started)
+        finally:
+            _end(started)
+        del store
+        if failed is not None and min(started[failed].returncode, started[0].returncode) < 0:
+            _show(failed, started[failed].returncode, outputs[failed])
+    codes = [128 - process.returncode if process.returncode < 0 else process.returncode for process in started]
+    return next((code for code in codes if code), 0)
+
+
+def _environment(count: int, port: int) -> dict[str, str]:
+    """What torchrun sets for all processes, a share of the cores for each, and the path of this package."""
+    path = os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
+    threads = str(max(len(os.sched_getaffinity(0)) // count, 1))
+    world = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "GROUP_RANK": "0", "PYTHONPATH": path}
+    store = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RESTART_COUNT": "0"}
+    return {"OMP_NUM_THREADS": threads, **os.environ, **world, **store, "TORCHELASTIC_USE_AGENT_STORE": "True"}
+
+
+def _store(meeting: socket.socket) -> Any:
+    """The store by which the processes find each other and tell of errors. It lives here, as under torchrun, so that no
+    rank's end takes it away.
+    """
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    host, port = meeting.getsockname()
+    return TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=meeting.detach())
+
+
+def _start(command: Sequence[str], rank: int, shared: dict[str, str], output: IO[bytes] | None) -> Any:
+    """One process, in a process group of its own: a Ctrl-C on the terminal reaches it once, through this process."""
+    return subprocess.Popen(
+        command,
+        env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=output,
+        start_new_session=True,
+        preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+    )
+
+
+def _end_with_parent() -> None:
+    """Have the system send SIGTERM to this process when its parent ends."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+PR_SET_PDEATHSIG = 1
+"""From linux/prctl.h."""
+
+
+@contextmanager
+def _passed_on(started: Sequence[Any]) -> Iterator[None]:
+    """While inside, signals to this process go to all of `started`."""
+
+    def handler(number: int, frame: Any) -> None:
+        for process in started:
+            process.send_signal(number)  # does nothing for one that has ended
+
+    with handling(handler):
+        yield
+
+
+def _wait(started: Sequence[Any]) -> int | None:
+    """Return when all have ended, or `PATIENCE` after one failed: the rank that failed first."""
+    failed, end = None, math.inf
+    while time.monotonic() < end:
+        codes = [process.poll() for process in started]
+        if failed is None and any(codes):
+            failed, end = next(rank for rank, code in enumerate(codes) if code), time.monotonic() + PATIENCE
+        if None not in codes:
+            break
+        time.sleep(0.05)
+    return failed
+
+
+def _end(started: Sequence[Any]) -> None:
+    """End those that still run: by SIGTERM, and after `PATIENCE` by SIGKILL to what is left of their groups."""
+    running = [process for process in started if process.poll() is None]
+    for process in running:
+        process.terminate()
+    end = time.monotonic() + PATIENCE
+    for process in running:
+        try:
+            process.wait(timeout=max(end - time.monotonic(), 0))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _show(rank: int, code: int, output: IO[bytes] | None) -> None:
+    """Print how a process ended, and the end of its output."""
+    said = ""
+    if output is not None:
+        output.seek(0)
+        said = output.read().decode(errors="replace").strip()[-SHOWN:]
+    how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
+    print(f"rank {rank}: {how}", *filter(None, [said]), sep="\n", file=sys.stderr, flush=True)
