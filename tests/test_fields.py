@@ -33,6 +33,7 @@ from vlmtune import api
 from vlmtune import run as page
 from vlmtune.batching.loader import Loader
 from vlmtune.config.schema import (
+    BackendConfig,
     ColumnsConfig,
     Config,
     DataConfig,
@@ -48,6 +49,8 @@ from vlmtune.data.table import load as load_table
 from vlmtune.errors import ConfigError, DataError, ModelError, TrainingError
 from vlmtune.evaluation import evaluate as evaluation
 from vlmtune.evaluation import generate
+from vlmtune.launch.processes import to_start
+from vlmtune.launch.world import ALONE
 from vlmtune.models import adapters
 from vlmtune.models.load import load
 from vlmtune.models.parts import Parts, find_parts
@@ -768,6 +771,7 @@ def read(
         api.run_in(folder / "full", full)
         load_table(DataConfig(train=str(hub_set(folder)), **STREAMED), TaskConfig(), 0)
         hub_options(ModelConfig(path="somebody/some-model"))
+        to_start(BackendConfig("accelerate", 1), ALONE)
         yield seen
 
 
