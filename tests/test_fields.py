@@ -49,6 +49,7 @@ from vlmtune.data.table import load as load_table
 from vlmtune.errors import ConfigError, DataError, ModelError, TrainingError
 from vlmtune.evaluation import evaluate as evaluation
 from vlmtune.evaluation import generate
+from vlmtune.launch import session
 from vlmtune.launch.processes import to_start
 from vlmtune.launch.world import ALONE
 from vlmtune.models import adapters
@@ -571,9 +572,13 @@ def test_the_first_metric_is_the_objective(train: Train, monkeypatch: pytest.Mon
 )
 def test_the_optimizer_is_of_the_asked_class(name: str, wanted: str) -> None:
     """Paged state needs a GPU to step; test_checkpoint trains with `adamw_8bit`."""
-    trainer = tiny.config(None).trainer
-    built = build_optimizer(torch.nn.Linear(2, 2), Parts({"": "language"}), trainer, OptimizerConfig(name))
+    built: Any = built_for(torch.nn.Linear(2, 2), tiny.config(None, optimizer={"name": name}))
+    built = getattr(built, "inner", built)
     assert f"{type(built).__module__}.{type(built).__name__}" == wanted
+
+
+def built_for(model: torch.nn.Module, config: Config) -> torch.optim.Optimizer:
+    return build_optimizer(model, Parts({"": "language"}), config.trainer, config.optimizer, session.engine(config))
 
 
 def adamw(rate: float, steps: list[float], o: OptimizerConfig) -> float:
@@ -592,7 +597,7 @@ def test_steps_follow_the_formula(changed: dict[str, float]) -> None:
     config, gradients = OptimizerConfig(**changed), [1.0, -3.0, 0.5]  # type: ignore[arg-type]
     model = torch.nn.Linear(2, 2, bias=False)
     torch.nn.init.ones_(model.weight)
-    optimizer = build_optimizer(model, Parts({"": "language"}), tiny.config(None, learning_rate=0.1).trainer, config)
+    optimizer = built_for(model, tiny.config(None, learning_rate=0.1, optimizer=changed))
     for gradient in gradients:
         model.weight.grad = torch.full((2, 2), gradient)
         optimizer.step()
@@ -605,7 +610,7 @@ def test_loraplus_lets_b_learn_faster(model_of: Any) -> None:
     model = model_of("llava")
     parts = find_parts(model)
     model = adapters.adapt(model, config, parts)
-    built = build_optimizer(model, parts, config.trainer, config.optimizer)
+    built = build_optimizer(model, parts, config.trainer, config.optimizer, session.engine(config))
     rates = {id(p): group["lr"] for group in built.param_groups for p in group["params"]}
     for name, p in model.named_parameters():
         if p.requires_grad:
@@ -623,8 +628,8 @@ def test_muon_takes_orthogonal_steps_of_adamws_size_on_hidden_matrices(momentum:
     """Two steps of Nesterov momentum; the iteration that stands for the SVD leaves singular values of 0.7 to 1.2."""
     model = torch.nn.Sequential(torch.nn.Embedding(5, 16), torch.nn.Linear(16, 8))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    config = OptimizerConfig("muon", momentum=momentum)
-    optimizer = build_optimizer(model, Parts({"": "language"}), tiny.config(None, learning_rate=0.1).trainer, config)
+    config = tiny.config(None, learning_rate=0.1, optimizer={"name": "muon", "momentum": momentum})
+    optimizer = built_for(model, config)
     torch.manual_seed(0)
     gradients = torch.randn(2, 8, 16)
     mean, wanted = torch.zeros(8, 16), torch.zeros(8, 16)

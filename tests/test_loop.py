@@ -267,7 +267,7 @@ def test_a_rate_for_a_part_that_does_not_train_is_refused(model_of: Any, folder:
         tiny.assemble(config, tiny.records(4))
     model = model_of("qwen2_vl").requires_grad_(False)
     with pytest.raises(ConfigError, match="nothing is trainable"):
-        build_optimizer(model, find_parts(model), config.trainer, config.optimizer)
+        build_optimizer(model, find_parts(model), config.trainer, config.optimizer, session.engine(config))
 
 
 @pytest.mark.parametrize("adapter", [None, tiny.LORA])

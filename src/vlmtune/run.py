@@ -59,7 +59,7 @@ def build(config: Config, splits: dict[str, Split], folder: Path | None) -> Setu
     log.info(check_longest(model, loader, rows.longest, engine))
 
     # optimizer and schedule
-    optimizer = build_optimizer(model, parts, config.trainer, config.optimizer)
+    optimizer = build_optimizer(model, parts, config.trainer, config.optimizer, engine)
     scheduler = Schedule(optimizer, config.trainer, loader.total_steps)
     adapters.set_total_steps(model, config, loader.total_steps)
     prepared, optimizer = engine.prepare(model, optimizer)

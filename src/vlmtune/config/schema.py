@@ -237,6 +237,15 @@ class OptimizerConfig:
     """AdamW's term for numerical stability, added to the denominator."""
     momentum: float = number(0.95, least=0, most=1)
     """Muon's momentum, per optimizer step; AdamW variants use beta1."""
+    rounding: str = one_of("stochastic", "nearest")
+    """How bf16 weights are rounded after a step: up or down at random, so that small steps count on average, or to the
+    nearest value, which loses them. Weights in fp32 are not rounded."""
+    offload: bool = False
+    """Keep AdamW's state in the CPU's memory and update the weights there: frees 8 bytes per trained weight on the
+    accelerator, and a step takes longer."""
+    step_in_backward: bool = False
+    """Update each weight in the backward pass as soon as its gradient is known, and free the gradient: frees the memory
+    of all gradients. Needs trainer.max_grad_norm=null, one process and no gradient accumulation."""
     loraplus_lr_ratio: float = number(1.0, least=1)
     """Ratio of the learning rate of LoRA's B to that of its A; LoRA+ uses 16 (Hayou et al. 2024, arXiv:2402.12354)."""
 

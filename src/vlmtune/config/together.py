@@ -96,6 +96,35 @@ def of_stream(config: Config) -> Iterator[str]:
 def of_optimizer(config: Config) -> Iterator[str]:
     if config.optimizer.loraplus_lr_ratio != 1 and config.adapter.method not in ("lora", "adalora"):
         yield "optimizer.loraplus_lr_ratio: is for LoRA's B matrices; use adapter=lora or one of its variants"
+    if config.optimizer.offload and config.optimizer.name != "adamw":
+        yield f"optimizer.offload: {NO_OFFLOAD[config.optimizer.name]}; use optimizer=adamw"
+    if config.optimizer.step_in_backward:
+        yield from (f"optimizer.step_in_backward: {problem}" for problem in _of_step_in_backward(config))
+
+
+NO_OFFLOAD = {
+    "adamw_8bit": "bitsandbytes has no 8-bit step for a CPU that is fast enough",
+    "paged_adamw": "the state of a paged optimizer moves to the CPU by itself when the GPU is full",
+    "paged_adamw_8bit": "the state of a paged optimizer moves to the CPU by itself when the GPU is full",
+    "muon": "its matrix products would take minutes on a CPU",
+}
+"""Why an optimizer's state can't be offloaded."""
+NO_SCALER = "a step in fp16 may have to be left out, which is known at its end; use trainer.precision=bf16 or fp32"
+"""Why fp16's gradient scaler and a step in the backward pass don't go together."""
+
+
+def _of_step_in_backward(config: Config) -> Iterator[str]:
+    trainer = config.trainer
+    if trainer.max_grad_norm is not None:
+        yield "the norm of all gradients is known at the end, too late for clipping; set trainer.max_grad_norm=null"
+    if trainer.gradient_accumulation_steps > 1:
+        yield "a gradient is complete after one forward pass; set trainer.gradient_accumulation_steps=1"
+    if trainer.nonfinite == "skip":
+        yield "that a step is not finite is known at its end, too late to skip it; set trainer.nonfinite=stop"
+    if trainer.precision == "fp16":
+        yield NO_SCALER
+    if config.adapter.method == "adalora":
+        yield "AdaLoRA ranks its directions by the gradients of the whole step; use another adapter"
 
 
 def of_task(config: Config) -> Iterator[str]:

@@ -44,7 +44,9 @@ def engine(config: Config) -> Engine:
             gradient_accumulation_plugin=GradientAccumulationPlugin(  # the loop accumulates by itself
                 num_steps=1, sync_with_dataloader=False
             ),
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(find_unused_parameters=unused, gradient_as_bucket_view=True)
+            ],
         )
     accelerator.sync_gradients = True  # or a loop left half way in this process decides whether a step counts
     log_idle_devices(accelerator)

@@ -88,7 +88,7 @@ def fit(
         passed = _forward_backward(model, iterator, parameters, engine, summed_loss, hooks.penalty, expected_tokens)
         if passed is None:
             return
-        norm = _gradient_norm(parameters, max_grad_norm, engine)
+        norm = _gradient_norm(optimizer, parameters, max_grad_norm, engine)
         learning_rate = scheduler.get_last_lr()[0]
         _update(passed.loss, norm, optimizer, patience, progress, hooks)
         scheduler.step()
@@ -175,10 +175,15 @@ def _scale(parameters: list[torch.Tensor], factor: float) -> None:
             parameter.grad.mul_(factor)
 
 
-def _gradient_norm(parameters: list[torch.Tensor], max_norm: float | None, engine: Engine) -> float:
-    """L2 norm of all gradients before clipping; they are clipped to `max_norm`."""
-    norm = engine.clip_grad_norm_(parameters, max_norm if max_norm is not None else math.inf)
-    return float(norm)
+def _gradient_norm(optimizer: Any, parameters: list[torch.Tensor], max_norm: float | None, engine: Engine) -> float:
+    """L2 norm of all gradients before clipping; they are clipped to `max_norm`.
+
+    Where the backward pass has applied them to the weights already (`Tensorwise`), the optimizer knows their norm.
+    """
+    applied_norm = getattr(getattr(optimizer, "optimizer", optimizer), "applied_norm", lambda: None)()
+    if applied_norm is not None:
+        return float(applied_norm)
+    return float(engine.clip_grad_norm_(parameters, max_norm if max_norm is not None else math.inf))
 
 
 class Patience:

@@ -2,38 +2,92 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 from torch import nn
 
 from vlmtune.config.schema import OptimizerConfig, TrainerConfig
+from vlmtune.config.together import NO_SCALER
 from vlmtune.errors import ConfigError
+from vlmtune.launch.engine import Engine
 from vlmtune.models.parts import Parts, base_of
+from vlmtune.training.tensorwise import Tensorwise
+
+log = logging.getLogger("vlmtune")
 
 
 def build_optimizer(
-    model: nn.Module, parts: Parts, trainer: TrainerConfig, optimizer: OptimizerConfig
+    model: nn.Module, parts: Parts, trainer: TrainerConfig, optimizer: OptimizerConfig, engine: Engine
 ) -> torch.optim.Optimizer:
     """An optimizer over every trainable weight, grouped by learning rate and weight decay.
 
-    Raises ConfigError if nothing is trainable, or if a learning rate is set for a part without trainable weights.
+    Raises ConfigError if nothing is trainable, if a learning rate is set for a part without trainable weights, or if
+    this optimizer can't train these weights on this machine.
     """
     groups = parameter_groups(model, parts, trainer, optimizer)
+    weights = [p for group in groups for p in group["params"]]
+    _refuse(weights, optimizer, engine)
+    inner = _plain(groups, optimizer)
+    _warn_of_nearest(weights, optimizer)
+    rounds = optimizer.rounding == "stochastic" and any(p.dtype is torch.bfloat16 for p in weights)
+    if not (rounds or optimizer.offload or optimizer.step_in_backward or optimizer.name in BITSANDBYTES):
+        return inner
+    return Tensorwise(
+        inner,
+        stochastic=rounds,
+        offload=optimizer.offload,
+        in_backward=optimizer.step_in_backward,
+        seed=trainer.seed,
+    )
+
+
+BITSANDBYTES = {"adamw_8bit": "AdamW8bit", "paged_adamw": "PagedAdamW", "paged_adamw_8bit": "PagedAdamW8bit"}
+"""Its class for each name."""
+
+
+def _plain(groups: list[dict[str, Any]], optimizer: OptimizerConfig) -> torch.optim.Optimizer:
+    """The optimizer of torch or bitsandbytes."""
     options: dict[str, Any] = {"betas": (optimizer.beta1, optimizer.beta2), "eps": optimizer.eps}
+    if optimizer.name in BITSANDBYTES:
+        import bitsandbytes
+
+        made: torch.optim.Optimizer = getattr(bitsandbytes.optim, BITSANDBYTES[optimizer.name])(groups, **options)
+        return made
     fused = all(p.device.type in ("cuda", "cpu") and p.is_floating_point() for g in groups for p in g["params"])
-    if optimizer.name == "adamw":
-        return torch.optim.AdamW(groups, fused=fused, **options)
     if optimizer.name == "muon":
         return MuonAndAdamW(groups, momentum=optimizer.momentum, fused=fused, **options)
-    import bitsandbytes
+    return torch.optim.AdamW(groups, fused=fused, **options)
 
-    cls = {
-        "adamw_8bit": bitsandbytes.optim.AdamW8bit,
-        "paged_adamw": bitsandbytes.optim.PagedAdamW,
-        "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit,
-    }[optimizer.name]
-    return cls(groups, **options)
+
+def _refuse(weights: list[nn.Parameter], optimizer: OptimizerConfig, engine: Engine) -> None:
+    """Raise ConfigError for what can't work. config/together.py refuses what the config alone shows."""
+    problems = []
+    if any(p.dtype is torch.float16 for p in weights):
+        problems.append(
+            "model.dtype=fp16: weights in fp16 can't be trained, since their gradients leave its range; use fp32 or "
+            "bf16, with trainer.precision=fp16 for computing"
+        )
+    if optimizer.step_in_backward and engine.num_processes > 1:
+        problems.append(
+            "optimizer.step_in_backward: is for one process; with several, a gradient is not complete before the "
+            "backward pass has ended on all"
+        )
+    if optimizer.step_in_backward and engine.scaler is not None:
+        problems.append(f"optimizer.step_in_backward: {NO_SCALER}")
+    if problems:
+        raise ConfigError(problems)
+
+
+def _warn_of_nearest(weights: list[nn.Parameter], optimizer: OptimizerConfig) -> None:
+    lost = sum(p.numel() for p in weights if p.dtype is torch.bfloat16) if optimizer.rounding == "nearest" else 0
+    if lost:
+        log.warning(
+            "optimizer.rounding=nearest: %.1f million trained weights are bf16, and an update below 1/512 of a weight "
+            "is lost; use rounding=stochastic or model.dtype=fp32",
+            lost / 1e6,
+        )
 
 
 def parameter_groups(
