@@ -65,10 +65,12 @@ def resume(config: Config, rows: Any, at: Path) -> tiny.Run:
             {"adapter": DROPOUT, "quantization": tiny.QUANTIZED["nf4"]},
             {"optimizer": {"name": "muon"}},
             {},
+            {"model": {"dtype": "bf16"}, "precision": "bf16"},
+            {"model": {"dtype": "bf16"}, "precision": "bf16", "optimizer": {"name": "adamw_8bit"}},
         ],
-        3,
+        4,
     ),
-    ids=["lora", "accumulation", "8-bit optimizer", "nf4", "muon", "full"],
+    ids=["lora", "accumulation", "8-bit optimizer", "nf4", "muon", "full", "bf16 weights", "bf16, 8-bit optimizer"],
 )
 def test_a_resumed_run_is_the_straight_one(folder: Path, tmp_path: Path, choice: dict[str, Any]) -> None:
     """Losses, weights and order, from the middle of the second epoch; dropout shows a lost random state."""

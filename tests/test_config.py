@@ -230,10 +230,33 @@ def test_a_wrong_value_is_named_with_its_key(override: str, problem: str) -> Non
         (["data.header=[image_path,question,answer]"], "data.header: is for CSV and TSV files"),
         (["data=csv", "data.train=a.csv", "data.header=[a,a]"], "data.header=['a', 'a']: must name each column once"),
         (["adapter=ia3", "optimizer.loraplus_lr_ratio=16"], "optimizer.loraplus_lr_ratio: is for LoRA's B matrices"),
+        (["adapter=none", "model.dtype=fp16"], "model.dtype=fp16: weights in fp16 can't be trained"),
+        (["optimizer=adamw_8bit", "optimizer.offload=true"], "optimizer.offload: bitsandbytes has no 8-bit step"),
+        (["optimizer=paged_adamw", "optimizer.offload=true"], "optimizer.offload: the state of a paged optimizer"),
+        (["optimizer=paged_adamw_8bit", "optimizer.offload=true"], "optimizer.offload: the state of a paged"),
+        (["optimizer=muon", "optimizer.offload=true"], "optimizer.offload: its matrix products"),
     ],
 )
 def test_an_impossible_combination_is_refused(overrides: list[str], starts: str) -> None:
     assert problems(*overrides)[0].startswith(starts)
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("trainer.max_grad_norm=1", "too late for clipping; set trainer.max_grad_norm=null"),
+        ("trainer.gradient_accumulation_steps=2", "set trainer.gradient_accumulation_steps=1"),
+        ("trainer.nonfinite=skip", "too late to skip it; set trainer.nonfinite=stop"),
+        ("trainer.precision=fp16", "use trainer.precision=bf16 or fp32"),
+        ("adapter=adalora", "AdaLoRA ranks its directions by the gradients of the whole step"),
+    ],
+)
+def test_a_step_in_backward_is_refused_where_it_comes_too_early(override: str, reason: str) -> None:
+    words = ["optimizer.step_in_backward=true", "trainer.max_grad_norm=null"]
+    read(*words)
+    [problem] = problems(*words, override)
+    assert problem.startswith("optimizer.step_in_backward: ")
+    assert reason in problem
 
 
 def test_several_impossible_combinations_are_listed_together() -> None:

@@ -29,6 +29,8 @@ def of_model(config: Config) -> Iterator[str]:
             "characters of a commit that you have read"
         )
     yield from _no_part("model.freeze", model.freeze)
+    if model.dtype == "fp16" and not config.uses_adapter:
+        yield f"model.dtype=fp16: {NO_FP16_WEIGHTS}"
     if config.uses_adapter and model.save_layout == "original":
         yield "model.save_layout=original: is for whole models (adapter=none); an adapter has no such layout"
     if config.uses_adapter and model.freeze:
@@ -38,6 +40,13 @@ def of_model(config: Config) -> Iterator[str]:
         )
     if image.min_tokens and image.max_tokens and image.min_tokens > image.max_tokens:
         yield f"model.image.min_tokens={image.min_tokens}: above model.image.max_tokens={image.max_tokens}"
+
+
+NO_FP16_WEIGHTS = (
+    "weights in fp16 can't be trained, since their gradients leave its range; use fp32 (trainer.precision=fp16 still "
+    "computes in fp16), or bf16"
+)
+"""Why fp16 weights are not trained."""
 
 
 def of_trainer(config: Config) -> Iterator[str]:
@@ -57,7 +66,7 @@ def of_trainer(config: Config) -> Iterator[str]:
         if not trainer.eval_every:
             yield "trainer.best_metric: also needs trainer.eval_every, or there are no checkpoints to choose from"
     if trainer.precision == "fp16" and config.model.dtype == "bf16":
-        yield "trainer.precision=fp16: can't be combined with model.dtype=bf16; use precision=bf16 or dtype=fp16"
+        yield "trainer.precision=fp16: can't be combined with model.dtype=bf16; use precision=bf16 or dtype=auto"
 
 
 def of_data(config: Config) -> Iterator[str]:

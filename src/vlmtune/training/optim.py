@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from vlmtune.config.schema import OptimizerConfig, TrainerConfig
-from vlmtune.config.together import NO_SCALER
+from vlmtune.config.together import NO_FP16_WEIGHTS, NO_SCALER
 from vlmtune.errors import ConfigError
 from vlmtune.launch.engine import Engine
 from vlmtune.models.parts import Parts, base_of
@@ -65,10 +65,7 @@ def _refuse(weights: list[nn.Parameter], optimizer: OptimizerConfig, engine: Eng
     """Raise ConfigError for what can't work. config/together.py refuses what the config alone shows."""
     problems = []
     if any(p.dtype is torch.float16 for p in weights):
-        problems.append(
-            "model.dtype=fp16: weights in fp16 can't be trained, since their gradients leave its range; use fp32 or "
-            "bf16, with trainer.precision=fp16 for computing"
-        )
+        problems.append(f"model.dtype: {NO_FP16_WEIGHTS}")
     if optimizer.step_in_backward and engine.num_processes > 1:
         problems.append(
             "optimizer.step_in_backward: is for one process; with several, a gradient is not complete before the "
