@@ -76,10 +76,11 @@ class Tensorwise(torch.optim.Optimizer):
         assert parameter.grad is not None
         device, dtype = self._computed_in(parameter)
         copied = (device, dtype) != (parameter.device, parameter.dtype)
-        plain = torch.contiguous_format
-        weight = parameter.detach().to(device, dtype, memory_format=plain) if copied else parameter
-        weight.grad = parameter.grad.to(device, dtype)
-        state = self.state[parameter]
+        weight, state = parameter, self.state[parameter]
+        if copied:  # contiguous, since fused steps want weight, gradient and state in one layout
+            options: dict[str, Any] = {"device": device, "dtype": dtype, "memory_format": torch.contiguous_format}
+            weight = parameter.detach().to(**options)
+            weight.grad = parameter.grad.to(**options)
         self.inner.param_groups = [{**group, "params": [weight]}]
         self.inner.state = defaultdict(dict, {weight: state})
         self.inner.step()
