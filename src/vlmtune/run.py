@@ -20,7 +20,19 @@ from vlmtune.models.parts import find_parts
 from vlmtune.objectives.next_token import summed_loss
 from vlmtune.prompt.encode import Encoder
 from vlmtune.proof import check_longest, check_rows, decide, limits_of, prove, rewrites_agree
-from vlmtune.training import Best, Finish, Journal, Saving, Schedule, Scoring, Setup, Stopping, build_optimizer, loop
+from vlmtune.training import (
+    Best,
+    Finish,
+    Journal,
+    Saving,
+    Schedule,
+    Scoring,
+    Setup,
+    Stopping,
+    build_optimizer,
+    loop,
+    ready,
+)
 
 log = logging.getLogger("vlmtune")
 
@@ -62,7 +74,7 @@ def build(config: Config, splits: dict[str, Split], folder: Path | None) -> Setu
     optimizer = build_optimizer(model, parts, config.trainer, config.optimizer)
     scheduler = Schedule(optimizer, config.trainer, loader.total_steps)
     adapters.set_total_steps(model, config, loader.total_steps)
-    prepared, optimizer = engine.prepare(model, optimizer)
+    prepared, optimizer = ready(model, optimizer, config.trainer, engine)
     made = (model, prepared, parts, processor, encoder, loader, optimizer, scheduler)
     return Setup(config, folder, engine, splits, *made)
 

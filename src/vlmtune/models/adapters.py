@@ -18,8 +18,10 @@ from vlmtune.models.peft_config import peft_config as build_config
 from vlmtune.models.quantization import quantized_bits
 from vlmtune.models.rewrites import Fast
 from vlmtune.models.targets import ALL_LINEAR, names_as_lists, narrow
+from vlmtune.packages import without_bitsandbytes
 
 
+@without_bitsandbytes()
 def adapt(model: Any, config: Config, parts: Parts) -> Any:
     """Make trainable what the config asks for: an adapter over a frozen base, or the model minus `model.freeze`.
 
@@ -155,6 +157,7 @@ def set_total_steps(model: Any, config: Config, steps: int) -> None:
         allocator.set_total_step(steps)
 
 
+@without_bitsandbytes()
 def load_adapter(model: Any, folder: Path) -> Any:
     """The model with the adapter saved in `folder`.
 
@@ -193,6 +196,7 @@ def _refuse_code(folder: Path) -> None:
         raise CheckpointError(f"{folder}/adapter_config.json: megatron_core={named} would run code; remove that line")
 
 
+@without_bitsandbytes()
 def adapter_state(model: Any) -> dict[str, torch.Tensor]:
     """The tensors that PEFT saves of an adapter; empty for a model without one."""
     from peft import PeftModel, get_peft_model_state_dict
