@@ -69,8 +69,8 @@ if stopped:
     (folder / f"ready_{rank}.json").write_text(json.dumps(ready))
 leave(0)
 """
-"""Runs the jobs one after the other, and notes what each rank has when training begins. Rank 1 alone gets SIGTERM in the
-first one, if it is the run named `stopped`.
+"""Runs the jobs one after the other, and notes what each rank has when training begins. Rank 1 alone gets SIGTERM in
+the first one, if it is the run named `stopped`.
 """
 
 

@@ -7,18 +7,7 @@ from vlmtune.training.optim import build_optimizer
 from vlmtune.training.saving import Saving
 from vlmtune.training.schedule import Schedule
 from vlmtune.training.scoring import Scoring
-from vlmtune.training.setup import Setup, ready
+from vlmtune.training.setup import Setup
 from vlmtune.training.stopping import Stopping
 
-__all__ = [
-    "Best",
-    "Finish",
-    "Journal",
-    "Saving",
-    "Schedule",
-    "Scoring",
-    "Setup",
-    "Stopping",
-    "build_optimizer",
-    "ready",
-]
+__all__ = ["Best", "Finish", "Journal", "Saving", "Schedule", "Scoring", "Setup", "Stopping", "build_optimizer"]
