@@ -193,7 +193,7 @@ def test_gpus_without_work_are_named(
     with caplog.at_level(logging.INFO, "vlmtune"):
         session.log_idle_devices(engine, True)
         session.log_idle_devices(engine, False)  # answers are written by one process
-    line = f"computing on one of {devices} GPUs; all of them: accelerate launch --multi_gpu -m vlmtune train ..."
+    line = f"computing on one of {devices} GPUs; backend=accelerate uses all of them"
     assert caplog.messages == [line] * said
 
 

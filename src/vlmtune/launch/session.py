@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from vlmtune import display
-from vlmtune.commands import launched
 from vlmtune.config.schema import Config, TrainerConfig
 from vlmtune.errors import ConfigError, VlmtuneError
 from vlmtune.launch import surroundings, tf32
@@ -99,7 +98,8 @@ def check_devices(world: World) -> None:
     if 0 < devices < world.processes_here:
         raise ConfigError(
             f"{world.processes_here} processes on a machine with {devices} usable GPU{'s' * (devices > 1)}: each needs "
-            f"its own; start {devices} (torchrun --nproc_per_node {devices}), or check CUDA_VISIBLE_DEVICES"
+            f"its own; start {devices} (backend.num_processes={devices}, or torchrun --nproc_per_node {devices}), or "
+            "check CUDA_VISIBLE_DEVICES"
         )
 
 
@@ -144,11 +144,7 @@ def log_idle_devices(engine: Engine, trains: bool) -> None:
             "computing on the CPU: this machine has %s, which vlmtune does not use (only CUDA and ROCm)", found.type
         )
     if trains and engine.num_processes == 1 and torch.cuda.device_count() > 1:
-        log.info(
-            "computing on one of %d GPUs; all of them: accelerate launch --multi_gpu %s ...",
-            torch.cuda.device_count(),
-            launched("train"),
-        )
+        log.info("computing on one of %d GPUs; backend=accelerate uses all of them", torch.cuda.device_count())
 
 
 def prepared(model: Any, optimizer: Any, engine: Engine, *, same_buffers: bool) -> tuple[Any, Any]:
