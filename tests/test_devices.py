@@ -27,9 +27,17 @@ from vlmtune.config.schema import TrainerConfig
 from vlmtune.errors import ConfigError
 from vlmtune.launch import session, surroundings, tf32
 from vlmtune.launch.world import World
+from vlmtune.models.adapters import adapt
+from vlmtune.models.load import load
+from vlmtune.models.parts import find_parts
 from vlmtune.packages import import_bitsandbytes, without_bitsandbytes
 
-GPU = torch.device("cuda", 1)
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 1)
+
+
+@pytest.fixture(scope="module")
+def weights(checkpoint_of: Callable[[str], Path]) -> Path:
+    return checkpoint_of("qwen2_vl")
 
 
 @pytest.fixture
@@ -89,6 +97,20 @@ def test_cuda_is_asked_once_the_rank_has_its_device(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(PartialState, "_shared_state", {})
     session.engine(tiny.config(None))
     assert seen == [(True, True)]
+
+
+@pytest.mark.parametrize("beside", [{"modules_to_save": ["norm"]}, {"bias": "all"}])
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", "auto"), ("fp32", "fp16")])
+def test_what_trains_beside_an_adapter_is_in_full_too(
+    weights: Path, beside: dict[str, Any], precision: str, dtype: str
+) -> None:
+    """PEFT leaves it in the base's type: bf16 drops small steps, and the scaler refuses fp16 at the first step."""
+    config = tiny.config(weights, adapter=tiny.LORA | beside, precision=precision, model={"dtype": dtype})
+    model, _ = load(config.model, config.quantization, **session.dtypes(config, session.engine(config)), device=CPU)
+    adapted = adapt(model, config, find_parts(model))
+    assert {p.dtype for p in adapted.parameters() if p.requires_grad} == {torch.float32}
+    half = torch.bfloat16 if dtype == "auto" else torch.float16
+    assert half in {p.dtype for p in adapted.parameters() if not p.requires_grad}
 
 
 # ---------------------------------------------------------------- TF32
@@ -159,11 +181,6 @@ def test_checks_compare_in_full_before_training_computes_in_tf32(
     monkeypatch.setattr(session, "use_tf32", lambda *values: order.append("tf32") or use(*values))
     tiny.assemble(tiny.config(weights), tiny.records(4))
     assert order == ["checked", "tf32"]
-
-
-@pytest.fixture(scope="module")
-def weights(checkpoint_of: Callable[[str], Path]) -> Path:
-    return checkpoint_of("qwen2_vl")
 
 
 # ---------------------------------------------------------------- devices

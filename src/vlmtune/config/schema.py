@@ -112,8 +112,8 @@ class TrainerConfig:
     precision: str = one_of("auto", "fp32", "bf16", "fp16")
     """Data type for computing; `auto`: bf16 on a GPU that has it, fp16 on an older one, fp32 on a CPU."""
     tf32: bool = True
-    """With precision=fp32 on a GPU that has TF32: train in it. Products are several times faster and read 10 bits of
-    each factor instead of 23. The checks at the start, and prediction, always compute in full."""
+    """With precision=fp32 on a GPU that has TF32: train in it. Products are faster, and read 10 bits of each factor's
+    23. The checks at the start, and prediction, always compute in full."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: uses less memory and about a third more time."""
     share_prefix: str = one_of("auto", "on", "off")

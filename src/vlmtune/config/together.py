@@ -58,6 +58,8 @@ def of_trainer(config: Config) -> Iterator[str]:
             yield "trainer.best_metric: also needs trainer.eval_every, or there are no checkpoints to choose from"
     if trainer.precision == "fp16" and config.model.dtype == "bf16":
         yield "trainer.precision=fp16: can't be combined with model.dtype=bf16; use precision=bf16 or dtype=fp16"
+    if config.model.dtype == "fp16" and not config.uses_adapter:
+        yield "model.dtype=fp16: can't hold weights that train, as small steps and gradients become 0; use auto (fp32)"
 
 
 def of_data(config: Config) -> Iterator[str]:

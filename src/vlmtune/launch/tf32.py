@@ -1,4 +1,4 @@
-"""TF32 on NVIDIA's GPUs: float32 products and convolutions that read 10 bits of each factor's 23, several times faster.
+"""TF32: faster float32 products and convolutions on a GPU, which read 10 bits of each factor's 23.
 
 Positions stay exact: transformers multiplies them element by element since 5.20 (before, its issue 48428).
 """

@@ -57,6 +57,8 @@ def adapt(model: Any, config: Config, parts: Parts) -> Any:
     with refusals(method):
         adapted = get_peft_model(model, peft_config)
     freeze_other_biases(adapted, parts, scope)
+    if config.model.dtype != "bf16":
+        train_in_full(adapted)
     check_saved(adapted)
     return with_lora_in_one_step(adapted) if config.model.rewrites == "auto" else adapted
 
@@ -116,6 +118,15 @@ def freeze_other_biases(model: Any, parts: Parts, scope: list[str]) -> None:
     if not any(parameter.requires_grad for parameter in biases.values()):
         where = "no layer" if kind == "all" else "no layer with an adapter"
         raise ConfigError(f"adapter.bias={kind}: {where} in {'+'.join(scope)} has a bias; use none")
+
+
+def train_in_full(model: Any) -> None:
+    """Put all trained weights in float32, as PEFT does with those of the adapter itself, but not with the biases and
+    modules beside it: 16 bits round small steps away, and a gradient scaler refuses float16.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
 
 
 def check_saved(model: Any) -> None:
