@@ -21,6 +21,7 @@ from vlmtune.batching.inputs import model_inputs
 from vlmtune.batching.layout import padded
 from vlmtune.config.schema import Config
 from vlmtune.errors import CheckpointError
+from vlmtune.launch import surroundings
 from vlmtune.models.load import load_trained
 from vlmtune.models.quantization import keep_trainable_on_cpu
 from vlmtune.prompt.encode import Encoder
@@ -39,7 +40,7 @@ def folder(checkpoint_of: Callable[[str], Path]) -> Path:
 
 
 def save(run: tiny.Run, root: Path, *, keep: int = 2) -> Path:
-    identity, states = run.loader.identity, [checkpoint.random_state()]
+    identity, states = run.loader.identity, [surroundings.random_state()]
     return save_checkpoint(root, run.model, run.optimizer, None, run.progress, identity, states, keep=keep)
 
 

@@ -19,8 +19,8 @@ import torch
 
 from vlmtune import durable
 from vlmtune.errors import CheckpointError
+from vlmtune.launch import surroundings
 from vlmtune.record.progress import Progress
-from vlmtune.training import checkpoint
 from vlmtune.training.checkpoint import all_checkpoints, check, load_checkpoint, newest, save_checkpoint, set_aside
 
 CALLS = ("mkdir", "rename", "replace", "fsync", "unlink", "rmdir", "open")
@@ -39,7 +39,7 @@ def small() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
 def save(root: Path, step: int, *, examples: int = 0, keep: int = 2) -> Path:
     model, optimizer = small()
     progress = Progress(step=step, examples=examples)
-    return save_checkpoint(root, model, optimizer, None, progress, {}, [checkpoint.random_state()], keep=keep)
+    return save_checkpoint(root, model, optimizer, None, progress, {}, [surroundings.random_state()], keep=keep)
 
 
 def load(folder: Path) -> Progress:

@@ -23,7 +23,7 @@ from vlmtune.config.schema import Config, ModelConfig
 from vlmtune.data import fingerprint
 from vlmtune.data.records import Record, Turn
 from vlmtune.errors import CheckpointError, ConfigError
-from vlmtune.launch import lock
+from vlmtune.launch import lock, surroundings
 from vlmtune.training import checkpoint
 from vlmtune.training.checkpoint import load_checkpoint, save_checkpoint
 from vlmtune.training.resume import RULES, Rule, changes, rule_of, values
@@ -156,7 +156,7 @@ def test_hyper_parameters_are_those_of_the_resumed_config(weights: Path, tmp_pat
         return tiny.assemble(config, tiny.records(8))
 
     first = run().fit(stop_after=2)
-    states = [checkpoint.random_state()]
+    states = [surroundings.random_state()]
     saved = save_checkpoint(tmp_path, first.model, first.optimizer, None, first.progress, {}, states, keep=1)
     second = run(weight_decay=0.5, beta2=0.9)
     second.config.trainer.learning_rate = 7e-3
@@ -169,13 +169,16 @@ def test_hyper_parameters_are_those_of_the_resumed_config(weights: Path, tmp_pat
     assert all(torch.equal(old[n][key], new[n][key]) for n in old for key in old[n] if torch.is_tensor(old[n][key]))
 
 
-def test_a_process_more_than_there_were_draws_as_the_first(weights: Path, tmp_path: Path) -> None:
+def test_a_process_more_than_there_were_draws_for_itself(weights: Path, tmp_path: Path) -> None:
+    """Under the first one's state, both would drop the same."""
     run = tiny.assemble(tiny.config(weights, max_steps=1), tiny.records(4)).fit()
-    wanted = checkpoint.random_state()
-    saved = save_checkpoint(tmp_path, run.model, run.optimizer, None, run.progress, {}, [wanted], keep=1)
+    states = [surroundings.random_state()]
+    saved = save_checkpoint(tmp_path, run.model, run.optimizer, None, run.progress, {}, states, keep=1)
     torch.manual_seed(99)
     load_checkpoint(saved, run.model, run.optimizer, None, {}, rank=1)
-    assert torch.equal(torch.get_rng_state(), wanted["cpu"])
+    assert torch.equal(torch.get_rng_state(), torch.Generator().manual_seed(99).get_state())
+    load_checkpoint(saved, run.model, run.optimizer, None, {}, rank=0)
+    assert torch.equal(torch.get_rng_state(), states[0]["cpu"])
 
 
 # ---------------------------------------------------------------- what images and models hold

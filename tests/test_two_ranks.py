@@ -29,10 +29,28 @@ pytestmark = pytest.mark.xdist_group("two ranks")  # one worker, one pair of lau
 STEPS = 24
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
 PROGRAM = """
-import json, os, shutil, signal, sys, threading, time
+import hashlib, json, os, shutil, signal, sys, threading, time
 from pathlib import Path
-import vlmtune
+import torch, vlmtune
 from vlmtune.cli.main import leave
+from vlmtune.training import loop
+
+real, ready = loop.fit, []
+
+def noting(model, *rest, **options):
+    parameters = b"".join(p.detach().numpy().tobytes() for p in model.parameters())
+    own = torch.Generator()
+    own.set_state(torch.get_rng_state())
+    group = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
+    ready.append({
+        "weights": hashlib.sha256(parameters).hexdigest(),
+        "draws": torch.rand(4, generator=own).tolist(),
+        "sends buffers": model.broadcast_buffers,
+        "hours": group.options._timeout.total_seconds() / 3600,
+    })
+    return real(model, *rest, **options)
+
+loop.fit = noting
 
 def signal_after_a_step(curve):
     while not (curve.exists() and "train/loss" in curve.read_text()):
@@ -47,9 +65,13 @@ for words in jobs:
     vlmtune.train(words)
     if stopped and rank == "0" and not (folder / "stopped.json").exists():
         shutil.copy(folder / stopped / "result.json", folder / "stopped.json")
+if stopped:
+    (folder / f"ready_{rank}.json").write_text(json.dumps(ready))
 leave(0)
 """
-"""Runs the jobs one after the other. Rank 1 alone gets SIGTERM in the first one, if it is the run named `stopped`."""
+"""Runs the jobs one after the other, and notes what each rank has when training begins. Rank 1 alone gets SIGTERM in
+the first one, if it is the run named `stopped`.
+"""
 
 
 @contextmanager
@@ -155,6 +177,17 @@ def test_a_signal_to_the_launcher_ends_both(overrides: Callable[..., list[str]],
         code = process.wait(timeout=120)
     assert code != 0
     assert json.loads((run / "result.json").read_text())["status"] == "interrupted"
+
+
+def test_ranks_begin_with_the_same_weights_and_their_own_dropout(runs: dict[str, dict[str, Any]], folder: Path) -> None:
+    """In each run, the resumed one too. Nobody sends buffers that don't change, and a save may take long."""
+    first, second = (json.loads((folder / f"ready_{rank}.json").read_text()) for rank in (0, 1))
+    assert len(first) == 4
+    for one, other in zip(first, second, strict=True):
+        assert one["weights"] == other["weights"]
+        assert one["draws"] != other["draws"]
+        assert not one["sends buffers"]
+        assert one["hours"] == 2
 
 
 def test_the_stopped_run_is_resumed_bit_by_bit(runs: dict[str, dict[str, Any]], folder: Path) -> None:

@@ -16,11 +16,6 @@ def typed(command: str) -> str:
     return f"python -m vlmtune {command}" if _is_module() else f"vlmtune {command}"
 
 
-def launched(command: str) -> str:
-    """The same command after `torchrun` or `accelerate launch`: `src/train.py` or `-m vlmtune train`."""
-    return typed(command).removeprefix("python ") if _is_script() else f"-m vlmtune {command}"
-
-
 def started(command: str) -> list[str]:
     """The words that start the same command as another process."""
     if _is_script():

@@ -20,12 +20,12 @@ from vlmtune.models.parts import find_parts
 from vlmtune.objectives.next_token import summed_loss
 from vlmtune.prompt.encode import Encoder
 from vlmtune.proof import check_longest, check_rows, decide, limits_of, prove, rewrites_agree
-from vlmtune.training import Best, Finish, Journal, Saving, Schedule, Scoring, Setup, Stopping, build_optimizer, loop
+from vlmtune.training import Best, Finish, Journal, Saving, Schedule, Scoring, Stopping, build_optimizer, loop, setup
 
 log = logging.getLogger("vlmtune")
 
 
-def build(config: Config, splits: dict[str, Split], folder: Path | None) -> Setup:
+def build(config: Config, splits: dict[str, Split], folder: Path | None) -> setup.Setup:
     """Everything that a run needs, checked on its own rows. `folder`: the run folder, on the first process.
 
     Raises VlmtuneError for everything that the user can fix.
@@ -62,12 +62,12 @@ def build(config: Config, splits: dict[str, Split], folder: Path | None) -> Setu
     optimizer = build_optimizer(model, parts, config.trainer, config.optimizer, engine)
     scheduler = Schedule(optimizer, config.trainer, loader.total_steps)
     adapters.set_total_steps(model, config, loader.total_steps)
-    prepared, optimizer = engine.prepare(model, optimizer)
+    prepared, optimizer = setup.ready(model, optimizer, config.trainer, engine)
     made = (model, prepared, parts, processor, encoder, loader, optimizer, scheduler)
-    return Setup(config, folder, engine, splits, *made)
+    return setup.Setup(config, folder, engine, splits, *made)
 
 
-def fit(run: Setup) -> dict[str, Any]:
+def fit(run: setup.Setup) -> dict[str, Any]:
     """Train the run that `build` made and write its result to the run folder. Returns the content of result.json."""
     stopping = Stopping(run.engine)
     with stopping.watching():

@@ -51,8 +51,8 @@ def methods(group: str, method: str, fields: Iterable[str]) -> Methods:
 
 @functools.cache
 def installed() -> dict[str, Any]:
-    """The table for the installed versions, made in a separate process: PEFT imports bitsandbytes, which initializes a
-    device, before this rank has chosen its own.
+    """The table for the installed versions, made in a separate process: PEFT and transformers take seconds to import,
+    and may initialize a device before this rank has chosen its own.
     """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "vlmtune.config.installed"]

@@ -11,6 +11,8 @@ import json
 from importlib.metadata import version
 from typing import Any
 
+from vlmtune.packages import without_bitsandbytes
+
 NOT_FOR_USERS = {
     "peft_type",
     "auto_mapping",
@@ -22,6 +24,7 @@ NOT_FOR_USERS = {
 }
 
 
+@without_bitsandbytes()
 def adapter_fields() -> dict[str, list[str]]:
     """The fields that a user may set, per PEFT method (`lora`, `ia3`, ...)."""
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING

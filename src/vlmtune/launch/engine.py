@@ -18,6 +18,8 @@ class Engine(Protocol):
     """`no`, `bf16` or `fp16`."""
     scaler: Any
     """The gradient scaler of fp16; None otherwise."""
+    ddp_handler: Any
+    """The options of the wrapper around a model on several ranks."""
 
     def prepare(self, *objects: Any) -> Any: ...
     def autocast(self) -> Any: ...

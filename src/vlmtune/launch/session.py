@@ -5,41 +5,56 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vlmtune import display
-from vlmtune.commands import launched
-from vlmtune.config.schema import Config
+from vlmtune.config.schema import Config, TrainerConfig
 from vlmtune.errors import ConfigError, VlmtuneError
-from vlmtune.launch import surroundings
+from vlmtune.launch import surroundings, tf32
 from vlmtune.launch.engine import Engine
+from vlmtune.launch.world import World
+from vlmtune.packages import import_bitsandbytes
 
 log = logging.getLogger("vlmtune")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def engine(config: Config) -> Engine:
+TIMEOUT = timedelta(hours=2)
+"""How long processes wait for each other. The first one saves alone: 100 GB at 50 MB/s, written, read back and hashed,
+take 100 minutes, and NCCL's own limit is 10. The launcher notices a process that dies at once, so only one that hangs
+is waited for.
+"""
+
+
+def engine(config: Config, *, trains: bool = True) -> Engine:
     """The Accelerator: devices and processes as launched, `trainer.precision`, and all seeds set.
 
-    Raises ConfigError where the device can't compute in the asked precision.
+    `trains`: whether it is for training; else for answering. Raises ConfigError where the device can't compute in the
+    asked precision, there are more processes than GPUs, or bitsandbytes is needed and can't be imported.
     """
-    from accelerate import Accelerator
+    from accelerate import Accelerator, PartialState
     from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, set_seed
 
     quiet_libraries()
-    mixed = mixed_precision(config.trainer.precision)
-    decided = {"ACCELERATE_MIXED_PRECISION": mixed, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"}
     forget_precision()
-    set_seed(config.trainer.seed)
     # a tower, or a module trained beside an adapter, gets no gradient from rows without images
     beside = config.adapter.parts != ["language"] or bool(config.adapter.fields.get("modules_to_save"))
     unused = not config.uses_adapter or beside
-    with surroundings.without_accelerate_settings(decided):
+    with surroundings.without_accelerate_settings() as hidden:
+        on_cpu = not torch.cuda.is_available()  # or a launcher's CPU ranks would each believe to be alone
+        check_devices(World.from_environment())
+        device = PartialState(cpu=on_cpu, timeout=TIMEOUT).device  # first: a question to CUDA would open GPU 0
+        mixed = mixed_precision(config, device)
+        surroundings.log_ignored(
+            hidden, {"ACCELERATE_MIXED_PRECISION": mixed, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"}
+        )
+        set_seed(config.trainer.seed)
         accelerator = Accelerator(
-            cpu=not torch.cuda.is_available(),  # or a launcher's CPU ranks would each believe to be alone
+            cpu=on_cpu,
             mixed_precision=mixed,
             gradient_accumulation_plugin=GradientAccumulationPlugin(  # the loop accumulates by itself
                 num_steps=1, sync_with_dataloader=False
@@ -49,7 +64,9 @@ def engine(config: Config) -> Engine:
             ],
         )
     accelerator.sync_gradients = True  # or a loop left half way in this process decides whether a step counts
-    log_idle_devices(accelerator)
+    if (key := needs_bitsandbytes(config, trains)) is not None:
+        import_bitsandbytes(key)
+    log_idle_devices(accelerator, trains)
     made: Engine = accelerator
     return made
 
@@ -77,32 +94,87 @@ def quiet_libraries() -> None:
         transformers_logging.disable_progress_bar()
 
 
-def mixed_precision(precision: str) -> str:
-    """Accelerate's name for `trainer.precision` on this machine. Raises ConfigError where it can't compute so."""
-    bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+def check_devices(world: World) -> None:
+    """Raise ConfigError where two processes would share a GPU, which NCCL refuses at their first exchange."""
+    devices = torch.cuda.device_count()
+    if 0 < devices < world.processes_here:
+        raise ConfigError(
+            f"{world.processes_here} processes on a machine with {devices} usable GPU{'s' * (devices > 1)}: each needs "
+            f"its own; start {devices} (backend.num_processes={devices}, or torchrun --nproc_per_node {devices}), or "
+            "check CUDA_VISIBLE_DEVICES"
+        )
+
+
+def mixed_precision(config: Config, device: torch.device) -> str:
+    """Accelerate's name for `trainer.precision` on `device`. Raises ConfigError where it can't compute so."""
+    precision, on_gpu = config.trainer.precision, device.type == "cuda"
+    bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)  # emulated, it is slower than fp32
+    if precision == "auto" and on_gpu and not bf16:
+        if config.model.dtype == "bf16":
+            raise ConfigError("model.dtype=bf16: this GPU has no bfloat16; use auto, fp16 or fp32")
+        log.info("computing in fp16: %s has no bfloat16", torch.cuda.get_device_name(device))
+        return "fp16"
     if precision == "auto":
         precision = "bf16" if bf16 else "fp32"
-    if precision == "fp16" and not torch.cuda.is_available():
+    if precision == "fp16" and not on_gpu:
         raise ConfigError("trainer.precision=fp16: needs an accelerator; use fp32 (or bf16) on a CPU")
-    if precision == "bf16" and torch.cuda.is_available() and not bf16:
+    if precision == "bf16" and on_gpu and not bf16:
         raise ConfigError("trainer.precision=bf16: this GPU has no bfloat16; use fp16 or fp32")
     return "no" if precision == "fp32" else precision
 
 
-def log_idle_devices(engine: Engine) -> None:
+def needs_bitsandbytes(config: Config, trains: bool) -> str | None:
+    """The key, with its value, for which a run needs bitsandbytes; None if it does not.
+
+    A checkpoint that is stored quantized says so itself (`models.quantization.use_stored`).
+    """
+    method, optimizer = str(config.quantization.method), config.optimizer.name
+    if method.startswith("bitsandbytes"):
+        return f"quantization.method={method}"
+    if trains and (optimizer.endswith("_8bit") or optimizer.startswith("paged_")):
+        return f"optimizer.name={optimizer}"
+    if trains and config.adapter.fields.get("init_lora_weights") == "loftq":
+        return "adapter.init_lora_weights=loftq"
+    return None
+
+
+def log_idle_devices(engine: Engine, trains: bool) -> None:
     """Log the accelerators of this machine that the run leaves alone, and why."""
     found = torch.accelerator.current_accelerator(check_available=True)
     if found is not None and found.type != "cuda":
         log.info(
             "computing on the CPU: this machine has %s, which vlmtune does not use (only CUDA and ROCm)", found.type
         )
-    if engine.num_processes == 1 and torch.cuda.device_count() > 1:
-        again = launched("train")
-        log.info(
-            "computing on one of %d GPUs; all of them: accelerate launch --multi_gpu %s ...",
-            torch.cuda.device_count(),
-            again,
-        )
+    if trains and engine.num_processes == 1 and torch.cuda.device_count() > 1:
+        log.info("computing on one of %d GPUs; backend=accelerate uses all of them", torch.cuda.device_count())
+
+
+def prepared(model: Any, optimizer: Any, engine: Engine, *, same_buffers: bool) -> tuple[Any, Any]:
+    """Both as the loop takes them: with several ranks, in the wrapper that averages gradients.
+
+    `same_buffers`: whether training leaves the model's buffers as they are; the others are sent from the first rank to
+    all at each step, so that a batch norm's averages stay the same.
+    """
+    engine.ddp_handler.broadcast_buffers = not same_buffers
+    wrapped, optimizer = engine.prepare(model, optimizer)
+    return wrapped, optimizer
+
+
+def own_dropout(seed: int, engine: Engine) -> None:
+    """Have each rank draw its own dropout: up to here all drew the same, as new weights must be the same on each."""
+    if engine.process_index:  # the first one goes on as a process alone does
+        torch.manual_seed(seed + engine.process_index)
+
+
+def use_tf32(trainer: TrainerConfig, engine: Engine) -> None:
+    """Compute float32 runs on a GPU in TF32 by `trainer.tf32`, until the run ends. The checks before compare in full
+    float32, as TF32's rounding would hide, or look like, a difference.
+    """
+    if not trainer.tf32 or engine.mixed_precision != "no" or engine.device.type != "cuda":
+        tf32.use(False)
+    elif torch.cuda.is_tf32_supported():
+        tf32.use(True)
+        log.info("float32 products are computed in TF32 (10 bits of precision); trainer.tf32=false: in full")
 
 
 def dtypes(config: Config, engine: Engine) -> dict[str, torch.dtype]:

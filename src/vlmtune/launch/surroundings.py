@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from vlmtune.errors import ConfigError
+from vlmtune.launch import tf32
 
 log = logging.getLogger("vlmtune")
 LOGGERS = ("vlmtune", "hydra", "bitsandbytes")
@@ -38,10 +39,9 @@ OFF = ("", "0", "false", "no", "none", "off")
 
 
 @contextmanager
-def without_accelerate_settings(used: dict[str, str]) -> Iterator[None]:
-    """While inside, Accelerate sees none of the settings that a run's config makes itself.
+def without_accelerate_settings() -> Iterator[dict[str, str]]:
+    """While inside, Accelerate sees none of the settings that a run's config makes itself; yields them by variable.
 
-    `used`: what the config decided, by variable; one that says the same, or nothing, is not worth a line in the log.
     Raises ConfigError where the launcher asks for another way to train altogether.
     """
     for name, what in OTHER_ARITHMETIC.items():
@@ -51,7 +51,17 @@ def without_accelerate_settings(used: dict[str, str]) -> Iterator[None]:
                 "(accelerate launch --multi_gpu, or torchrun --nproc_per_node N), or unset the variable"
             )
     hidden = {name: value for name, value in os.environ.items() if name.startswith(SETTINGS)}
-    compiles = os.environ.get(f"{COMPILING}BACKEND", "").lower() not in OFF
+    for name in hidden:
+        del os.environ[name]
+    try:
+        yield hidden
+    finally:
+        os.environ.update(hidden)
+
+
+def log_ignored(hidden: dict[str, str], used: dict[str, str]) -> None:
+    """Log the settings that were `hidden`, but for those that say nothing, or what the config decided (`used`)."""
+    compiles = hidden.get(f"{COMPILING}BACKEND", "").lower() not in OFF
     ignored = [
         f"{name}={value}"
         for name, value in sorted(hidden.items())
@@ -59,12 +69,6 @@ def without_accelerate_settings(used: dict[str, str]) -> Iterator[None]:
     ]
     if ignored:
         log.info("not used, as the run's config decides: %s", ", ".join(ignored))
-    for name in hidden:
-        del os.environ[name]
-    try:
-        yield
-    finally:
-        os.environ.update(hidden)
 
 
 @contextmanager
@@ -74,6 +78,7 @@ def kept() -> Iterator[None]:
     """
     with ExitStack() as stack:
         stack.enter_context(_kept_python())
+        stack.enter_context(tf32.kept())
         if "numpy" in sys.modules:
             stack.enter_context(_kept_numpy())
         if "torch" in sys.modules:  # else there is nothing of the caller's in it
@@ -165,5 +170,5 @@ def set_random_state(state: dict[str, Any]) -> None:
     import torch
 
     torch.set_rng_state(state["cpu"])
-    if "cuda" in state:
+    if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

@@ -16,6 +16,8 @@ class World:
     """Of this process, from 0, over all machines."""
     processes: int = 1
     """How many the launcher started, over all machines."""
+    processes_here: int = 1
+    """How many of them are on this machine."""
     address: str | None = None
     """Host of the store by which the processes found each other; None without a launcher."""
     port: int | None = None
@@ -26,6 +28,7 @@ class World:
         return cls(
             rank=_number("RANK") or 0,
             processes=_number("WORLD_SIZE") or 1,
+            processes_here=_number("LOCAL_WORLD_SIZE") or 1,
             address=os.environ.get("MASTER_ADDR"),
             port=_number("MASTER_PORT"),
         )

@@ -18,8 +18,10 @@ from vlmtune.models.peft_config import peft_config as build_config
 from vlmtune.models.quantization import quantized_bits
 from vlmtune.models.rewrites import Fast
 from vlmtune.models.targets import ALL_LINEAR, names_as_lists, narrow
+from vlmtune.packages import without_bitsandbytes
 
 
+@without_bitsandbytes()
 def adapt(model: Any, config: Config, parts: Parts) -> Any:
     """Make trainable what the config asks for: an adapter over a frozen base, or the model minus `model.freeze`.
 
@@ -55,6 +57,8 @@ def adapt(model: Any, config: Config, parts: Parts) -> Any:
     with refusals(method):
         adapted = get_peft_model(model, peft_config)
     freeze_other_biases(adapted, parts, scope)
+    if config.model.dtype != "bf16":
+        train_in_full(adapted)
     check_saved(adapted)
     return with_lora_in_one_step(adapted) if config.model.rewrites == "auto" else adapted
 
@@ -116,6 +120,15 @@ def freeze_other_biases(model: Any, parts: Parts, scope: list[str]) -> None:
         raise ConfigError(f"adapter.bias={kind}: {where} in {'+'.join(scope)} has a bias; use none")
 
 
+def train_in_full(model: Any) -> None:
+    """Put all trained weights in float32, as PEFT does with those of the adapter itself, but not with the biases and
+    modules beside it: 16 bits round small steps away, and a gradient scaler refuses float16.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
 def check_saved(model: Any) -> None:
     """Raise ConfigError where PEFT would not save a weight that trains: better now than when the run is over."""
     saved = {tensor.data_ptr() for tensor in adapter_state(model).values()}
@@ -155,6 +168,7 @@ def set_total_steps(model: Any, config: Config, steps: int) -> None:
         allocator.set_total_step(steps)
 
 
+@without_bitsandbytes()
 def load_adapter(model: Any, folder: Path) -> Any:
     """The model with the adapter saved in `folder`.
 
@@ -193,6 +207,7 @@ def _refuse_code(folder: Path) -> None:
         raise CheckpointError(f"{folder}/adapter_config.json: megatron_core={named} would run code; remove that line")
 
 
+@without_bitsandbytes()
 def adapter_state(model: Any) -> dict[str, torch.Tensor]:
     """The tensors that PEFT saves of an adapter; empty for a model without one."""
     from peft import PeftModel, get_peft_model_state_dict

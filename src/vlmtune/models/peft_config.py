@@ -13,6 +13,7 @@ from importlib.metadata import version
 from typing import Any
 
 from vlmtune.errors import ConfigError, nearest
+from vlmtune.packages import without_bitsandbytes
 
 IGNORED = re.compile(r"ignored|no effect|only supported|Setting .+ to (False|None)|does not work")
 """How PEFT warns of a field that it passes over."""
@@ -33,6 +34,7 @@ def peft_config(method: str, fields: dict[str, Any]) -> Any:
         return cls(**typed)
 
 
+@without_bitsandbytes()
 def config_class(method: str) -> Any:
     """PEFT's config class of a method. Raises ConfigError where the installed PEFT has no such method."""
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING

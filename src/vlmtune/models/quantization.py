@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlmtune.config.schema import MethodConfig
 from vlmtune.errors import ConfigError, ModelError, nearest
+from vlmtune.packages import import_bitsandbytes
 
 if TYPE_CHECKING:
     import torch
@@ -172,6 +173,8 @@ def use_stored(architecture: Any, quantization: MethodConfig, compute_dtype: tor
             f"quantization: the checkpoint is stored in {stored_bits(stored)} bits already; use quantization=none, "
             "which keeps it as it is"
         )
+    if str(stored.get("quant_method", "bitsandbytes")).startswith("bitsandbytes"):
+        import_bitsandbytes(f"model.path: stored in {stored_bits(stored)} bits")
     if stored.get("bnb_4bit_compute_dtype") is not None:
         stored["bnb_4bit_compute_dtype"] = str(compute_dtype).removeprefix("torch.")
     return True

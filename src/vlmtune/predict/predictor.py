@@ -34,7 +34,7 @@ class Predictor:
         from vlmtune.prompt.encode import Encoder
 
         config = self.config
-        self.engine = session.engine(config)
+        self.engine = session.engine(config, trains=False)
         dtypes = session.dtypes(config, self.engine)
         self.model, processor = load.load_trained(folder, config, device=self.engine.device, **dtypes)
         self.encoder = Encoder.of(processor, config)

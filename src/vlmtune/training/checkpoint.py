@@ -23,6 +23,7 @@ from torch import Tensor
 from vlmtune import durable
 from vlmtune.durable import whole
 from vlmtune.errors import CheckpointError
+from vlmtune.launch import surroundings
 from vlmtune.record.progress import Progress
 from vlmtune.training import resume
 
@@ -35,17 +36,16 @@ DAMAGED = ".damaged"
 
 def trained_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
     """Everything in a model that training changes: trainable weights and saved buffers."""
-    saved = _persistent(model)
-    buffers = {name: b for name, b in model.named_buffers() if name in saved}
-    return {name: p for name, p in model.named_parameters() if p.requires_grad} | buffers
+    return {name: p for name, p in model.named_parameters() if p.requires_grad} | saved_buffers(model)
 
 
-def _persistent(model: torch.nn.Module) -> set[str]:
-    names = set()
+def saved_buffers(model: torch.nn.Module) -> dict[str, Tensor]:
+    """The buffers that a model saves with its weights, such as a batch norm's averages: training may change them."""
+    saved = set()
     for prefix, module in model.named_modules():
         own = set(module._buffers) - module._non_persistent_buffers_set
-        names |= {f"{prefix}.{name}" if prefix else name for name in own}
-    return names
+        saved |= {f"{prefix}.{name}" if prefix else name for name in own}
+    return {name: buffer for name, buffer in model.named_buffers() if name in saved}
 
 
 def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -80,12 +80,6 @@ def join_state(tensors: dict[str, Tensor], rest: dict[str, Any]) -> dict[str, An
             place = place.setdefault(key, {})
         place[name] = value
     return {"state": state, "param_groups": rest["param_groups"]}
-
-
-def random_state() -> dict[str, Tensor]:
-    """The random state of this process: torch's on the CPU and on the current accelerator."""
-    state = {"cpu": torch.get_rng_state()}
-    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
 
 
 def save_checkpoint(
@@ -238,12 +232,11 @@ def load_checkpoint(
     if scaler is not None and "scaler" in state:
         scaler.load_state_dict(state["scaler"])
     rng = _read(folder / "random.safetensors")
-    own = rank if f"{rank}.cpu" in rng else 0
-    if own != rank:
-        log.warning("process %d is new: its dropout starts from the first process's random state", rank)
-    torch.set_rng_state(rng[f"{own}.cpu"])
-    if torch.cuda.is_available() and f"{own}.cuda" in rng:
-        torch.cuda.set_rng_state(rng[f"{own}.cuda"])
+    own = {kind: rng[f"{rank}.{kind}"] for kind in ("cpu", "cuda") if f"{rank}.{kind}" in rng}
+    if own:
+        surroundings.set_random_state(own)
+    else:
+        log.warning("process %d is new: its dropout starts from trainer.seed and its number", rank)
     return progress
 
 

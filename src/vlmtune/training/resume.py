@@ -113,6 +113,7 @@ RULES: dict[str, Rule] = {
     "trainer.scheduler": Rule.NEXT_STEP,
     "trainer.seed": Rule.RECORDED,
     "trainer.share_prefix": Rule.RECORDED,
+    "trainer.tf32": Rule.NEXT_STEP,
 }
 """The rule of each key, or of all keys of a group that has one entry."""
 

@@ -6,7 +6,7 @@ import logging
 
 from vlmtune.data import fingerprint
 from vlmtune.errors import CheckpointError
-from vlmtune.launch import session
+from vlmtune.launch import session, surroundings
 from vlmtune.models.parts import base_of
 from vlmtune.record import runfolder
 from vlmtune.record.progress import Progress
@@ -55,7 +55,7 @@ class Saving:
         from accelerate.utils import gather_object
 
         run = self.run
-        states = [checkpoint.random_state()]
+        states = [surroundings.random_state()]
         if run.engine.num_processes > 1:
             states = gather_object(states)
         if run.writes:

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from vlmtune.batching.loader import Loader
-from vlmtune.config.schema import Config
+from vlmtune.config.schema import Config, TrainerConfig
 from vlmtune.data.splits import Split
+from vlmtune.launch import session
 from vlmtune.launch.engine import Engine
 from vlmtune.models.parts import Parts
 from vlmtune.prompt.encode import Encoder
+from vlmtune.training.checkpoint import saved_buffers
 
 
 @dataclass
@@ -37,3 +39,13 @@ class Setup:
     def writes(self) -> bool:
         """Whether this process writes files: only the first one does."""
         return bool(self.engine.is_main_process)
+
+
+def ready(model: Any, optimizer: Any, trainer: TrainerConfig, engine: Engine) -> tuple[Any, Any]:
+    """The model and the optimizer as the loop takes them. From here on, after all checks, the machine computes as
+    training does.
+    """
+    prepared, optimizer = session.prepared(model, optimizer, engine, same_buffers=not saved_buffers(model))
+    session.own_dropout(trainer.seed, engine)
+    session.use_tf32(trainer, engine)
+    return prepared, optimizer
