@@ -66,8 +66,10 @@ class ModelConfig:
     """Data type of the weights in memory; `auto`: fp32 for trained weights, the compute type for frozen ones."""
     attention: str = one_of("auto", "sdpa", "eager")
     """Attention implementation of transformers; `auto`: transformers' default, sdpa if the family supports it."""
-    rewrites: str = one_of("auto", "off")
-    """On a CPU: use faster, equivalent forms of patch embedding, quick GELU, bfloat16 attention and LoRA layers."""
+    rewrites: str = one_of("auto", "on", "off")
+    """Use faster, equivalent forms of modules. `auto`: of patch embedding everywhere; of quick GELU, bfloat16 attention
+    and LoRA layers on a CPU, where they were measured. `on`: of quick GELU and LoRA layers on accelerators too, where
+    they need less memory."""
     save_layout: str = one_of("native", "original")
     """File layout of a saved full model; `original`: the layout that InternVL2's own code reads."""
     freeze: list[str] = field(default_factory=list)

@@ -55,8 +55,8 @@ def load(
         model = _load_model(config, quantization, dtype, compute_dtype, device, processor)
     if device.type == "cpu":
         keep_trainable_on_cpu(model)
-    if config.rewrites == "auto" and (rewritten := rewrite(model, device, compute_dtype)):
-        log.info("on a CPU: %s", ", ".join(rewritten))
+    if rewritten := rewrite(model, config.rewrites, device, compute_dtype):
+        log.info("on %s: %s", "a CPU" if device.type == "cpu" else device.type, ", ".join(rewritten))
     return model, processor
 
 
@@ -182,6 +182,5 @@ def load_trained(
     else:
         base = dataclasses.replace(config.model, path=str(folder / "base")) if config.model.fresh else config.model
         model, processor = load(base, config.quantization, device=device, **types)
-        model = load_adapter(model, saved)
-        model = with_lora_in_one_step(model) if config.model.rewrites == "auto" else model
+        model = with_lora_in_one_step(load_adapter(model, saved), config.model.rewrites)
     return model.eval(), processor
