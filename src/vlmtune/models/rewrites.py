@@ -74,15 +74,27 @@ def is_used(model: Any) -> bool:
 def plain(model: Any) -> Iterator[None]:
     """While inside, `model` computes the plain way, which the faster forms are compared with."""
     fast = [module for module in model.modules() if isinstance(module, Fast) and not module.plain]
-    using = _with_attention(base_of(model), ATTENTION)
-    switch_off(model)
+    with attention(model, ATTENTION, "sdpa"):
+        switch_off(model)
+        try:
+            yield
+        finally:
+            for module in fast:
+                module.plain = False
+
+
+@contextmanager
+def attention(model: Any, name: str, other: str) -> Iterator[None]:
+    """While inside, the parts of `model` whose attention is `name` compute with `other`."""
+    base = base_of(model)
+    using = _with_attention(base, name)
+    if using:
+        base.set_attn_implementation(dict.fromkeys(using, other))
     try:
         yield
     finally:
-        for module in fast:
-            module.plain = False
         if using:
-            base_of(model).set_attn_implementation(dict.fromkeys(using, ATTENTION))
+            base.set_attn_implementation(dict.fromkeys(using, name))
 
 
 def switch_off(model: Any) -> None:
