@@ -42,7 +42,7 @@ def problems(attention: str, **trainer: Any) -> list[str]:
 def test_each_name_of_transformers_is_taken() -> None:
     names = ["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"]
     assert [problems(name) for name in names] == [[]] * len(names)
-    assert problems("flash_atention_2")[0].startswith("model.attention=flash_atention_2: did you mean flash_attention_2")
+    assert problems("flash_atention_2")[0].startswith("model.attention=flash_atention_2: did you mean flash_attention")
     assert problems("flash_attention_2", share_prefix="on") == [
         "trainer.share_prefix=on: flash_attention_2 only knows padding, and no mask of branches; use auto"
     ]
@@ -178,7 +178,7 @@ def test_an_attention_that_only_knows_padding_trains_on_padded_batches(
     assert "padding_only only knows padding" in caplog.text
     wanted = trained(path, attention="sdpa", share_prefix="off")
     assert found.losses == pytest.approx(wanted.losses, rel=1e-4)
-    with pytest.raises(ConfigError, match="share_prefix=on: .*padding_only only knows padding"):
+    with pytest.raises(ConfigError, match=r"share_prefix=on: .*padding_only only knows padding"):
         trained(path, attention="padding_only", share_prefix="on")
 
 
@@ -219,7 +219,10 @@ def test_transformers_own_attention_is_not_compared(
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler warns of torch
 def test_flex_attention_trains_or_says_why_not(checkpoint_of: Callable[[str], Path]) -> None:
     """torch compiles it for a CPU, but has no backward pass there."""
-    with pytest.raises(ConfigError, match="model.attention=flex_attention: fails with this model, on this machine: "):
+    with pytest.raises(
+        ConfigError, match=r"model\.attention=flex_attention: fails with this model, on this machine: .*backward"
+    ):
         trained(checkpoint_of("llava"), attention="flex_attention")

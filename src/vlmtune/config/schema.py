@@ -61,7 +61,8 @@ class ModelConfig:
     revision: str | None = None
     """Commit, tag or branch on the hub; not used for a local folder."""
     trust_remote_code: bool = False
-    """Run Python code from the model's repository, and a kernel that model.attention names. Only switch it on for code that you have read."""
+    """Run Python code from the model's repository, and a kernel that model.attention names. Only switch it on for code
+    that you have read."""
     dtype: str = one_of("auto", "fp32", "bf16", "fp16")
     """Data type of the weights in memory; `auto`: fp32 for trained weights, the compute type for frozen ones."""
     attention: str = "auto"

@@ -143,9 +143,7 @@ def _attention(model: ModelConfig) -> Iterator[str]:
             "the 40 characters of a commit that you trust"
         )
     if not model.trust_remote_code:
-        yield (
-            f"model.attention={name}: is compiled code from the hub; to run it, set model.trust_remote_code=true"
-        )
+        yield (f"model.attention={name}: is compiled code from the hub; to run it, set model.trust_remote_code=true")
 
 
 def is_commit(revision: str | None) -> bool:

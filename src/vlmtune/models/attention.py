@@ -1,7 +1,7 @@
 """The attention that `model.attention` names: whether this machine and this model have it, and what it can compute.
 
 Kernels of the hub are compiled code. They only run with `model.trust_remote_code`, as a model's own Python code does;
-transformers would fetch one by itself for `flash_attention_2` if the package is missing, or if a checkpoint asks for it.
+transformers would fetch one by itself if the package of `flash_attention_2` is missing, or if a checkpoint asks for it.
 """
 
 from __future__ import annotations

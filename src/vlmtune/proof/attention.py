@@ -43,8 +43,8 @@ def check_attention(model: Any, encoder: Encoder, records: Sequence[Record], eng
     model.eval()
     try:
         losses = partial(_losses, model, batches.values(), engine)
-        found = _run(name, losses)
         _run(name, partial(_backward, model, padded(encoder, records[:1]).to(engine.device), engine))
+        found = _run(name, losses)
         with rewrites.attention(model, name, plain := _plain(base)):
             wanted = losses()
     finally:
@@ -84,4 +84,5 @@ def _run(name: str, compute: Any) -> Any:
         raise
     except REFUSALS as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ConfigError(f"model.attention={name}: fails with this model, on this machine: {reason}; use auto") from error
+        what = f"model.attention={name}: fails with this model, on this machine"
+        raise ConfigError(f"{what}: {reason.rstrip('.')}; use auto") from error
