@@ -633,6 +633,26 @@ def test_a_model_on_a_cpu_is_rewritten_and_equal(checkpoint_of: Callable[[str], 
         assert abs(halves[0] - loss) <= abs(halves[1] - loss) + 1e-3 * loss
 
 
+@pytest.mark.parametrize(
+    ("setting", "device", "compute", "done"),
+    [
+        ("auto", "cuda", torch.bfloat16, ["patch embedding as one matmul"]),
+        ("on", "cuda", torch.bfloat16, ["patch embedding as one matmul", "quick GELU in one step"]),
+        ("off", "cuda", torch.bfloat16, []),
+        ("off", "cpu", torch.bfloat16, []),
+        ("on", "cpu", torch.float32, ["patch embedding as one matmul", "quick GELU in one step"]),
+    ],
+)
+def test_a_rewrite_says_on_which_devices_it_applies(
+    model_of: Callable[[str], Any], setting: str, device: str, compute: torch.dtype, done: list[str]
+) -> None:
+    """Only modules are replaced, which needs no such device."""
+    model = model_of("qwen2_vl")
+    assert rewrites.rewrite(model, setting, torch.device(device), compute) == done
+    assert type(model.model.visual.patch_embed.proj) is (PatchMatmul if done else nn.Conv3d)
+    assert model.config._attn_implementation == "sdpa"
+
+
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
 def test_a_rewritten_model_computes_the_plain_way_for_a_comparison(
     checkpoint_of: Callable[[str], Path], encoder_of: Any, compute: torch.dtype

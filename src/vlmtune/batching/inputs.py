@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from vlmtune.batching.layout import Batch, branch_mask, branch_positions
+from vlmtune.models.attention import takes_masks
 from vlmtune.models.parts import base_of
 
 
@@ -15,6 +16,9 @@ def model_inputs(model: Any, batch: Batch) -> dict[str, Any]:
     inputs = {"input_ids": batch.input_ids, "use_cache": False, **batch.inputs}
     if batch.branches is None:
         return {**inputs, "attention_mask": batch.attention_mask}
+    decoder = base_of(getattr(model, "module", model)).get_decoder()
+    if not takes_masks(decoder):
+        raise ValueError(f"{decoder.config._attn_implementation} only knows padding, and no mask of branches")
     positions = prefix_positions(model, batch)
     inputs.pop("mm_token_type_ids", None)  # only needed to compute the positions
     mask = branch_mask(batch.branches)

@@ -31,7 +31,7 @@ def table() -> dict[str, Any]:
 
 
 def known(group: str) -> Methods:
-    """The methods of `adapter` or `quantization` with their fields, from the table."""
+    """The methods of `adapter`, `quantization` or `attention` with their fields, from the table."""
     methods: Methods = table()[group]["methods"]
     return methods
 
@@ -59,6 +59,7 @@ def installed() -> dict[str, Any]:
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
         reason = next(reversed(done.stderr.strip().splitlines()), "no reason given")
-        raise ConfigError(f"adapter, quantization: the installed PEFT and transformers can't be imported: {reason}")
+        keys = "adapter, quantization, model.attention"
+        raise ConfigError(f"{keys}: the installed PEFT and transformers can't be imported: {reason}")
     found: dict[str, Any] = json.loads(done.stdout[done.stdout.index("{\n") :])
     return found

@@ -45,6 +45,13 @@ def quantization_fields() -> dict[str, list[str]]:
     }
 
 
+def attentions() -> dict[str, list[str]]:
+    """The attention implementations of transformers, which have no fields."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    return {name: [] for name in ("eager", *ALL_ATTENTION_FUNCTIONS.valid_keys())}
+
+
 def table() -> dict[str, Any]:
     """Per group: the package, its version, and the fields of each of its methods."""
     return {
@@ -54,6 +61,7 @@ def table() -> dict[str, Any]:
             "version": version("transformers"),
             "methods": quantization_fields(),
         },
+        "attention": {"package": "transformers", "version": version("transformers"), "methods": attentions()},
     }
 
 

@@ -61,13 +61,18 @@ class ModelConfig:
     revision: str | None = None
     """Commit, tag or branch on the hub; not used for a local folder."""
     trust_remote_code: bool = False
-    """Run Python code from the model's repository. Only switch it on for code that you have read."""
+    """Run Python code from the model's repository, and a kernel that model.attention names. Only switch it on for code
+    that you have read."""
     dtype: str = one_of("auto", "fp32", "bf16", "fp16")
     """Data type of the weights in memory; `auto`: fp32 for trained weights, the compute type for frozen ones."""
-    attention: str = one_of("auto", "sdpa", "eager")
-    """Attention implementation of transformers; `auto`: transformers' default, sdpa if the family supports it."""
-    rewrites: str = one_of("auto", "off")
-    """On a CPU: use faster, equivalent forms of patch embedding, quick GELU, bfloat16 attention and LoRA layers."""
+    attention: str = "auto"
+    """Attention implementation, by its name in transformers: `sdpa`, `eager`, `flash_attention_2`, `flex_attention`,
+    ..., or a kernel of the hub, `OWNER/NAME@COMMIT`, which is compiled code and needs model.trust_remote_code. `auto`:
+    transformers' default, sdpa if the family supports it. A check at the start compares others with sdpa."""
+    rewrites: str = one_of("auto", "on", "off")
+    """Use faster, equivalent forms of modules. `auto`: of patch embedding everywhere; of quick GELU, bfloat16 attention
+    and LoRA layers on a CPU, where they were measured. `on`: of quick GELU and LoRA layers on accelerators too, where
+    they need less memory."""
     save_layout: str = one_of("native", "original")
     """File layout of a saved full model; `original`: the layout that InternVL2's own code reads."""
     freeze: list[str] = field(default_factory=list)

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from vlmtune.config import fields as known_fields
 from vlmtune.config import peft_fields, quantization_fields
-from vlmtune.config.schema import PARTS, READ_FILES, READ_HUB, Config
+from vlmtune.config.schema import PARTS, READ_FILES, READ_HUB, Config, ModelConfig
 from vlmtune.errors import ConfigError, nearest
 from vlmtune.metrics import resolve
 
@@ -28,6 +29,7 @@ def of_model(config: Config) -> Iterator[str]:
             f"model.revision={model.revision}: code from a repository only runs at a pinned commit; give the 40 "
             "characters of a commit that you have read"
         )
+    yield from _attention(model)
     yield from _no_part("model.freeze", model.freeze)
     if model.dtype == "fp16" and not config.uses_adapter:
         yield f"model.dtype=fp16: {NO_FP16_WEIGHTS}"
@@ -65,6 +67,8 @@ def of_trainer(config: Config) -> Iterator[str]:
             yield f"trainer.best_metric={trainer.best_metric}: {nearest(name, [f'eval/{m}' for m in metrics])}"
         if not trainer.eval_every:
             yield "trainer.best_metric: also needs trainer.eval_every, or there are no checkpoints to choose from"
+    if trainer.share_prefix == "on" and config.model.attention.startswith("flash_attention"):
+        yield f"trainer.share_prefix=on: {config.model.attention} only knows padding, and no mask of branches; use auto"
     if trainer.precision == "fp16" and config.model.dtype == "bf16":
         yield "trainer.precision=fp16: can't be combined with model.dtype=bf16; use precision=bf16 or dtype=auto"
 
@@ -161,6 +165,23 @@ def of_quantization(config: Config) -> Iterator[str]:
     if not config.uses_adapter:
         yield "quantization: quantized weights can't be trained; add an adapter, for instance adapter=lora"
     yield from quantization_fields.problems(config.quantization)
+
+
+def _attention(model: ModelConfig) -> Iterator[str]:
+    name = model.attention
+    if "/" not in name:
+        known = ["auto", *known_fields.methods("attention", name, ())] if name != "auto" else ["auto"]
+        if name not in known:
+            yield f"model.attention={name}: {nearest(name, known)}"
+        return
+    kernel = re.fullmatch(r"[^/:@]+/[^/:@]+@([0-9a-f]{40})(:[^/:@]+)?", name)
+    if kernel is None:
+        yield (
+            f"model.attention={name}: code from a repository only runs at a pinned commit; give OWNER/NAME@COMMIT with "
+            "the 40 characters of a commit that you trust"
+        )
+    if not model.trust_remote_code:
+        yield (f"model.attention={name}: is compiled code from the hub; to run it, set model.trust_remote_code=true")
 
 
 def is_commit(revision: str | None) -> bool:

@@ -16,7 +16,7 @@ from vlmtune.models.parts import Parts, check_parts
 from vlmtune.models.peft_config import field_names, refusals
 from vlmtune.models.peft_config import peft_config as build_config
 from vlmtune.models.quantization import quantized_bits
-from vlmtune.models.rewrites import Fast
+from vlmtune.models.rewrites import LORA, Fast
 from vlmtune.models.targets import ALL_LINEAR, names_as_lists, narrow
 from vlmtune.packages import without_bitsandbytes
 
@@ -60,7 +60,7 @@ def adapt(model: Any, config: Config, parts: Parts) -> Any:
     if config.model.dtype != "bf16":
         train_in_full(adapted)
     check_saved(adapted)
-    return with_lora_in_one_step(adapted) if config.model.rewrites == "auto" else adapted
+    return with_lora_in_one_step(adapted, config.model.rewrites)
 
 
 def check(config: Config) -> None:
@@ -137,12 +137,12 @@ def check_saved(model: Any) -> None:
         raise ConfigError(f"adapter: PEFT would train but not save {len(lost)} weights, among them {lost[0]}")
 
 
-def with_lora_in_one_step(model: Any) -> Any:
-    """`model`, whose plain LoRA layers compute as `models.lora` does on a CPU, wherever that is the same.
+def with_lora_in_one_step(model: Any, setting: str) -> Any:
+    """`model`, whose plain LoRA layers compute as `models.lora` does, where `model.rewrites=setting` asks for it.
 
     A layer changes its class in place: PEFT makes its layers by itself, and one made anew would draw its weights again.
     """
-    if next(model.parameters()).device.type != "cpu":
+    if not LORA.used(setting, next(model.parameters()).device):
         return model
     from peft.tuners.lora.layer import Linear
 

@@ -14,6 +14,7 @@ from vlmtune import durable
 from vlmtune.config.schema import Config, MethodConfig, ModelConfig
 from vlmtune.errors import CheckpointError, ConfigError, ModelError
 from vlmtune.launch.engine import Engine
+from vlmtune.models import attention
 from vlmtune.models.explain import check_names, check_place, explained, looks_local
 from vlmtune.models.parts import find_parts
 from vlmtune.models.quantization import (
@@ -55,8 +56,8 @@ def load(
         model = _load_model(config, quantization, dtype, compute_dtype, device, processor)
     if device.type == "cpu":
         keep_trainable_on_cpu(model)
-    if config.rewrites == "auto" and (rewritten := rewrite(model, device, compute_dtype)):
-        log.info("on a CPU: %s", ", ".join(rewritten))
+    if rewritten := rewrite(model, config.rewrites, device, compute_dtype):
+        log.info("on %s: %s", "a CPU" if device.type == "cpu" else device.type, ", ".join(rewritten))
     return model, processor
 
 
@@ -88,8 +89,8 @@ def _load_model(
     options = hub_options(config)
     cls, architecture = _architecture(config, processor)
     fit_model(architecture, processor)
-    if config.attention != "auto":
-        options["attn_implementation"] = config.attention
+    attention.check(config, architecture, compute_dtype)
+    options |= attention.options(config)
     stored = use_stored(architecture, quantization, compute_dtype)
     if quantization.method is not None:
         with torch.device("meta"):
@@ -97,16 +98,17 @@ def _load_model(
         skip = whole_modules(skeleton, find_parts(skeleton), quantization)
         options["quantization_config"] = quantization_config(quantization, skip, compute_dtype)
         check_method(options["quantization_config"], quantization.method, device)
-    model, report = cls.from_pretrained(
-        config.path,
-        config=architecture,
-        dtype=dtype,
-        device_map={"": device},
-        use_safetensors=True,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # listed in the report, and refused below
-        **options,
-    )
+    with attention.explained(config):
+        model, report = cls.from_pretrained(
+            config.path,
+            config=architecture,
+            dtype=dtype,
+            device_map={"": device},
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # listed in the report, and refused below
+            **options,
+        )
     _check_complete(config, report)
     if quantization.method is not None:
         check_quantized(model, find_parts(model), quantization.parts)
@@ -176,12 +178,12 @@ def load_trained(
         raise CheckpointError(f"{folder}: this run has not saved a model; its result.json says why")
     durable.verify(saved)
     types = {"dtype": dtype, "compute_dtype": compute_dtype}
+    given = attention.usable(config.model, compute_dtype)
     if not config.uses_adapter:
-        own = dataclasses.replace(config.model, path=str(saved))
+        own = dataclasses.replace(given, path=str(saved))
         model, processor = load(own, config.quantization, device=device, **types)
     else:
-        base = dataclasses.replace(config.model, path=str(folder / "base")) if config.model.fresh else config.model
+        base = dataclasses.replace(given, path=str(folder / "base")) if given.fresh else given
         model, processor = load(base, config.quantization, device=device, **types)
-        model = load_adapter(model, saved)
-        model = with_lora_in_one_step(model) if config.model.rewrites == "auto" else model
+        model = with_lora_in_one_step(load_adapter(model, saved), config.model.rewrites)
     return model.eval(), processor

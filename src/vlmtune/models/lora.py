@@ -13,7 +13,11 @@ from torch.autograd.function import once_differentiable
 
 
 class LoraProduct(torch.autograd.Function):
-    """x W^T + b + s (x A^T) B^T with W [O, I] and b frozen. Sums up inside the products, and keeps x and x A^T only."""
+    """x W^T + b + s (x A^T) B^T with W [O, I] and b frozen. Sums up inside the products, and keeps x and x A^T only.
+
+    The weights are kept as they are stored and cast again in the backward pass: a copy in the compute type would stay
+    in memory until then, one of W for each layer.
+    """
 
     @staticmethod
     def forward(
@@ -30,22 +34,22 @@ class LoraProduct(torch.autograd.Function):
         inner = rows @ down.t()  # [N, r]
         out = rows @ w.t() if bias is None else torch.addmm(bias.to(dtype), rows, w.t())
         out.addmm_(inner, up.t(), alpha=scaling)
-        ctx.save_for_backward(rows, w, down, up, inner)
-        ctx.scaling, ctx.shape, ctx.types = scaling, x.shape, (x.dtype, a.dtype, b.dtype)
+        ctx.save_for_backward(rows, weight, a, b, inner)
+        ctx.scaling, ctx.shape, ctx.x_type = scaling, x.shape, x.dtype
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable  # type: ignore[misc]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, w, down, up, inner = ctx.saved_tensors
-        x_type, a_type, b_type = ctx.types
-        grad = grad.reshape(-1, grad.shape[-1]).to(w.dtype)  # [N, O]
+        rows, weight, a, b, inner = ctx.saved_tensors
+        w, down, up = weight.to(rows.dtype), a.to(rows.dtype), b.to(rows.dtype)
+        grad = grad.reshape(-1, grad.shape[-1]).to(rows.dtype)  # [N, O]
         of_inner = (grad @ up).mul_(ctx.scaling)
         of_x = None
         if ctx.needs_input_grad[0]:
-            of_x = (grad @ w).addmm_(of_inner, down).view(ctx.shape).to(x_type)
-        of_a = (of_inner.t() @ rows).to(a_type)
-        of_b = (grad.t() @ inner).mul_(ctx.scaling).to(b_type)
+            of_x = (grad @ w).addmm_(of_inner, down).view(ctx.shape).to(ctx.x_type)
+        of_a = (of_inner.t() @ rows).to(a.dtype)
+        of_b = (grad.t() @ inner).mul_(ctx.scaling).to(b.dtype)
         return of_x, None, None, of_a, of_b, None, None
 
 

@@ -1,4 +1,4 @@
-"""Exact rewrites of what torch or transformers compute slowly on a CPU; measured in docs/results.md.
+"""Exact rewrites of what torch or transformers compute slowly; measured on a CPU in docs/results.md.
 
 `model.rewrites=off` leaves them out, with the fused LoRA layers of `lora`; `plain` is what they are compared with.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,18 +26,38 @@ class Fast:
     plain: bool = False
 
 
-def rewrite(model: Any, device: torch.device, compute_dtype: torch.dtype) -> list[str]:
-    """Replace in `model` what is faster in another form on `device`; returns what was done."""
+@dataclass(frozen=True)
+class Form:
+    """A form of a module that is faster, or needs less memory, than the plain one, and the devices that use it."""
+
+    name: str
+    everywhere: bool = False
+    """Whether `model.rewrites=auto` uses it on accelerators too; if not, only `on` does there."""
+
+    def used(self, setting: str, device: torch.device) -> bool:
+        """Whether modules on `device` get this form under `model.rewrites=setting`."""
+        return setting == "on" or (setting == "auto" and (self.everywhere or device.type == "cpu"))
+
+
+PATCHES = Form("patch embedding as one matmul", everywhere=True)
+"""torch 2.9's Conv3d takes 10 to 20 times as long in bfloat16 on some GPUs: pytorch #174051, #166643."""
+QUICK_GELU = Form("quick GELU in one step")
+LORA = Form("LoRA in one step")
+
+
+def rewrite(model: Any, setting: str, device: torch.device, compute_dtype: torch.dtype) -> list[str]:
+    """Replace in `model` what `model.rewrites=setting` replaces on `device`; returns what was done."""
     from transformers.activations import QuickGELUActivation
 
-    if device.type != "cpu":
-        return []
-    done = ["freed memory kept"] if compute_dtype == torch.bfloat16 and keep_freed_memory() else []
-    if _replace(model, lambda module: type(module) is nn.Conv3d and _one_patch(module), PatchMatmul.of):
-        done.append("patch embedding as one matmul")
-    if _replace(model, lambda module: type(module) is QuickGELUActivation, QuickGELU):
-        done.append("quick GELU in one step")
-    if compute_dtype == torch.bfloat16 and (using := _with_attention(model, "sdpa")):
+    done = []
+    if PATCHES.used(setting, device) and _replace(model, _is_patch_embedding, PatchMatmul.of):
+        done.append(PATCHES.name)
+    if QUICK_GELU.used(setting, device) and _replace(model, lambda m: type(m) is QuickGELUActivation, QuickGELU):
+        done.append(QUICK_GELU.name)
+    halves_on_cpu = setting != "off" and device.type == "cpu" and compute_dtype == torch.bfloat16
+    if halves_on_cpu and keep_freed_memory():
+        done.append("freed memory kept")
+    if halves_on_cpu and (using := _with_attention(model, "sdpa")):
         _register()
         model.set_attn_implementation(dict.fromkeys(using, ATTENTION))
         done.append("attention in float32")
@@ -53,15 +74,27 @@ def is_used(model: Any) -> bool:
 def plain(model: Any) -> Iterator[None]:
     """While inside, `model` computes the plain way, which the faster forms are compared with."""
     fast = [module for module in model.modules() if isinstance(module, Fast) and not module.plain]
-    using = _with_attention(base_of(model), ATTENTION)
-    switch_off(model)
+    with attention(model, ATTENTION, "sdpa"):
+        switch_off(model)
+        try:
+            yield
+        finally:
+            for module in fast:
+                module.plain = False
+
+
+@contextmanager
+def attention(model: Any, name: str, other: str) -> Iterator[None]:
+    """While inside, the parts of `model` whose attention is `name` compute with `other`."""
+    base = base_of(model)
+    using = _with_attention(base, name)
+    if using:
+        base.set_attn_implementation(dict.fromkeys(using, other))
     try:
         yield
     finally:
-        for module in fast:
-            module.plain = False
         if using:
-            base_of(model).set_attn_implementation(dict.fromkeys(using, ATTENTION))
+            base.set_attn_implementation(dict.fromkeys(using, name))
 
 
 def switch_off(model: Any) -> None:
@@ -111,7 +144,9 @@ def keep_freed_memory() -> bool:
     return bool(set_option(mmap_threshold, 2**25) and set_option(trim_threshold, 2**26))
 
 
-def _one_patch(module: nn.Conv3d) -> bool:
+def _is_patch_embedding(module: nn.Module) -> bool:
+    if type(module) is not nn.Conv3d:
+        return False
     whole = module.kernel_size == module.stride and set(module.padding) == {0}
     return whole and module.groups == 1 and set(module.dilation) == {1}
 

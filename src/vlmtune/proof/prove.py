@@ -12,6 +12,7 @@ from vlmtune.launch.engine import Engine
 from vlmtune.models.parts import Parts
 from vlmtune.prompt.encode import Encoder
 from vlmtune.proof import checks, first_pass
+from vlmtune.proof.attention import check_attention
 from vlmtune.proof.rows import Checked
 
 log = logging.getLogger("vlmtune")
@@ -30,5 +31,7 @@ def prove(
     log.info(checks.check_labels(encoder, shapes))
     log.info(checks.check_inputs(encoder, shapes))
     log.info(checks.check_images(encoder, sample, config.model.image))
+    if sentence := check_attention(model, encoder, sample, engine):
+        log.info(sentence)
     log.info(first_pass.check_loss(model, encoder, sample, engine))
     log.info(first_pass.check_gradients(model, parts, encoder, sample, engine))
