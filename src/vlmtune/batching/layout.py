@@ -98,9 +98,7 @@ class Batch:
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
                 setattr(changed, name, change(value))
-        changed.inputs = {
-            name: value if name in self.on_host else change(value) for name, value in self.inputs.items()
-        }
+        changed.inputs = {name: value if name in self.on_host else change(value) for name, value in self.inputs.items()}
         return changed
 
     @property
