@@ -88,7 +88,8 @@ AS_IT_IS = Preparation()
 
 def _without_weights(inner: Any) -> Any:
     """A module of the same class that has only the config, which is all that `get_rope_index` reads."""
-    shell = type(inner).__new__(type(inner))
+    kind: Any = type(inner)
+    shell = kind.__new__(kind)
     nn.Module.__init__(shell)
     shell.config = inner.config
     return shell
