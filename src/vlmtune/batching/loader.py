@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -60,7 +60,7 @@ class Loader:
             num_workers=workers.count,
             prefetch_factor=workers.ahead or None,
             pin_memory=not self.on_cpu,
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=ignore_signals,
             generator=torch.Generator(),  # else it draws a seed from the random state that a resume restored
         )
         for item in loader:
@@ -70,7 +70,7 @@ class Loader:
 
     def _workers(self, first_step: int) -> Workers:
         """As many worker processes as asked for and possible; a warning in the log says why there are fewer."""
-        asked = self._asked_workers()
+        asked = worker_count(self.trainer, self.records, self.encoder, on_cpu=self.on_cpu)
         if not asked or first_step >= self.total_steps:
             return Workers(0, 0)
         if (reason := unpicklable(_Items(self))) is not None:
@@ -80,16 +80,6 @@ class Loader:
         workers, sentence = Workers.fitting(asked, size, self.processes)
         log.log(logging.INFO if workers == Workers(asked, AHEAD) else logging.WARNING, sentence)
         return workers
-
-    def _asked_workers(self) -> int:
-        """Number of worker processes by the config. 0 for a stream, since each worker would read only a part of it, and
-        with an image cache, since each worker would fill its own.
-        """
-        if self.records.streamed or self.encoder.image_cache is not None:
-            return 0
-        if self.trainer.num_workers is not None:
-            return self.trainer.num_workers
-        return 0 if self.on_cpu else 4  # on a CPU they would compete with training for cores
 
     def _micro_batch_numbers(self, first_step: int) -> Iterator[tuple[int, int]]:
         """(step, index of the micro-batch in the step) of all micro-batches to make."""
@@ -162,6 +152,17 @@ class Loader:
         return self.records.image_fingerprint()
 
 
+def worker_count(trainer: TrainerConfig, records: Sequence[Record], encoder: Encoder, *, on_cpu: bool) -> int:
+    """Number of worker processes. 0 for a stream, since each worker would read only a part of it, and with an image
+    cache, since each worker would fill its own.
+    """
+    if getattr(records, "streamed", False) or encoder.image_cache is not None:
+        return 0
+    if trainer.num_workers is not None:
+        return trainer.num_workers
+    return 0 if on_cpu else 4  # on a CPU they would compete with the model for cores
+
+
 class _Items(Dataset[Any]):
     """The dataset that worker processes run. An error is returned as an item: raised in a worker, torch would wrap it
     in its own message.
@@ -178,7 +179,7 @@ class _Items(Dataset[Any]):
             return error
 
 
-def _ignore_signals(worker: int) -> None:
+def ignore_signals(worker: int) -> None:
     """Only the main process handles signals to the process group: it finishes its step and needs its workers for it."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
