@@ -64,13 +64,13 @@ class Tensorwise(torch.optim.Optimizer):
         self._update(parameter, group)
         parameter.grad = None
 
-    def applied_norm(self) -> float | None:
+    def applied_norm(self) -> Tensor | None:
         """L2 norm of all gradients that were applied since the last call; None without `in_backward`."""
         if not self.in_backward:
             return None
         norms = [self.norms[p] for p in self.parameters if p in self.norms]
         self.norms.clear()
-        return float(torch.stack(norms).norm()) if norms else 0.0
+        return torch.stack(norms).norm() if norms else torch.zeros(())
 
     def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
         assert parameter.grad is not None
