@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -47,25 +47,15 @@ class Loader:
             _Items(self),
             batch_size=None,
             sampler=self._micro_batch_numbers(first_step),
-            num_workers=self._workers(),
+            num_workers=worker_count(self.trainer, self.records, self.encoder, on_cpu=self.on_cpu),
             pin_memory=not self.on_cpu,
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=ignore_signals,
             generator=torch.Generator(),  # else it draws a seed from the random state that a resume restored
         )
         for item in loader:
             if isinstance(item, FAULTS):
                 raise item
             yield item
-
-    def _workers(self) -> int:
-        """Number of worker processes. 0 for a stream, since each worker would read only a part of it, and with an image
-        cache, since each worker would fill its own.
-        """
-        if self.records.streamed or self.encoder.image_cache is not None:
-            return 0
-        if self.trainer.num_workers is not None:
-            return self.trainer.num_workers
-        return 0 if self.on_cpu else 4  # on a CPU they would compete with training for cores
 
     def _micro_batch_numbers(self, first_step: int) -> Iterator[tuple[int, int]]:
         """(step, index of the micro-batch in the step) of all micro-batches to make."""
@@ -135,6 +125,17 @@ class Loader:
         return self.records.image_fingerprint()
 
 
+def worker_count(trainer: TrainerConfig, records: Sequence[Record], encoder: Encoder, *, on_cpu: bool) -> int:
+    """Number of worker processes. 0 for a stream, since each worker would read only a part of it, and with an image
+    cache, since each worker would fill its own.
+    """
+    if getattr(records, "streamed", False) or encoder.image_cache is not None:
+        return 0
+    if trainer.num_workers is not None:
+        return trainer.num_workers
+    return 0 if on_cpu else 4  # on a CPU they would compete with the model for cores
+
+
 class _Items(Dataset[Any]):
     """The dataset that worker processes run. An error is returned as an item: raised in a worker, torch would wrap it
     in its own message.
@@ -150,7 +151,7 @@ class _Items(Dataset[Any]):
             return error
 
 
-def _ignore_signals(worker: int) -> None:
+def ignore_signals(worker: int) -> None:
     """Only the main process handles signals to the process group: it finishes its step and needs its workers for it."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -51,6 +51,20 @@ def _after_the_head(config: Any) -> bool:
 
 def _in_chunks(model: Any, batch: Batch, size: int) -> Tensor:
     """The summed loss with logits for `size` tokens at a time; the backward pass computes them again."""
+    head, states, targets, unused = _in_front_of_the_head(model, batch)
+
+    def part(states: Tensor, wanted: Tensor) -> Tensor:
+        return F.cross_entropy(head(states).float(), wanted, reduction="sum")
+
+    pairs = zip(states.split(size), targets.split(size), strict=True)
+    losses = [checkpoint(part, states, wanted, use_reentrant=False) for states, wanted in pairs]
+    return torch.stack(losses).sum() + unused.float().sum() * 0.0  # keeps DDP's record of which weights are used
+
+
+def _in_front_of_the_head(model: Any, batch: Batch) -> tuple[Any, Tensor, Tensor, Tensor]:
+    """The output embedding, its inputs [N, D] that predict a supervised token, those tokens [N], and the logits
+    [B, 1, V] that the model computes meanwhile.
+    """
     targets, chosen = _targets(batch)
     head = base_of(getattr(model, "module", model)).get_output_embeddings()
     hidden: list[Tensor] = []
@@ -61,13 +75,22 @@ def _in_chunks(model: Any, batch: Batch, size: int) -> Tensor:
 
     with _serving_only(model, chosen), _hooked(head.register_forward_pre_hook(keep)):
         unused = model(**model_inputs(model, batch)).logits
+    return head, hidden[0], targets[chosen], unused
 
-    def part(states: Tensor, wanted: Tensor) -> Tensor:
-        return F.cross_entropy(head(states).float(), wanted, reduction="sum")
 
-    pairs = zip(hidden[0].split(size), targets[chosen].split(size), strict=True)
-    losses = [checkpoint(part, states, wanted, use_reentrant=False) for states, wanted in pairs]
-    return torch.stack(losses).sum() + unused.float().sum() * 0.0  # keeps DDP's record of which weights are used
+def logits_in_pieces(model: Any, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
+    """What `supervised_logits` returns, in pieces of at most MOST_LOGITS logits: only one exists at a time.
+
+    Families that change logits after the output embedding compute all of them at once.
+    """
+    base = base_of(getattr(model, "module", model))
+    size = MOST_LOGITS // base.get_output_embeddings().weight.shape[0] or 1
+    if batch.supervised <= size or _after_the_head(base.config):
+        yield supervised_logits(model, batch)
+        return
+    head, states, targets, _ = _in_front_of_the_head(model, batch)
+    for part, wanted in zip(states.split(size), targets.split(size), strict=True):
+        yield head(part), wanted
 
 
 def _targets(batch: Batch) -> tuple[Tensor, Tensor]:
