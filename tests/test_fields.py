@@ -47,8 +47,7 @@ from vlmtune.config.schema import (
 )
 from vlmtune.data.table import load as load_table
 from vlmtune.errors import ConfigError, DataError, ModelError, TrainingError
-from vlmtune.evaluation import evaluate as evaluation
-from vlmtune.evaluation import generate
+from vlmtune.evaluation import answering, generate
 from vlmtune.launch.processes import to_start
 from vlmtune.launch.world import ALONE
 from vlmtune.models import adapters
@@ -172,7 +171,7 @@ def forwards(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Forward]]:
         return forward
 
     monkeypatch.setattr(page, "summed_loss", noting("training", loss.summed_loss))
-    monkeypatch.setattr(evaluation, "supervised_logits", noting("evaluation", loss.supervised_logits))
+    monkeypatch.setattr(answering, "logits_in_pieces", noting("evaluation", loss.logits_in_pieces))
     return seen
 
 

@@ -12,7 +12,7 @@ from vlmtune.batching.layout import PLAIN, Layout
 from vlmtune.config.schema import Config
 from vlmtune.data.records import Record
 from vlmtune.evaluation.answering import Answering, Found
-from vlmtune.evaluation.prepared import Prepared
+from vlmtune.evaluation.prepared import Prepared, dealt
 from vlmtune.launch.engine import Engine
 from vlmtune.launch.signals import EvaluationStopped
 from vlmtune.metrics import resolve, score
@@ -66,17 +66,6 @@ def evaluate(
     predictions = [*_from(found.answers, 0)]
     means, scores = score(resolve(config.task.metrics), predictions, [list(record.answers) for record in records])
     return Evaluation({"loss": found.loss / max(found.tokens, 1), **means}, predictions, scores)
-
-
-def dealt(rows: int, size: int, processes: int) -> list[range]:
-    """The rows in batches of at most `size`, which processes take in turn: neighbours stay together, since they often
-    show the same image, and each process gets rows from all over the split. Several processes get equally many
-    batches, as long as there are rows.
-    """
-    if processes > 1:
-        turns = math.ceil(rows / (size * processes))
-        size = math.ceil(rows / max(turns * processes, 1))
-    return [range(start, min(start + size, rows)) for start in range(0, rows, max(size, 1))]
 
 
 def _rounds(answering: Answering, rounds: int, stop: Callable[[], int | None]) -> Iterator[Found]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any
@@ -20,6 +21,17 @@ from vlmtune.prompt.recent_images import RecentImages, key_of
 
 AHEAD = 1
 """Batches that each worker prepares in advance."""
+
+
+def dealt(rows: int, size: int, processes: int = 1) -> list[range]:
+    """The rows in batches of at most `size`, which processes take in turn: neighbours stay together, since they often
+    show the same image, and each process gets rows from all over the split. Several processes get equally many
+    batches, as long as there are rows.
+    """
+    if processes > 1:
+        turns = math.ceil(rows / (size * processes))
+        size = math.ceil(rows / max(turns * processes, 1))
+    return [range(start, min(start + size, rows)) for start in range(0, rows, max(size, 1))]
 
 
 class Prepared:

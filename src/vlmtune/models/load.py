@@ -165,7 +165,7 @@ def make_fresh(config: ModelConfig, folder: Path, seed: int, engine: Engine) -> 
 def load_trained(
     folder: Path, config: Config, *, dtype: torch.dtype, compute_dtype: torch.dtype, device: torch.device
 ) -> tuple[Any, Any]:
-    """The model that a run left in `folder/model`, ready to answer, and its processor.
+    """The model that a run left in `folder/model`, ready to answer and without gradients, and its processor.
 
     Raises CheckpointError where the run saved none.
     """
@@ -184,4 +184,4 @@ def load_trained(
         model, processor = load(base, config.quantization, device=device, **types)
         model = load_adapter(model, saved)
         model = with_lora_in_one_step(model) if config.model.rewrites == "auto" else model
-    return model.eval(), processor
+    return model.requires_grad_(False).eval(), processor
