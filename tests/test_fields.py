@@ -749,7 +749,9 @@ def noting_reads(schema: type, prefix: str, seen: set[str]) -> Callable[[Any, st
 def read(
     checkpoint_of: Callable[[str], Path], table: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[set[str]]:
-    """The keys that are read by two runs, which between them turn on what has to be turned on, and by reading a hub."""
+    """The keys that are read by two runs, which between them turn on what has to be turned on, by opening one of them,
+    and by reading a hub.
+    """
     seen: set[str] = set()
     folder = tmp_path_factory.mktemp("read")
     path = str(checkpoint_of("qwen2_vl"))
@@ -768,6 +770,7 @@ def read(
             patched.setattr(schema, "__getattribute__", noting_reads(schema, prefix, seen))
         api.run_in(folder / "lora", lora)
         api.run_in(folder / "full", full)
+        api.load(folder / "lora")
         load_table(DataConfig(train=str(hub_set(folder)), **STREAMED), TaskConfig(), 0)
         hub_options(ModelConfig(path="somebody/some-model"))
         to_start(BackendConfig("accelerate", 1), ALONE)
