@@ -226,13 +226,12 @@ def test_the_bar_counts_rows_and_answers_come_in_order(
     monkeypatch.setattr(evaluation, "ROUND", 1)
     plain = answering.Draft.answers
     found = evaluated(model, encoder, rows, size=3)
-    monkeypatch.setattr(
-        answering.Draft,
-        "answers",
-        lambda self, records, *given: [
-            "drafted" if record.question == "Is it red?" else None for record in plain(self, records, *given) and records
-        ],
-    )
+
+    def drafted(self: Any, records: list[Record], *given: Any) -> list[str | None]:
+        plain(self, records, *given)
+        return ["drafted" if record.question == "Is it red?" else None for record in records]
+
+    monkeypatch.setattr(answering.Draft, "answers", drafted)
     totals: list[int] = []
     counted: list[int] = []
 
@@ -251,7 +250,8 @@ def test_the_bar_counts_rows_and_answers_come_in_order(
         model, encoder, rows, config(3), ENGINE, title="", done=lambda first, texts: told.append((first, texts))
     )
     assert totals == [10] == [sum(counted)]
-    wanted = ["drafted" if r.question == "Is it red?" else text for r, text in zip(rows, found.predictions, strict=True)]
+    pairs = zip(rows, found.predictions, strict=True)
+    wanted = ["drafted" if row.question == "Is it red?" else text for row, text in pairs]
     assert again.predictions == wanted == [text for _, texts in told for text in texts]
     assert [first for first, _ in told] == [sum(len(texts) for _, texts in told[:n]) for n in range(len(told))]
     assert len(told) > 1

@@ -123,8 +123,8 @@ PIECE = 256
 
 @torch.no_grad()
 def loss_and_likely(model: Any, batch: Batch, engine: Engine, never: list[int]) -> tuple[list[Tensor], list[int]]:
-    """Summed losses of the pieces of a batch, on the device, and the most likely token other than `never` at each of the N
-    supervised positions: the one read from the device per batch.
+    """Summed losses of the pieces of a batch, on the device, and the most likely token other than `never` at each of
+    the N supervised positions, which is all that is read from the device.
     """
     was_training = model.training
     model.eval()

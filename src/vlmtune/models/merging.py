@@ -16,10 +16,13 @@ from vlmtune.models.quantization import quantized_bits
 log = logging.getLogger("vlmtune")
 
 METHODS = frozenset(
-    "adalora boft deft delora fourierft frod glora gralora hira hra ia3 ln_tuning loha lokr lora miss oft osf peanut "
-    "psoft pvera randlora tinylora trainable_tokens unilora vera".split()
+    (
+        *("adalora", "boft", "deft", "delora", "fourierft", "frod", "glora", "gralora", "hira", "hra", "ia3"),
+        *("ln_tuning", "loha", "lokr", "lora", "miss", "oft", "osf", "peanut", "psoft", "pvera", "randlora"),
+        *("tinylora", "trainable_tokens", "unilora", "vera"),
+    )
 )
-"""PEFT's methods whose merged weights were compared with the adapter's layers (tests/test_merging.py)."""
+"""PEFT's methods whose merged weights answer as the adapter's layers do; tests compare them."""
 
 
 def merged(model: Any, config: Config) -> Any:

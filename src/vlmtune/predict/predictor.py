@@ -142,8 +142,8 @@ class Predictor:
 
 
 def answering(dtypes: dict[str, Any], config: Config) -> dict[str, Any]:
-    """The data types to answer in: trained weights, which `model.dtype=auto` keeps in float32, in bfloat16 where that is
-    computed in. float16's range may not hold the activations that float32 weights give.
+    """The data types to answer in: with `model.dtype=auto` all weights in bfloat16 if that is computed in, those too
+    that trained in float32. float16's range may not hold the activations that float32 weights give.
     """
     import torch
 
