@@ -216,7 +216,6 @@ def test_a_wrong_value_is_named_with_its_key(override: str, problem: str) -> Non
         (["adapter=pissa", "quantization=int8"], "adapter.init_lora_weights=pissa: decomposes the base weights"),
         (["model.image.min_tokens=9", "model.image.max_tokens=4"], "model.image.min_tokens=9: above"),
         (["trainer.precision=fp16", "model.dtype=bf16"], "trainer.precision=fp16: can't be combined with"),
-        (["adapter=none", "model.dtype=fp16"], "model.dtype=fp16: weights in fp16 can't be trained"),
         (["model=auto"], "model.path: missing"),
         (["model.path=a/b", "model.trust_remote_code=true", "model.revision=main"], "model.revision=main: code from a"),
         (["model.save_layout=original"], "model.save_layout=original: is for whole models"),

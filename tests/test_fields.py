@@ -47,8 +47,7 @@ from vlmtune.config.schema import (
 )
 from vlmtune.data.table import load as load_table
 from vlmtune.errors import ConfigError, DataError, ModelError, TrainingError
-from vlmtune.evaluation import evaluate as evaluation
-from vlmtune.evaluation import generate
+from vlmtune.evaluation import answering, generate
 from vlmtune.launch import session
 from vlmtune.launch.processes import to_start
 from vlmtune.launch.world import ALONE
@@ -173,7 +172,7 @@ def forwards(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Forward]]:
         return forward
 
     monkeypatch.setattr(page, "summed_loss", noting("training", loss.summed_loss))
-    monkeypatch.setattr(evaluation, "supervised_logits", noting("evaluation", loss.supervised_logits))
+    monkeypatch.setattr(answering, "logits_in_pieces", noting("evaluation", loss.logits_in_pieces))
     return seen
 
 
@@ -755,7 +754,9 @@ def noting_reads(schema: type, prefix: str, seen: set[str]) -> Callable[[Any, st
 def read(
     checkpoint_of: Callable[[str], Path], table: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[set[str]]:
-    """The keys that are read by two runs, which between them turn on what has to be turned on, and by reading a hub."""
+    """The keys that are read by two runs, which between them turn on what has to be turned on, by opening one of them,
+    and by reading a hub.
+    """
     seen: set[str] = set()
     folder = tmp_path_factory.mktemp("read")
     path = str(checkpoint_of("qwen2_vl"))
@@ -774,6 +775,7 @@ def read(
             patched.setattr(schema, "__getattribute__", noting_reads(schema, prefix, seen))
         api.run_in(folder / "lora", lora)
         api.run_in(folder / "full", full)
+        api.load(folder / "lora")
         load_table(DataConfig(train=str(hub_set(folder)), **STREAMED), TaskConfig(), 0)
         hub_options(ModelConfig(path="somebody/some-model"))
         to_start(BackendConfig("accelerate", 1), ALONE)

@@ -342,19 +342,20 @@ def test_an_ended_prediction_leaves_whole_rows(
 def test_an_ended_evaluation_leaves_whole_rows(
     trained: Path, asked: tuple[Config, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from vlmtune.evaluation import answering
     from vlmtune.evaluation import evaluate as evaluation
 
     config, table = asked
     evaluate_run(str(trained), config, str(tmp_path / "whole.csv"))
-    monkeypatch.setattr(evaluation, "PIECE_BATCHES", 2)
-    plain, calls = evaluation._answer, iter(range(9))
+    monkeypatch.setattr(evaluation, "ROUND", 2)
+    plain, calls = answering.loss_and_likely, iter(range(9))
 
     def ended(*given: Any) -> Any:
-        if next(calls) == 1:
+        if next(calls) == 2:
             raise KeyboardInterrupt
         return plain(*given)
 
-    monkeypatch.setattr(evaluation, "_answer", ended)
+    monkeypatch.setattr(answering, "loss_and_likely", ended)
     with pytest.raises(KeyboardInterrupt):
         evaluate_run(str(trained), config, str(tmp_path / "out.csv"))
     left, whole = (pd.read_csv(tmp_path / name, keep_default_na=False) for name in ("out.csv.partial", "whole.csv"))

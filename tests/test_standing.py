@@ -23,7 +23,7 @@ from vlmtune import display
 from vlmtune.batching.loader import _Items
 from vlmtune.config.schema import TrackerConfig
 from vlmtune.errors import StorageError, memory_advice, storage_advice
-from vlmtune.evaluation import evaluate as evaluation
+from vlmtune.evaluation import answering
 from vlmtune.launch import session
 from vlmtune.launch.signals import Interrupted
 from vlmtune.record import report, runfolder, tracking
@@ -129,7 +129,7 @@ def test_a_signal_while_the_model_loads_interrupts_and_the_run_can_be_started_ag
 def test_a_signal_in_the_first_evaluation_interrupts_and_is_told_to_wandb(
     overrides: Overrides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    signal_in(monkeypatch, evaluation, "supervised_logits", signal.SIGTERM)
+    signal_in(monkeypatch, answering, "logits_in_pieces", signal.SIGTERM)
     with pytest.raises(Interrupted):
         vlmtune.train(overrides("trainer.eval_baseline=true", "tracker=wandb"))
     assert result_of(tmp_path / "run")["status"] == "interrupted"
@@ -142,7 +142,7 @@ def test_a_signal_in_an_evaluation_between_steps_saves_at_once(
 ) -> None:
     straight = vlmtune.train(overrides("trainer.eval_every=1", name="straight"))
     with monkeypatch.context() as patch:
-        signal_in(patch, evaluation, "supervised_logits", signal.SIGTERM)
+        signal_in(patch, answering, "logits_in_pieces", signal.SIGTERM)
         stopped = vlmtune.train(overrides("trainer.eval_every=1"))
     assert (stopped["status"], stopped["steps"], stopped["signal"]) == ("interrupted", 1, signal.SIGTERM)
     assert (tmp_path / "run" / "checkpoints" / "step_000001").is_dir()
@@ -155,7 +155,7 @@ def test_a_signal_in_the_last_evaluation_leaves_the_model_and_can_be_gone_on_wit
     overrides: Overrides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        signal_in(patch, evaluation, "supervised_logits", signal.SIGTERM, call=2)
+        signal_in(patch, answering, "logits_in_pieces", signal.SIGTERM, call=2)
         stopped = vlmtune.train(overrides())
     assert (stopped["status"], stopped["steps"]) == ("interrupted", 2)
     assert list((tmp_path / "run" / "model").glob("*.safetensors"))

@@ -23,6 +23,8 @@ from safetensors.torch import load_file
 
 import tiny
 import vlmtune
+from vlmtune.config import compose
+from vlmtune.predict.scores import evaluate_run
 
 pytestmark = pytest.mark.xdist_group("two ranks")  # one worker, one pair of launches
 
@@ -33,6 +35,9 @@ import hashlib, json, os, shutil, signal, sys, threading, time
 from pathlib import Path
 import torch, vlmtune
 from vlmtune.cli.main import leave
+from vlmtune.config import compose
+from vlmtune.evaluation import evaluate
+from vlmtune.predict.scores import evaluate_run
 from vlmtune.training import loop
 
 real, ready = loop.fit, []
@@ -51,6 +56,7 @@ def noting(model, *rest, **options):
     return real(model, *rest, **options)
 
 loop.fit = noting
+evaluate.ROUND = 1  # one rank has a batch more than the other
 
 def signal_after_a_step(curve):
     while not (curve.exists() and "train/loss" in curve.read_text()):
@@ -67,10 +73,15 @@ for words in jobs:
         shutil.copy(folder / stopped / "result.json", folder / "stopped.json")
 if stopped:
     (folder / f"ready_{rank}.json").write_text(json.dumps(ready))
+last = words[-1].partition("=")[2]
+config = compose.overlay(compose.compose("evaluate", ["++run=" + last]), ["run=" + last])
+scores = evaluate_run(last, config, last + "/two.csv")
+if rank == "0":
+    (Path(last) / "two.txt").write_text(scores)
 leave(0)
 """
-"""Runs the jobs one after the other, and notes what each rank has when training begins. Rank 1 alone gets SIGTERM in
-the first one, if it is the run named `stopped`.
+"""Runs the jobs one after the other, notes what each rank has when training begins, and evaluates the last run. Rank 1
+alone gets SIGTERM in the first one, if it is the run named `stopped`.
 """
 
 
@@ -105,8 +116,8 @@ def overrides(checkpoint_of: Callable[[str], Path], folder: Path) -> Callable[..
         model = ["model=auto", f"model.path={checkpoint_of('qwen2_vl')}", "generation.max_new_tokens=4"]
         data = ["data=csv", f"data.train={table}", f"data.validation={table}", "data.max_eval_rows=5", "tracker=none"]
         steps = [f"trainer.batch_size={size}", f"trainer.max_steps={STEPS}", "trainer.learning_rate=1e-2"]
-        logged = ["trainer.log_every=1", "trainer.eval_baseline=false", f"hydra.run.dir={folder / name}"]
-        return [*model, *data, *steps, *logged, *more]
+        logged = ["trainer.log_every=1", "trainer.eval_baseline=false", "trainer.eval_batch_size=2"]
+        return [*model, *data, *steps, *logged, *more, f"hydra.run.dir={folder / name}"]
 
     return make
 
@@ -215,6 +226,16 @@ def test_two_ranks_train_and_evaluate_what_one_process_does(
     expected, found = weights(folder / name), weights(folder / f"share_{share}")
     assert all((expected[key] - found[key]).abs().max() < 1e-4 for key in expected)
     assert not (folder / "None").exists()
+
+
+def test_two_ranks_evaluate_a_finished_run_as_one_process_does(runs: dict[str, dict[str, Any]], folder: Path) -> None:
+    """Five rows in batches of two, dealt in turn, with an exchange after each."""
+    run = str(folder / "accumulated")
+    config = compose.overlay(compose.compose("evaluate", [f"++run={run}"]), [f"run={run}"])
+    assert evaluate_run(run, config, f"{run}/one.csv") == (folder / "accumulated" / "two.txt").read_text()
+    one, two = ((folder / "accumulated" / name).read_text() for name in ("one.csv", "two.csv"))
+    assert one == two
+    assert len(one.splitlines()) == 6
 
 
 def test_two_ranks_with_unequal_numbers_of_micro_batches_do_what_one_process_does(

@@ -120,7 +120,7 @@ def bar(title: str, total: int, *, done: int = 0, show: bool = True) -> Iterator
         done += by
         if visible:
             live.update(task, advance=by, note=note)
-        elif show and time.monotonic() - last >= SECONDS_BETWEEN_LINES:
+        elif show and done > first and time.monotonic() - last >= SECONDS_BETWEEN_LINES:
             last = time.monotonic()
             left = (last - began) / (done - first) * (total - done)
             log.info("%s %d/%d, %s left  %s", title, done, total, duration(left), note)

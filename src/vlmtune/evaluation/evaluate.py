@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-
 from vlmtune import display
-from vlmtune.batching.layout import PLAIN, Batch, Layout, padded, shared
+from vlmtune.batching.layout import PLAIN, Layout
 from vlmtune.config.schema import Config
 from vlmtune.data.records import Record
-from vlmtune.evaluation.drafts import Draft
-from vlmtune.evaluation.generate import generate
+from vlmtune.evaluation.answering import Answering, Found
+from vlmtune.evaluation.prepared import Prepared, dealt
 from vlmtune.launch.engine import Engine
 from vlmtune.launch.signals import EvaluationStopped
 from vlmtune.metrics import resolve, score
-from vlmtune.objectives.next_token import supervised_logits
 from vlmtune.prompt.encode import Encoder
 
-PIECE_BATCHES = 16
-"""Number of batches whose answers are passed to `done` together, so that rows to generate still fill a batch."""
+ROUND = 16
+"""Batches after which processes exchange their results: none then waits long for another, whose rows take longer."""
 
 
 @dataclass
@@ -49,141 +45,59 @@ def evaluate(
     stop: Callable[[], int | None] = lambda: None,
     done: Callable[[int, list[str]], None] | None = None,
 ) -> Evaluation:
-    """Answer and score all records; each rank takes a contiguous part.
+    """Answer and score all records; the processes take turns with their batches.
 
     `stop`: called after each batch, returns the number of a signal that asks to stop, or None; every rank then raises
     `signals.EvaluationStopped`.
-    `done`: called with the first row's number and the answers of a few batches, in order; with several processes once
-    at the end, with all answers.
+    `done`: called with the first row's number and the answers of the rows from there on, in order.
     """
-    own, alone = _dealt(records, engine), engine.num_processes == 1
-    result: Answered | int
-    try:
-        with display.bar(title, 2 * len(own), show=engine.is_main_process) as shown:
-
-            def advance(rows: int) -> None:
-                shown(rows)
-                if number := stop():
-                    raise EvaluationStopped(number)
-
-            def answer(rows: Sequence[Record]) -> Answered:
-                return _answer(model, encoder, rows, config, engine, layout, advance)
-
-            result = _in_pieces(answer, own, config.trainer.eval_batch_size, done if alone else None)
-    except EvaluationStopped as ended:
-        result = ended.number
-    loss, tokens, predictions = _over_ranks(result, engine)
-    if done is not None and not alone:
-        done(0, predictions)
+    batches = dealt(len(records), config.trainer.eval_batch_size, engine.num_processes)
+    own = batches[engine.process_index :: engine.num_processes]
+    prepared = Prepared(encoder, records, own, config.trainer, engine)
+    found, written = Found(), 0
+    with display.bar(title, sum(map(len, own)), show=engine.is_main_process) as advance:
+        answering = Answering(model, prepared, config, engine, layout, advance)
+        for each in _rounds(answering, rounds=math.ceil(len(batches) / engine.num_processes / ROUND), stop=stop):
+            found.add(_over_ranks(each, engine))
+            fresh = [*_from(found.answers, written)]
+            if done is not None and fresh:
+                done(written, fresh)
+                written += len(fresh)
+    predictions = [*_from(found.answers, 0)]
     means, scores = score(resolve(config.task.metrics), predictions, [list(record.answers) for record in records])
-    return Evaluation({"loss": loss / max(tokens, 1), **means}, predictions, scores)
+    return Evaluation({"loss": found.loss / max(found.tokens, 1), **means}, predictions, scores)
 
 
-def _dealt(records: Sequence[Record], engine: Engine) -> Sequence[Record]:
-    """This rank's part of the records."""
-    count = math.ceil(len(records) / engine.num_processes)
-    return records[engine.process_index * count : (engine.process_index + 1) * count]
-
-
-Answered = tuple[float, int, list[str]]
-"""Summed loss, number of supervised tokens, and the answers, of some rows."""
-
-
-def _over_ranks(own: Answered | int, engine: Engine) -> Answered:
-    """The results of all ranks together. Raises `EvaluationStopped` if one of them has the number of a signal instead:
-    it may reach only some ranks, and all must stop.
+def _rounds(answering: Answering, rounds: int, stop: Callable[[], int | None]) -> Iterator[Found]:
+    """What this process finds in each round. All processes have the same number of rounds, some perhaps without rows;
+    a signal ends the last one.
     """
+    batches = iter(answering.prepared)
+    for number in range(rounds):
+        for _, (rows, records) in zip(range(ROUND), batches, strict=False):
+            answering.add(rows, records)
+            if stop() is not None:
+                break
+        else:
+            if number == rounds - 1:
+                answering.finish()
+        yield answering.taken(stop())
+
+
+def _over_ranks(own: Found, engine: Engine) -> Found:
+    """What all ranks found together. Raises `EvaluationStopped` if a signal reached one of them: all must stop."""
     from accelerate.utils import gather_object
 
-    found: list[Any] = [own] if engine.num_processes == 1 else gather_object([own])  # in rank order
-    for number in found:
-        if isinstance(number, int):
-            raise EvaluationStopped(number)
-    return sum(one[0] for one in found), sum(one[1] for one in found), [text for one in found for text in one[2]]
+    together = Found()
+    for found in [own] if engine.num_processes == 1 else gather_object([own]):
+        if found.stopped is not None:
+            raise EvaluationStopped(found.stopped)
+        together.add(found)
+    return together
 
 
-def _in_pieces(
-    answer: Callable[[Sequence[Record]], Answered],
-    own: Sequence[Record],
-    size: int,
-    done: Callable[[int, list[str]], None] | None,
-) -> Answered:
-    """The result of `answer` for all rows; piece by piece if there is a `done` to pass the answers to."""
-    if done is None:
-        return answer(own)
-    loss, tokens = 0.0, 0
-    texts: list[str] = []
-    for start in range(0, len(own), PIECE_BATCHES * size):
-        found = answer(own[start : start + PIECE_BATCHES * size])
-        done(start, found[2])
-        loss, tokens, texts = loss + found[0], tokens + found[1], texts + found[2]
-    return loss, tokens, texts
-
-
-def _answer(
-    model: Any,
-    encoder: Encoder,
-    own: Sequence[Record],
-    config: Config,
-    engine: Engine,
-    layout: Layout,
-    advance: Callable[[int], None],
-) -> Answered:
-    """Evaluate some rows."""
-    size = config.trainer.eval_batch_size
-    make = shared if layout.share else padded
-    draft = Draft(model, encoder, config.generation)
-    loss, tokens, drafted = loss_and_drafts(model, encoder, own, size, engine, make, draft, advance)
-    open_rows = [row for row, answer in enumerate(drafted) if answer is None]
-    advance(len(own) - len(open_rows))
-    rest = iter(
-        generate(
-            model,
-            encoder,
-            [own[row] for row in open_rows],
-            config.generation,
-            batch_size=size,
-            autocast=engine.autocast,
-            share=layout.share_answers,
-            advance=advance,
-        )
-    )
-    return loss, tokens, [next(rest) if answer is None else answer for answer in drafted]
-
-
-PIECE = 256
-"""Number of tokens whose logits are held in float32 at once."""
-
-
-@torch.no_grad()
-def loss_and_drafts(
-    model: Any,
-    encoder: Encoder,
-    records: Sequence[Record],
-    batch_size: int,
-    engine: Engine,
-    make: Callable[[Encoder, Sequence[Record]], Batch],
-    draft: Draft,
-    advance: Callable[[int], None],
-) -> tuple[float, int, list[str | None]]:
-    """Summed loss, number of supervised tokens, and the answers that this pass already reveals."""
-    was_training = model.training
-    model.eval()
-    loss, tokens = 0.0, 0
-    answers: list[str | None] = []
-    for start in range(0, len(records), batch_size):
-        rows = [records[i] for i in range(start, min(start + batch_size, len(records)))]
-        batch = make(encoder, rows).to(engine.device)
-        with engine.autocast():
-            logits, targets = supervised_logits(model, batch)
-        likely: list[int] = []
-        for part, wanted in zip(logits.split(PIECE), targets.split(PIECE), strict=True):
-            values = part.float()
-            loss += float(F.cross_entropy(values, wanted, reduction="sum"))
-            values[:, draft.never] = -math.inf
-            likely += values.argmax(-1).tolist()
-        tokens += len(likely)
-        answers += draft.answers(rows, batch, likely)
-        advance(batch.rows)
-    model.train(was_training)
-    return loss, tokens, answers
+def _from(answers: dict[int, str], row: int) -> Iterator[str]:
+    """The answers from `row` on, up to the first row that has none yet."""
+    while row in answers:
+        yield answers[row]
+        row += 1

@@ -167,7 +167,7 @@ def make_fresh(config: ModelConfig, folder: Path, seed: int, engine: Engine) -> 
 def load_trained(
     folder: Path, config: Config, *, dtype: torch.dtype, compute_dtype: torch.dtype, device: torch.device
 ) -> tuple[Any, Any]:
-    """The model that a run left in `folder/model`, ready to answer, and its processor.
+    """The model that a run left in `folder/model`, ready to answer and without gradients, and its processor.
 
     Raises CheckpointError where the run saved none.
     """
@@ -186,4 +186,4 @@ def load_trained(
         base = dataclasses.replace(given, path=str(folder / "base")) if given.fresh else given
         model, processor = load(base, config.quantization, device=device, **types)
         model = with_lora_in_one_step(load_adapter(model, saved), config.model.rewrites)
-    return model.eval(), processor
+    return model.requires_grad_(False).eval(), processor

@@ -66,6 +66,22 @@ def _in_chunks(model: Any, batch: Batch, size: int) -> Tensor:
     return torch.stack(losses).sum() + unused.float().sum() * 0.0  # keeps DDP's record of which weights are used
 
 
+def logits_in_pieces(model: Any, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
+    """What `supervised_logits` returns, in pieces of at most MOST_LOGITS logits: only one exists at a time.
+
+    Families that change logits after the output embedding compute all of them at once.
+    """
+    base = base_of(getattr(model, "module", model))
+    head = base.get_output_embeddings()
+    size = MOST_LOGITS // head.weight.shape[0] or 1
+    if batch.supervised <= size or _after_the_head(base.config):
+        yield supervised_logits(model, batch)
+        return
+    _, hidden = _logits_at(model, batch, batch.places, most=1)
+    for part, wanted in zip(hidden.split(size), batch.targets.split(size), strict=True):
+        yield head(part), wanted
+
+
 def supervised_logits(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """Logits [N, V] at the positions that predict a supervised token, and those tokens [N], row by row."""
     return _logits_at(model, batch, batch.places)[0], batch.targets

@@ -16,6 +16,8 @@ from vlmtune.record.outputs import ANSWER, ERROR, Answers, refuse_columns
 if TYPE_CHECKING:
     import pandas as pd
 
+    from vlmtune.prompt.encode import Encoder
+
 
 class Predictor:
     """A fine-tuned model and everything that its answers depend on."""
@@ -30,13 +32,14 @@ class Predictor:
 
     def _open(self, folder: Path) -> None:
         from vlmtune.launch import session
-        from vlmtune.models import load
+        from vlmtune.models import load, merging
         from vlmtune.prompt.encode import Encoder
 
         config = self.config
         self.engine = session.engine(config, trains=False)
-        dtypes = session.dtypes(config, self.engine)
-        self.model, processor = load.load_trained(folder, config, device=self.engine.device, **dtypes)
+        dtypes = answering(session.dtypes(config, self.engine), config)
+        model, processor = load.load_trained(folder, config, device=self.engine.device, **dtypes)
+        self.model = merging.merged(model, config)
         self.encoder = Encoder.of(processor, config)
 
     @contextmanager
@@ -80,41 +83,45 @@ class Predictor:
         After each batch `done` is called with the row number before which all rows are answered.
         """
         from vlmtune import display
+        from vlmtune.evaluation.prepared import Prepared, dealt
 
-        size = self.config.trainer.eval_batch_size
+        batches = dealt(len(records), self.config.trainer.eval_batch_size)
         with self.at_work(), display.bar("predicting", len(records)) as advance:
             try:
                 share = self.shares_answers(records)
             except (DataError, RuntimeError, MemoryError) as error:
                 reason_of(error)
                 share = False
-            for start in range(0, len(records), size):
-                batch = [records[i] for i in range(start, min(start + size, len(records)))]
-                self._fill_batch(answers, batch, rows[start : start + size], share)
-                done(rows[start + len(batch) - 1] + 1)
+            prepared = Prepared(self.encoder, records, batches, self.config.trainer, self.engine)
+            for numbers, batch in prepared:
+                self._fill_batch(answers, prepared.encoder, batch, [rows[number] for number in numbers], share)
+                done(rows[numbers[-1]] + 1)
                 advance(len(batch))
+                prepared.let_go()
 
-    def _fill_batch(self, answers: Answers, records: Sequence[Any], rows: Sequence[int], share: bool) -> None:
+    def _fill_batch(
+        self, answers: Answers, encoder: Encoder, records: Sequence[Any], rows: Sequence[int], share: bool
+    ) -> None:
         """Answer some records together; if that fails, one by one."""
         try:
-            found = self.answer(records, share=share)
+            found = self._answer(encoder, records, share)
         except (DataError, RuntimeError, MemoryError) as error:
             reason = reason_of(error)
             if len(records) == 1:
                 answers.reasons[rows[0]] = reason
             else:
                 for record, row in zip(records, rows, strict=True):
-                    self._fill_batch(answers, [record], [row], False)
+                    self._fill_batch(answers, encoder, [record], [row], False)
         else:
             answers.texts |= dict(zip(rows, found, strict=True))
 
-    def answer(self, records: Sequence[Any], *, share: bool = False) -> list[str]:
+    def _answer(self, encoder: Encoder, records: Sequence[Any], share: bool) -> list[str]:
         """One answer per record, in order. `share`: neighbouring records that show the same image share it."""
         from vlmtune.evaluation.generate import generate
 
         return generate(
             self.model,
-            self.encoder,
+            encoder,
             records,
             self.config.generation,
             batch_size=self.config.trainer.eval_batch_size,
@@ -132,6 +139,16 @@ class Predictor:
 
         found = pairs(self.encoder, records, groups_of(records, self.encoder), most=6)
         return bool(found) and all(answers_agree(self.model, self.encoder, rows, self.engine) for rows in found)
+
+
+def answering(dtypes: dict[str, Any], config: Config) -> dict[str, Any]:
+    """The data types to answer in: with `model.dtype=auto` all weights in bfloat16 if that is computed in, those too
+    that trained in float32. float16's range may not hold the activations that float32 weights give.
+    """
+    import torch
+
+    lower = config.model.dtype == "auto" and dtypes["compute_dtype"] == torch.bfloat16
+    return {**dtypes, "dtype": torch.bfloat16} if lower else dtypes
 
 
 def reason_of(error: Exception) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vlmtune.config.schema import Config
 from vlmtune.data.records import Record
@@ -19,14 +19,11 @@ from vlmtune.prompt.decoding import AnswerDecoder
 from vlmtune.prompt.families import family_of
 from vlmtune.prompt.feature_tokens import FeatureTokens
 from vlmtune.prompt.image_budget import needed_size
-from vlmtune.prompt.image_inputs import ImageProcessing
+from vlmtune.prompt.image_inputs import ImageCache, ImageProcessing
 from vlmtune.prompt.labels import tokens_and_labels
 from vlmtune.prompt.lengths import measured
 from vlmtune.prompt.placeholders import expanded
 from vlmtune.prompt.rendering import Prompt, Spans
-
-if TYPE_CHECKING:
-    from vlmtune.prompt.image_cache import PixelStore
 
 
 @dataclass
@@ -88,14 +85,14 @@ class Encoder:
             pad_to_multiple_of=pad_to_multiple_of,
         )
 
-    def keeping(self, cache: PixelStore | None) -> Encoder:
+    def keeping(self, cache: ImageCache | None) -> Encoder:
         """The same encoder with a cache for the model inputs of images; None: they are computed each time."""
         other = copy.copy(self)
         other.images = self.images.keeping(cache)
         return other
 
     @property
-    def image_cache(self) -> PixelStore | None:
+    def image_cache(self) -> ImageCache | None:
         """The cache for the model inputs of images, if any."""
         return self.images.cache
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from PIL import Image
 
@@ -16,8 +16,18 @@ from vlmtune.errors import DataError
 from vlmtune.memo import Memo
 from vlmtune.prompt.families import Family
 
-if TYPE_CHECKING:
-    from vlmtune.prompt.image_cache import PixelStore
+
+class ImageCache(Protocol):
+    """Keeps what is computed for images: the processor's tensors, or features."""
+
+    def of(
+        self,
+        shown: Sequence[tuple[Sequence[Any], Sequence[Callable[[], Any]]]],
+        images: Callable[[list[list[Any]]], tuple[dict[str, Any], list[str]]],
+    ) -> tuple[dict[str, Any], list[str]]:
+        """Inputs and expansions of images, grouped by prompt and given by their sources and functions that open them.
+        `images` computes the processor's tensors for opened groups.
+        """
 
 
 class ImageInputs(NamedTuple):
@@ -45,12 +55,12 @@ class ImageProcessing:
         needed: NeededSize | None,
     ):
         self.family, self.max_pixels, self.needed = family, max_pixels, needed
-        self.cache: PixelStore | None = None
+        self.cache: ImageCache | None = None
         self.tokenizer = tokenizer
         self.tokens = Memo(self._tokens, most=100_000)
         """Number of tokens in a prompt for images of given sizes that are shown together."""
 
-    def keeping(self, cache: PixelStore | None) -> ImageProcessing:
+    def keeping(self, cache: ImageCache | None) -> ImageProcessing:
         """A copy with a cache for the model inputs of images; None: they are computed each time."""
         other = copy.copy(self)
         other.cache = cache

@@ -10,6 +10,7 @@ from typing import Any
 
 from vlmtune.data.images import open_image
 from vlmtune.evaluation.evaluate import Evaluation
+from vlmtune.prompt.image_cache import PixelStore
 from vlmtune.record import card, report, runfolder
 from vlmtune.training.best import Best
 from vlmtune.training.journal import Journal
@@ -93,8 +94,8 @@ class Finish:
             self.journal.tracker.finish(result)
         with _optional("report.html"):
             report.write(folder, self._image, self._texts)
-        if run.encoder.image_cache is not None:
-            log.info(run.encoder.image_cache.report())
+        if isinstance(cache := run.encoder.image_cache, PixelStore):
+            log.info(cache.report())
         log.info(runfolder.closing_table(folder, result))
 
     def _texts(self, row: int) -> tuple[str, str]:
