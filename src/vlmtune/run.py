@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from vlmtune.batching.loader import Loader
-from vlmtune.batching.order import first_rows
 from vlmtune.config.schema import Config
 from vlmtune.data.splits import Split
 from vlmtune.launch import session
@@ -19,7 +18,7 @@ from vlmtune.models import adapters, gradient_checkpointing, load, rewrites
 from vlmtune.models.parts import find_parts
 from vlmtune.objectives.next_token import summed_loss
 from vlmtune.prompt.encode import Encoder
-from vlmtune.proof import check_longest, check_rows, decide, limits_of, prove, rewrites_agree
+from vlmtune.proof import check_longest, check_rows, decide, limits_of, prove, rewrites_agree, sample_rows
 from vlmtune.training import Best, Finish, Journal, Saving, Schedule, Scoring, Setup, Stopping, build_optimizer, loop
 
 log = logging.getLogger("vlmtune")
@@ -49,7 +48,7 @@ def build(config: Config, splits: dict[str, Split], folder: Path | None) -> Setu
 
     # checks before time is spent, and the decisions that follow from them
     records = splits["train"].records
-    sample = first_rows(records, config.trainer, most=8)
+    sample = sample_rows(encoder, records, config.trainer, most=8)
     if not rewrites_agree(model, encoder, sample, engine):
         rewrites.switch_off(model)
     prove(model, parts, encoder, sample, rows, config, engine)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vlmtune.batching.groups import groups_of
@@ -18,9 +18,11 @@ from vlmtune.models.parts import Parts
 from vlmtune.prompt.encode import Encoder
 from vlmtune.prompt.image_cache import PixelStore
 from vlmtune.proof.pairs import pairs
-from vlmtune.proof.probes import choose_cache, choose_layout
+from vlmtune.proof.probes import choose_answers, choose_cache, choose_layout
 
 log = logging.getLogger("vlmtune")
+MOST_ROWS = 6
+"""Rows of one shape on which the layouts are compared, at most."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +52,18 @@ def decide(
     """
     trainer, streamed = config.trainer, records.streamed
     groups = groups_of(records, encoder)
-    alike = pairs(encoder, records, groups, most=min(6, trainer.batch_size))
+    lengths = encoder.lengths(records) if trainer.batch_tokens and not streamed else []
+    rows = min(MOST_ROWS, MOST_ROWS if trainer.batch_tokens else trainer.batch_size)
+    alike = pairs(encoder, records, groups, rows, lengths=lengths, most_tokens=trainer.batch_tokens)
     layout = choose_layout(model, encoder, alike, trainer, engine, evaluated=evaluated)
+    if evaluated and not alike and trainer.share_prefix != "off":  # evaluation may hold more rows at a time
+        asked = pairs(encoder, records, groups, min(MOST_ROWS, trainer.eval_batch_size))
+        layout = replace(layout, share_answers=choose_answers(model, encoder, asked, engine))
     log.info(layout.sentence)
     steps = plan(
         trainer,
         groups,
-        encoder.lengths(records) if trainer.batch_tokens and not streamed else [],
+        lengths,
         processes=engine.num_processes,
         streamed=streamed,
         by_group=layout.share,
