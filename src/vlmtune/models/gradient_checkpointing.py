@@ -10,8 +10,9 @@ from vlmtune.config.schema import TrainerConfig
 def prepare(model: Any, trainer: TrainerConfig) -> None:
     """Turn gradient checkpointing on if asked for.
 
-    Without `enable_input_require_grads`, which only reentrant checkpointing needs: it makes the embedding of every
-    nested model ask for a gradient, so that a frozen vision tower would be kept, computed again and differentiated.
+    transformers then has the embedding of every nested model ask for a gradient. Only reentrant checkpointing needs
+    that, and a frozen vision tower would be kept, computed again and differentiated.
     """
     if trainer.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.disable_input_require_grads()

@@ -19,6 +19,8 @@ from vlmtune.proof.first_pass import REFUSALS, computes_in_halves
 
 Verdict = tuple[bool, str]
 """Whether another way of computing can be used, and the evidence or the reason."""
+Batches = Sequence[Callable[[], Batch]]
+"""Makes the batches of one way, in whose passes gradients add up: one, or pieces of it."""
 COMPARED = 20_000_000
 """The most gradient entries to compare: those of the smallest tensors, which all depend on the attention."""
 
@@ -36,7 +38,7 @@ class Comparison:
         sizes = accumulate(p.numel() for p in trained)
         self.compared = [p for p, size in zip(trained, sizes, strict=True) if size <= COMPARED] or trained[:1]
         self.others = trained[len(self.compared) :]
-        self.loss = self.norm = self.loss_gap = 0.0
+        self.loss = self.norm = 0.0
 
     @contextmanager
     def running(self) -> Iterator[Comparison]:
@@ -51,15 +53,16 @@ class Comparison:
             for handle in handles:
                 handle.remove()
 
-    def plain(self, batches: Sequence[Callable[[], Batch]]) -> None:
-        """The plain way, of one batch or in pieces."""
+    def plain(self, batches: Batches) -> None:
+        """The plain way."""
         self.loss = sum(self._passed(make(), 1.0) for make in batches)
         self.norm = self._gradient_norm()
 
-    def other(self, batch: Batch) -> Verdict:
+    def other(self, batches: Batches) -> Verdict:
         """The other way. Returns whether both gave the same up to rounding, and the measured differences."""
         allowed = 5e-2 if computes_in_halves(self.model, self.engine) else 1e-3
-        loss_gap = abs(self.loss - self._passed(batch, -1.0)) / max(abs(self.loss), 1e-6)
+        loss = sum(self._passed(make(), -1.0) for make in batches)
+        loss_gap = abs(self.loss - loss) / max(abs(self.loss), 1e-6)
         gradient_gap = self._gradient_norm() / max(self.norm, 1e-12)
         found = f"loss differs by {loss_gap:.1e}, gradients by {gradient_gap:.1e} (relative; allowed {allowed:.0e})"
         return loss_gap <= allowed and gradient_gap <= allowed, found
@@ -76,6 +79,13 @@ class Comparison:
         return float(torch.stack(norms).norm()) if norms else 0.0
 
 
+def same_result(model: Any, engine: Engine, plain: Batches, other: Batches) -> Verdict:
+    """The verdict on two forms of the same rows."""
+    with Comparison(model, engine).running() as both:
+        both.plain(plain)
+        return both.other(other)
+
+
 def _drop(parameter: torch.Tensor) -> None:
     parameter.grad = None
 
@@ -90,7 +100,7 @@ def attempted(compare: Callable[[], Verdict], name: str) -> Verdict:
     if not short:
         return False, f"this model does not support {name} ({reason})"
     session.free_memory()  # only now: the error kept the tensors of the pass
-    return False, f"out of memory while {name} was tried"
+    return False, f"out of memory while trying {name}"
 
 
 def agreed(verdict: Verdict, engine: Engine) -> Verdict:

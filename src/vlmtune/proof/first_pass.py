@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmtune.batching.inputs import model_inputs
-from vlmtune.batching.layout import Batch, padded
+from vlmtune.batching.layout import PLAIN, Batch, Layout, lay_out, padded
 from vlmtune.batching.loader import Loader
 from vlmtune.data.records import Record
 from vlmtune.errors import TrainingError, is_out_of_memory
@@ -76,7 +76,9 @@ def computes_in_halves(model: Any, engine: Engine) -> bool:
     return engine.mixed_precision != "no" or any(p.dtype in halves for p in model.parameters())
 
 
-def check_gradients(model: Any, parts: Parts, encoder: Encoder, records: Sequence[Record], engine: Engine) -> str:
+def check_gradients(
+    model: Any, parts: Parts, encoder: Encoder, records: Sequence[Record], engine: Engine, layout: Layout = PLAIN
+) -> str:
     """Raise TrainingError if a frozen tensor gets a gradient, or a trainable one that these rows reach gets none.
 
     A tensor is reached if its module (or the module's holder) runs in this pass. The log names tensors that are not
@@ -84,7 +86,7 @@ def check_gradients(model: Any, parts: Parts, encoder: Encoder, records: Sequenc
 
     Zero counts as a gradient: LoRA's A only gets zeros while B is zero.
     """
-    loss, missed, leaking, used = _one_pass(model, padded(encoder, records).to(engine.device), engine)
+    loss, missed, leaking, used = _one_pass(model, lay_out(encoder, records, layout).to(engine.device), engine)
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     if leaking:
         raise TrainingError(f"{len(leaking)} frozen weights get a gradient, for instance {leaking[0]}")

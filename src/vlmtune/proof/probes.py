@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from vlmtune.batching.layout import Batch, Layout, padded, shared
+from vlmtune.batching.layout import Batch, Layout, lay_out, padded, shared
 from vlmtune.config.schema import Config, DataConfig, GenerationConfig, TrainerConfig
 from vlmtune.data.records import Record
 from vlmtune.errors import ConfigError
@@ -24,7 +24,7 @@ from vlmtune.models.features import FeatureStore, refusal
 from vlmtune.models.parts import Parts
 from vlmtune.prompt.encode import Encoder
 from vlmtune.prompt.image_cache import PixelStore, pixels_mark
-from vlmtune.proof.comparison import Comparison, Verdict, agreed, attempted
+from vlmtune.proof.comparison import Comparison, Verdict, agreed, attempted, same_result
 
 log = logging.getLogger("vlmtune")
 
@@ -78,7 +78,7 @@ def answers_agree(model: Any, encoder: Encoder, records: list[Record], engine: E
         answers = [generate(model, encoder, records, short, share=share, **options) for share in (False, True)]
         return answers[0] == answers[1], "the answers differ"
 
-    fits, reason = attempted(compare, "generating several answers over one image")
+    fits, reason = attempted(compare, "several answers over one image")
     if not fits:
         log.info("generation does not share images: %s", reason)
     return fits
@@ -95,9 +95,7 @@ def layouts_agree(model: Any, encoder: Encoder, records: list[Record], engine: E
         longest = max(image + text for image, text in encoder.lengths(records))
         rows = max(together.padded_tokens // longest, 1)
         pieces = [partial(padded, encoder, records[n : n + rows]) for n in range(0, len(records), rows)]
-        with Comparison(model, engine).running() as both:
-            both.plain(pieces)
-            return both.other(together)
+        return same_result(model, engine, pieces, [lambda: together])
 
     return attempted(compare, "the shared layout")
 
@@ -115,19 +113,20 @@ def choose_cache(
     model: Any,
     parts: Parts,
     encoder: Encoder,
-    sample: Sequence[Record],
+    rows: Sequence[Record],
+    layout: Layout,
     config: Config,
     engine: Engine,
     *,
     seen_once: bool,
 ) -> ImageCache:
     """Cache image features by `data.cache_features`, or the processor's pixels if features can't be cached but a cache
-    is required. `sample`: training rows; `seen_once`: whether the run needs each image only once.
+    is required. `rows`: of a micro-batch in the run's layout; `seen_once`: whether the run needs each image only once.
 
     Raises ConfigError if a cache is required and this model or run can't have one.
     """
     setting = config.data.cache_features
-    shown = [record for record in sample if record.images]
+    shown = [record for record in rows if record.images]
     if reason := _needs_no_cache(config.data, shown, engine, seen_once):
         return _uncached(setting, reason)
     refused = refusal(model, parts)
@@ -138,13 +137,8 @@ def choose_cache(
         store = PixelStore(pixels_mark(encoder.processor, config.data.fast_jpeg), config.data)
     else:
         store = FeatureStore(model, parts, encoder.processor, config.data, engine)
-    plain, kept = partial(padded, encoder, shown), partial(padded, encoder.keeping(store), shown)
-
-    def compare() -> Verdict:
-        with Comparison(model, engine).running() as both:
-            both.plain([plain])
-            return both.other(kept())
-
+    plain, kept = (partial(lay_out, one, shown, layout) for one in (encoder, encoder.keeping(store)))
+    compare = partial(same_result, model, engine, [plain], [kept])
     verdict = _same_inputs(plain, kept) if refused else attempted(compare, "features in place of pixels")
     fits, evidence = agreed(verdict, engine)
     if not fits:
@@ -178,17 +172,19 @@ def _uncached(setting: str, reason: str) -> ImageCache:
 def rewrites_agree(model: Any, encoder: Encoder, sample: Sequence[Record], engine: Engine) -> bool:
     """Whether loss and gradients are the same with the fast forms of modules (`models.rewrites`) as without.
 
-    True if the model has none. The result is logged.
+    True if the model has none. The result is logged. One row of `sample` with images and one without are computed, each
+    alone: a module's plain form may keep more than training does.
     """
     if not rewrites.is_used(model):
         return True
-    batch = partial(padded, encoder, sample)
+    of_kind = {bool(record.images): record for record in reversed(sample)}
+    batches = [partial(padded, encoder, [record]) for record in of_kind.values()]
 
     def compare() -> Verdict:
         with Comparison(model, engine).running() as both:
             with rewrites.plain(model):
-                both.plain([batch])
-            return both.other(batch())
+                both.plain(batches)
+            return both.other(batches)
 
     fits, evidence = agreed(attempted(compare, "faster forms of its modules"), engine)
     log.info("rewrites   %s (%s)", "in use" if fits else "not used", evidence)
