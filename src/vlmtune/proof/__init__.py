@@ -8,12 +8,3 @@ from vlmtune.proof.row_checker import limits_of
 from vlmtune.proof.rows import check_rows
 
 __all__ = ["check_rows", "decide", "limits_of", "prove", "prove_passes", "rewrites_agree", "sample_rows"]
-    "check_gradients",
-    "check_longest",
-    "check_rows",
-    "decide",
-    "limits_of",
-    "prove",
-    "rewrites_agree",
-    "sample_rows",
-]
