@@ -21,7 +21,7 @@ import tiny_families
 from grids import sampled, thinned
 from test_families import SHARED
 from vlmtune.batching.inputs import model_inputs
-from vlmtune.batching.layout import padded, shared
+from vlmtune.batching.layout import PLAIN, padded, shared
 from vlmtune.config import compose
 from vlmtune.config.schema import DataConfig, GenerationConfig, ModelConfig
 from vlmtune.data import table
@@ -189,7 +189,8 @@ def chosen(model: Any, encoder: Encoder, wish: str, *, seen_once: bool = False) 
     config = tiny.config(None)
     config.data = DataConfig(cache_features=wish)
     sample = tiny.records(4, sizes=SIZES)
-    return choose_cache(model, find_parts(model), encoder, sample, config, Accelerator(cpu=True), seen_once=seen_once)
+    engine = Accelerator(cpu=True)
+    return choose_cache(model, find_parts(model), encoder, sample, PLAIN, config, engine, seen_once=seen_once)
 
 
 def test_features_are_chosen_with_the_reason(encoder_of: Any, model_of: Callable[[str], Any]) -> None:

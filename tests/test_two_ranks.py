@@ -68,7 +68,8 @@ rank = os.environ["RANK"]
 if stopped and rank == "1":
     threading.Thread(target=signal_after_a_step, args=[folder / stopped / "metrics.jsonl"], daemon=True).start()
 for words in jobs:
-    vlmtune.train(words)
+    memory = vlmtune.train(words)["memory"]
+    (folder / f"memory_{rank}.json").write_text(json.dumps(memory))
     if stopped and rank == "0" and not (folder / "stopped.json").exists():
         shutil.copy(folder / stopped / "result.json", folder / "stopped.json")
 if stopped:
@@ -173,6 +174,13 @@ def answers(run: Path) -> list[str]:
 def test_a_signal_to_one_ends_both_after_the_step(runs: dict[str, dict[str, Any]]) -> None:
     assert runs["stopped"]["status"] == "interrupted"
     assert 0 < runs["stopped"]["steps"] < STEPS
+
+
+def test_peak_memory_is_the_largest_of_all_ranks(runs: dict[str, dict[str, Any]], folder: Path) -> None:
+    """Each rank would otherwise return its own."""
+    first, second = (json.loads((folder / f"memory_{rank}.json").read_text()) for rank in range(2))
+    assert first == second == runs["accumulated"]["memory"]
+    assert first["peak_rss_bytes"] >= first["startup_peak_rss_bytes"] > 1e7
 
 
 @pytest.mark.slow

@@ -81,9 +81,13 @@ def _run_held(folder: Path, config: Config) -> dict[str, Any]:
     return result
 
 
-@memory_advice()
 def _trained(config: Config, folder: Path | None) -> dict[str, Any]:
     """One run: from rows to a fine-tuned model in `folder`, which is None on processes other than the first."""
+    with memory_advice(config.saves_memory):
+        return _built_and_fitted(config, folder)
+
+
+def _built_and_fitted(config: Config, folder: Path | None) -> dict[str, Any]:
     from vlmtune.data import table
 
     splits = table.load(config.data, config.task, config.trainer.seed)  # checked before anything heavy is imported

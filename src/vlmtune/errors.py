@@ -17,7 +17,7 @@ import difflib
 import errno
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -74,16 +74,31 @@ def of_kind(name: str, problems: Sequence[str]) -> VlmtuneError:
     return TrainingError(problems if not name else [f"{name}: {problems[0]}", *problems[1:]])
 
 
-DEVICE_MEMORY = (
-    "out of device memory. Less is needed with a smaller trainer.batch_size (and more "
-    "trainer.gradient_accumulation_steps) or trainer.eval_batch_size, trainer.gradient_checkpointing=true, "
-    "model.image.max_tokens=..., adapter=lora or quantization=nf4"
+SAVERS = {
+    "trainer.batch_size": "a smaller trainer.batch_size (and more trainer.gradient_accumulation_steps)",
+    "trainer.batch_tokens": "a smaller trainer.batch_tokens (and more trainer.gradient_accumulation_steps)",
+    "trainer.eval_batch_size": "a smaller trainer.eval_batch_size",
+    "trainer.num_workers": "trainer.num_workers=0",
+    "trainer.gradient_checkpointing": "trainer.gradient_checkpointing=true",
+    "data.cache_features": "data.cache_features=off",
+    "model.image.max_tokens": "a smaller model.image.max_tokens",
+    "adapter": "adapter=lora",
+    "quantization": "quantization=nf4",
+    "model": "a smaller model",
+}
+"""What a run needs less memory with, by config key."""
+ON_DEVICE = (
+    "trainer.batch_size",
+    "trainer.batch_tokens",
+    "trainer.eval_batch_size",
+    "trainer.gradient_checkpointing",
+    "model.image.max_tokens",
+    "adapter",
+    "quantization",
+    "model",
 )
-MEMORY = (
-    "out of memory: the machine, or a limit on this process (ulimit -v, a container's), refuses more. Less is needed "
-    "with a smaller trainer.batch_size or trainer.eval_batch_size, trainer.num_workers=0, "
-    "trainer.gradient_checkpointing=true, data.cache_features=off, a smaller model.image.max_tokens or another model"
-)
+TRAINING = ("trainer.batch_size", "trainer.batch_tokens", "trainer.gradient_checkpointing", "adapter")
+"""Of these, what only training needs less memory with."""
 SHARED_MEMORY = "a larger /dev/shm (Docker: --shm-size=16g or --ipc=host) or a smaller trainer.batch_size"
 WORKER_DIED = (
     "a process that prepares batches was ended from outside, most often because the machine, or its shared memory, is "
@@ -93,22 +108,37 @@ REFUSALS = ("allocate memory", "enough memory", "bad_alloc", "can't start new th
 """What torch and Python say where the machine gives no more memory."""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device or the machine had no more memory."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"  # torch's; not imported here
+        or (isinstance(error, RuntimeError | ImportError) and any(refusal in str(error) for refusal in REFUSALS))
+    )
+
+
 @contextmanager
-def memory_advice() -> Iterator[None]:
-    """Turn running out of memory into an error that says what needs less."""
+def memory_advice(useless: Collection[str] = ("trainer.batch_tokens",)) -> Iterator[None]:
+    """Turn running out of memory into an error that says what needs less. `useless`: keys of `SAVERS` that can't help,
+    such as those that save memory already.
+    """
     try:
         yield
-    except MemoryError as error:
-        raise TrainingError(MEMORY) from error
-    except (RuntimeError, ImportError) as error:
-        text = str(error)
-        if type(error).__name__ == "OutOfMemoryError":  # torch's; not imported here
-            raise TrainingError(DEVICE_MEMORY) from error
-        if text.startswith("DataLoader worker"):
+    except (MemoryError, RuntimeError, ImportError) as error:
+        if str(error).startswith("DataLoader worker"):
             raise TrainingError(WORKER_DIED) from error
-        if any(refusal in text for refusal in REFUSALS):
-            raise TrainingError(MEMORY) from error
-        raise
+        if not is_out_of_memory(error):
+            raise
+        raise memory_error(useless, on_device=type(error).__name__ == "OutOfMemoryError") from error
+
+
+def memory_error(useless: Collection[str] = ("trainer.batch_tokens",), *, on_device: bool = False) -> TrainingError:
+    """The error of a run that is out of memory, with what needs less."""
+    machine = "out of memory: the machine, or a limit on this process (ulimit -v, a container's), refuses more"
+    keys = ON_DEVICE if on_device else SAVERS
+    advice = [SAVERS[key] for key in keys if key not in useless]
+    place = "out of device memory" if on_device else machine
+    return TrainingError(f"{place}. Less is needed with {', '.join(advice[:-1])} or {advice[-1]}")
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -144,7 +174,7 @@ def storage_advice() -> Iterator[None]:
         if error.errno in (errno.EMFILE, errno.ENFILE):
             raise StorageError(f"{place}too many open files; raise the limit (ulimit -n)") from raised
         if error.errno == errno.ENOMEM:
-            raise TrainingError(MEMORY) from raised
+            raise memory_error() from raised
         raise
 
 

@@ -5,13 +5,12 @@ Rows are read before this module is imported, because it imports torch: a mistak
 
 from __future__ import annotations
 
-import logging
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from vlmtune import proof
 from vlmtune.batching.loader import Loader
-from vlmtune.batching.order import first_rows
 from vlmtune.config.schema import Config
 from vlmtune.data.splits import Split
 from vlmtune.launch import session
@@ -19,10 +18,7 @@ from vlmtune.models import adapters, gradient_checkpointing, load, rewrites
 from vlmtune.models.parts import find_parts
 from vlmtune.objectives.next_token import summed_loss
 from vlmtune.prompt.encode import Encoder
-from vlmtune.proof import check_longest, check_rows, decide, limits_of, prove, rewrites_agree
 from vlmtune.training import Best, Finish, Journal, Saving, Schedule, Scoring, Stopping, build_optimizer, loop, setup
-
-log = logging.getLogger("vlmtune")
 
 
 def build(config: Config, splits: dict[str, Split], folder: Path | None) -> setup.Setup:
@@ -43,20 +39,20 @@ def build(config: Config, splits: dict[str, Split], folder: Path | None) -> setu
     parts = find_parts(model)
     multiple = rewrites.length_multiple(engine.device, dtypes["compute_dtype"])
     encoder = Encoder.of(processor, config, pad_to_multiple_of=multiple)
-    rows = check_rows(encoder, splits, config, limits_of(model))
+    rows = proof.check_rows(encoder, splits, config, proof.limits_of(model))
     model = adapters.adapt(model, config, parts)
     gradient_checkpointing.prepare(model, config.trainer)
 
     # checks before time is spent, and the decisions that follow from them
     records = splits["train"].records
-    sample = first_rows(records, config.trainer, most=8)
-    if not rewrites_agree(model, encoder, sample, engine):
+    sample = proof.sample_rows(encoder, records, config.trainer, most=8)
+    if not proof.rewrites_agree(model, encoder, sample, engine):
         rewrites.switch_off(model)
-    prove(model, parts, encoder, sample, rows, config, engine)
-    decision = decide(model, parts, encoder, records, sample, config, engine, evaluated=len(splits) > 1)
+    proof.prove(model, parts, encoder, sample, rows, config, engine)
+    decision = proof.decide(model, parts, encoder, records, sample, config, engine, evaluated=len(splits) > 1)
     encoder = encoder.keeping(decision.cache)
     loader = Loader(encoder, records, decision.plan, decision.layout, config.trainer, engine, model)
-    log.info(check_longest(model, loader, rows.longest, engine))
+    proof.prove_passes(model, parts, loader, decision, rows, engine)
 
     # optimizer and schedule
     optimizer = build_optimizer(model, parts, config.trainer, config.optimizer, engine)

@@ -362,6 +362,22 @@ class Config:
     def is_quantized(self) -> bool:
         return self.quantization.method is not None
 
+    @property
+    def saves_memory(self) -> set[str]:
+        """Keys of `errors.SAVERS` that save all they can, or have no effect in this run."""
+        trainer = self.trainer
+        spent = {
+            "trainer.batch_size": trainer.batch_size == 1 or trainer.batch_tokens is not None,
+            "trainer.batch_tokens": trainer.batch_tokens is None,
+            "trainer.eval_batch_size": trainer.eval_batch_size == 1,
+            "trainer.num_workers": trainer.num_workers == 0,
+            "trainer.gradient_checkpointing": trainer.gradient_checkpointing,
+            "data.cache_features": self.data.cache_features == "off",
+            "adapter": self.uses_adapter,
+            "quantization": self.is_quantized,
+        }
+        return {key for key, done in spent.items() if done}
+
 
 OPEN_GROUPS = ("adapter", "quantization")
 """Groups whose keys belong to another package."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import warnings
 from collections.abc import Callable
@@ -219,3 +220,18 @@ def all_ranks(yes: bool, engine: Engine) -> bool:
     if engine.num_processes == 1:
         return yes
     return bool(engine.reduce(torch.tensor(float(yes), device=engine.device), "sum").item() == engine.num_processes)
+
+
+def most_of_ranks(numbers: dict[str, int], engine: Engine) -> dict[str, int]:
+    """The largest value of each number over the ranks; the same on each."""
+    from accelerate.utils import gather
+
+    own = torch.tensor([[*numbers.values()]], device=engine.device)  # [1, numbers]
+    return dict(zip(numbers, gather(own).amax(0).tolist(), strict=True))
+
+
+def free_memory() -> None:
+    """Give what the accelerator's allocator keeps for later back to the device."""
+    if torch.accelerator.is_available():
+        gc.collect()
+        torch.accelerator.empty_cache()

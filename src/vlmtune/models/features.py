@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vlmtune.config.schema import DataConfig
 from vlmtune.launch.engine import Engine
+from vlmtune.models.chance import varies
 from vlmtune.models.parts import Parts, base_of
 from vlmtune.prompt.cache_folder import Entry
 from vlmtune.prompt.image_cache import PixelStore, joined, pixels_mark
@@ -118,16 +119,9 @@ def refusal(model: Any, parts: Parts) -> str | None:
     if trained:
         return f"the {' and the '.join(sorted(trained))} train"
     for name, module in base.named_modules():
-        if parts.of(name) in FROZEN and _varies(module):
+        if parts.of(name) in FROZEN and varies(module):
             return f"{name} ({type(module).__name__}) gives different features for one image each time"
     return None
-
-
-def _varies(module: torch.nn.Module) -> bool:
-    """Whether a module in training mode depends on chance or on the rest of the batch."""
-    chances = ("p", "drop_prob", "attention_dropout", "dropout")
-    at_random = any(isinstance(p := getattr(module, name, None), float) and p > 0 for name in chances)
-    return at_random or isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
 
 
 def fingerprint(model: Any, parts: Parts, processor: Any, engine: Engine, fast_jpeg: bool = True) -> str:

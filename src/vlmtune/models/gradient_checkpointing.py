@@ -8,7 +8,11 @@ from vlmtune.config.schema import TrainerConfig
 
 
 def prepare(model: Any, trainer: TrainerConfig) -> None:
-    """Turn gradient checkpointing on if asked for, so that it works over frozen embeddings too."""
+    """Turn gradient checkpointing on if asked for.
+
+    transformers then has the embedding of every nested model ask for a gradient. Only reentrant checkpointing needs
+    that, and a frozen vision tower would be kept, computed again and differentiated.
+    """
     if trainer.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.enable_input_require_grads()
+        model.disable_input_require_grads()

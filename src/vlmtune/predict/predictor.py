@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlmtune.config.schema import Config
 from vlmtune.data.splits import Records, Split
-from vlmtune.errors import REFUSALS, DataError, memory_advice
+from vlmtune.errors import REFUSALS, TRAINING, DataError, memory_advice
 from vlmtune.record.outputs import ANSWER, ERROR, Answers, refuse_columns
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ class Predictor:
         from vlmtune.launch import surroundings
 
         self.config = config
-        with surroundings.kept(), memory_advice():
+        with surroundings.kept(), memory_advice(self.config.saves_memory.union(TRAINING)):
             self._open(folder)
             self.random_state = surroundings.random_state()
 
@@ -47,7 +47,7 @@ class Predictor:
         """Inside the context, this predictor's random state is active; the caller's is restored afterwards."""
         from vlmtune.launch import session, surroundings
 
-        with surroundings.kept(), memory_advice():
+        with surroundings.kept(), memory_advice(self.config.saves_memory.union(TRAINING)):
             session.quiet_libraries()
             surroundings.set_random_state(self.random_state)
             try:

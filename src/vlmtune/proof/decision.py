@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from vlmtune.batching.groups import groups_of
 from vlmtune.batching.layout import Layout
 from vlmtune.batching.order import Plan, plan
-from vlmtune.config.schema import Config
+from vlmtune.config.schema import Config, TrainerConfig
 from vlmtune.data.records import Record
 from vlmtune.data.splits import Records
 from vlmtune.launch.engine import Engine
@@ -18,9 +19,11 @@ from vlmtune.models.parts import Parts
 from vlmtune.prompt.encode import Encoder
 from vlmtune.prompt.image_cache import PixelStore
 from vlmtune.proof.pairs import pairs
-from vlmtune.proof.probes import choose_cache, choose_layout
+from vlmtune.proof.probes import choose_answers, choose_cache, choose_layout
 
 log = logging.getLogger("vlmtune")
+MOST_ROWS = 6
+"""Rows of one shape on which the layouts are compared, at most."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,8 @@ class Decision:
     cache: PixelStore | None
     """Where the model inputs of images are kept; None: they are computed each time."""
     plan: Plan
+    rows: Sequence[Record]
+    """Some rows of one micro-batch in this layout, for the checks that run the model."""
 
 
 def decide(
@@ -50,18 +55,41 @@ def decide(
     """
     trainer, streamed = config.trainer, records.streamed
     groups = groups_of(records, encoder)
-    alike = pairs(encoder, records, groups, most=min(6, trainer.batch_size))
-    layout = choose_layout(model, encoder, alike, trainer, engine, evaluated=evaluated)
+    lengths = encoder.lengths(records) if trainer.batch_tokens and not streamed else []
+    alike = partial(pairs, encoder, records, groups)
+    layout = _layout(model, encoder, alike, lengths, trainer, engine, evaluated=evaluated)
     log.info(layout.sentence)
     steps = plan(
         trainer,
         groups,
-        encoder.lengths(records) if trainer.batch_tokens and not streamed else [],
+        lengths,
         processes=engine.num_processes,
         streamed=streamed,
         by_group=layout.share,
     )
     seen_once = not evaluated and steps.total_steps <= steps.order.steps_per_epoch
-    cache = choose_cache(model, parts, encoder, sample[:4], config, engine, seen_once=seen_once)
+    # padded, the sample is such a micro-batch; shared, one has fewer tokens
+    rows = [records[row] for row in steps.order.passes(0, 0)[0][:MOST_ROWS]] if layout.share else sample
+    cache = choose_cache(model, parts, encoder, rows[:4], layout, config, engine, seen_once=seen_once)
     log.info(cache.sentence)
-    return Decision(layout, cache.store, steps)
+    return Decision(layout, cache.store, steps, rows)
+
+
+def _layout(
+    model: Any,
+    encoder: Encoder,
+    alike: Callable[..., list[list[Record]]],
+    lengths: Sequence[tuple[int, int]],
+    trainer: TrainerConfig,
+    engine: Engine,
+    *,
+    evaluated: bool,
+) -> Layout:
+    """The layout of a run. `alike`: `pairs` of the run's rows; `lengths`: theirs, with `trainer.batch_tokens`."""
+    most = MOST_ROWS if trainer.batch_tokens else min(MOST_ROWS, trainer.batch_size)
+    trained = alike(most, lengths=lengths, most_tokens=trainer.batch_tokens)
+    layout = choose_layout(model, encoder, trained, trainer, engine, evaluated=evaluated)
+    if trained or not evaluated or trainer.share_prefix == "off":
+        return layout
+    asked = alike(min(MOST_ROWS, trainer.eval_batch_size))  # evaluation may hold more rows at a time
+    return replace(layout, share_answers=choose_answers(model, encoder, asked, engine))

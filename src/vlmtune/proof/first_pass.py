@@ -4,6 +4,7 @@ and the longest row fits in memory.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,24 +13,26 @@ import torch
 from torch import Tensor, nn
 
 from vlmtune.batching.inputs import model_inputs
-from vlmtune.batching.layout import Batch, padded
+from vlmtune.batching.layout import PLAIN, Batch, Layout, lay_out, padded
 from vlmtune.batching.loader import Loader
 from vlmtune.data.records import Record
-from vlmtune.errors import TrainingError
+from vlmtune.errors import TrainingError, is_out_of_memory
+from vlmtune.launch import session
 from vlmtune.launch.engine import Engine
+from vlmtune.models.chance import without_chance
 from vlmtune.models.parts import Parts, base_of
 from vlmtune.objectives.next_token import summed_loss
 from vlmtune.prompt.encode import Encoder
 
-REFUSALS = (ValueError, TypeError, RuntimeError, IndexError, KeyError, AttributeError)
-"""What a model raises if it does not support a form of its inputs."""
+REFUSALS = (ValueError, TypeError, RuntimeError, IndexError, KeyError, AttributeError, MemoryError)
+"""What a model raises if it does not support a form of its inputs, or has no memory for it."""
 
 
 def check_loss(model: Any, encoder: Encoder, records: Sequence[Record], engine: Engine) -> str:
     """Raise TrainingError unless our loss of some rows equals the loss that the model computes from the same labels.
 
-    In evaluation mode, on padded rows. The model computes logits at all positions, so the number of rows is limited
-    to `MOST_LOGITS` logits. The log says so if a model computes no loss.
+    As in training without chance, on padded rows. The model computes logits at all positions, so the number of rows is
+    limited to `MOST_LOGITS` logits. The log says so if a model computes no loss.
     """
     width = base_of(model).get_output_embeddings().weight.shape[0]
     longest = max(map(len, encoder.encode(records, answered=True).input_ids))
@@ -37,26 +40,31 @@ def check_loss(model: Any, encoder: Encoder, records: Sequence[Record], engine: 
     if not rows:
         return f"loss       not compared with the model's own: {longest} x {width} logits per row need too much memory"
     batch = padded(encoder, rows).to(engine.device)
-    was_training = model.training
-    model.eval()
     try:
-        with torch.no_grad(), engine.autocast():
+        with without_chance(model), torch.no_grad(), engine.autocast():
             own = model(**model_inputs(model, batch), labels=batch.labels).loss
             ours = summed_loss(model, batch) / batch.supervised
-    except torch.OutOfMemoryError:  # training only holds the logits of answers, so it may still fit
-        return f"loss       not compared with the model's own: out of memory for {batch.padded_tokens} x {width} logits"
     except REFUSALS as error:
-        return f"loss       not compared: this model does not compute a loss ({str(error).splitlines()[0]:.80})"
-    finally:
-        model.train(was_training)
-    gap = float((ours - own).abs() / own.abs().clamp(min=1e-6))
-    allowed = 2e-2 if computes_in_halves(model, engine) else 1e-3
-    if not gap <= allowed and torch.isfinite(own):
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        short = is_out_of_memory(error)
+    else:
+        return _loss_verdict(float(ours), float(own), len(rows), halves=computes_in_halves(model, engine))
+    if not short:
+        return f"loss       not compared: this model does not compute a loss ({reason:.80})"
+    session.free_memory()  # training only holds the logits of answers, so it may still fit
+    return f"loss       not compared with the model's own: out of memory for {batch.padded_tokens} x {width} logits"
+
+
+def _loss_verdict(ours: float, own: float, rows: int, *, halves: bool) -> str:
+    """The line for the log. Raises TrainingError if the losses differ by more than rounding."""
+    gap = abs(ours - own) / max(abs(own), 1e-6)
+    allowed = 2e-2 if halves else 1e-3
+    if not gap <= allowed and math.isfinite(own):
         raise TrainingError(
-            f"the loss of the first rows is {float(ours):.6f}, but the model computes {float(own):.6f} from the same "
+            f"the loss of the first rows is {ours:.6f}, but the model computes {own:.6f} from the same "
             f"labels (relative difference {gap:.1e}, allowed {allowed:.0e}); please report this model"
         )
-    return f"loss       {float(ours):.4f} per token, differs from the model's own by {gap:.0e} ({len(rows)} rows)"
+    return f"loss       {ours:.4f} per token, differs from the model's own by {gap:.0e} ({rows} rows)"
 
 
 MOST_LOGITS = 2**28
@@ -68,7 +76,9 @@ def computes_in_halves(model: Any, engine: Engine) -> bool:
     return engine.mixed_precision != "no" or any(p.dtype in halves for p in model.parameters())
 
 
-def check_gradients(model: Any, parts: Parts, encoder: Encoder, records: Sequence[Record], engine: Engine) -> str:
+def check_gradients(
+    model: Any, parts: Parts, encoder: Encoder, records: Sequence[Record], engine: Engine, layout: Layout = PLAIN
+) -> str:
     """Raise TrainingError if a frozen tensor gets a gradient, or a trainable one that these rows reach gets none.
 
     A tensor is reached if its module (or the module's holder) runs in this pass. The log names tensors that are not
@@ -76,7 +86,7 @@ def check_gradients(model: Any, parts: Parts, encoder: Encoder, records: Sequenc
 
     Zero counts as a gradient: LoRA's A only gets zeros while B is zero.
     """
-    loss, missed, leaking, used = _one_pass(model, padded(encoder, records).to(engine.device), engine)
+    loss, missed, leaking, used = _one_pass(model, lay_out(encoder, records, layout).to(engine.device), engine)
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     if leaking:
         raise TrainingError(f"{len(leaking)} frozen weights get a gradient, for instance {leaking[0]}")
@@ -122,7 +132,10 @@ def _owners(model: Any, name: str) -> set[str]:
 
 
 def _one_pass(model: Any, batch: Batch, engine: Engine) -> tuple[Tensor, list[str], list[str], set[str]]:
-    """The loss, trainable tensors without a gradient, frozen tensors with one, and the modules that ran."""
+    """The loss, trainable tensors without a gradient, frozen tensors with one, and the modules that ran.
+
+    Exactly as in training: some adapters have weights that only their sampling uses.
+    """
     was_training = model.training
     model.train()
     try:
@@ -131,9 +144,9 @@ def _one_pass(model: Any, batch: Batch, engine: Engine) -> tuple[Tensor, list[st
         loss.backward()
         missed = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
         leaking = [name for name, p in model.named_parameters() if not p.requires_grad and p.grad is not None]
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # layers that PEFT or the quantizer wrapped but can't run
+        if is_out_of_memory(error):
+            raise
         raise TrainingError(
             f"the first forward and backward pass failed with {type(error).__name__}: {error}. This combination of "
             "model, adapter and quantization does not work here"

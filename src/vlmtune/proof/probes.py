@@ -4,7 +4,6 @@ has no side effects.
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 
 import torch
 
-from vlmtune.batching.layout import Batch, Layout, padded, shared
+from vlmtune.batching.layout import Batch, Layout, lay_out, padded, shared
 from vlmtune.config.schema import Config, DataConfig, GenerationConfig, TrainerConfig
 from vlmtune.data.records import Record
 from vlmtune.errors import ConfigError
@@ -23,10 +22,9 @@ from vlmtune.launch.engine import Engine
 from vlmtune.models import rewrites
 from vlmtune.models.features import FeatureStore, refusal
 from vlmtune.models.parts import Parts
-from vlmtune.objectives.next_token import summed_loss
 from vlmtune.prompt.encode import Encoder
 from vlmtune.prompt.image_cache import PixelStore, pixels_mark
-from vlmtune.proof.first_pass import REFUSALS, computes_in_halves
+from vlmtune.proof.comparison import Comparison, Verdict, agreed, attempted, same_result
 
 log = logging.getLogger("vlmtune")
 
@@ -34,7 +32,8 @@ log = logging.getLogger("vlmtune")
 def choose_layout(
     model: Any, encoder: Encoder, pairs: list[list[Record]], trainer: TrainerConfig, engine: Engine, *, evaluated: bool
 ) -> Layout:
-    """Padded or shared batches, by `trainer.share_prefix`. `pairs`: rows that show the same images, by shape.
+    """Padded or shared batches, by `trainer.share_prefix`. `pairs`: rows that show the same images, by shape, as many
+    as a micro-batch may hold.
 
     `auto` compares loss and gradients of both layouts on a few of the user's own rows, with their own model. Families
     whose attention is not causal under a 4-D mask (cross-attention, bidirectional image tokens) differ or raise.
@@ -43,14 +42,26 @@ def choose_layout(
     if trainer.share_prefix == "off":
         return Layout(reason="trainer.share_prefix=off")
     if not pairs:
-        return Layout(reason="no rows are known to share a prompt up to an image")
+        return Layout(reason=_why_no_pairs(trainer))
     verdicts = [layouts_agree(model, encoder, rows, engine) for rows in pairs]
-    evidence = next((evidence for fits, evidence in verdicts if not fits), verdicts[0][1])
-    fits = session.all_ranks(all(fits for fits, _ in verdicts), engine)
+    fits, evidence = agreed(next((found for found in verdicts if not found[0]), verdicts[0]), engine)
     if not fits and trainer.share_prefix == "on":
         raise ConfigError(f"trainer.share_prefix=on: {evidence}; use auto or off")
-    answers = fits and evaluated and all(answers_agree(model, encoder, rows, engine) for rows in pairs)
-    return Layout(fits, fits and evaluated and session.all_ranks(answers, engine), evidence)
+    return Layout(fits, fits and evaluated and choose_answers(model, encoder, pairs, engine), evidence)
+
+
+def choose_answers(model: Any, encoder: Encoder, pairs: list[list[Record]], engine: Engine) -> bool:
+    """Whether generation in evaluation may share images too. `pairs`: as in `choose_layout`."""
+    agree = bool(pairs) and all(answers_agree(model, encoder, rows, engine) for rows in pairs)
+    return session.all_ranks(agree, engine)
+
+
+def _why_no_pairs(trainer: TrainerConfig) -> str:
+    if trainer.batch_tokens is not None:
+        return f"no two rows are known to share a prompt up to an image and to fit into {trainer.batch_tokens} tokens"
+    if trainer.batch_size == 1:
+        return "trainer.batch_size=1: no two rows are computed together"
+    return "no rows are known to share a prompt up to an image"
 
 
 def answers_agree(model: Any, encoder: Encoder, records: list[Record], engine: Engine) -> bool:
@@ -62,20 +73,31 @@ def answers_agree(model: Any, encoder: Encoder, records: list[Record], engine: E
         return False
     options: dict[str, Any] = {"batch_size": len(records), "autocast": engine.autocast}
     short = GenerationConfig(max_new_tokens=4)
-    try:
+
+    def compare() -> Verdict:
         answers = [generate(model, encoder, records, short, share=share, **options) for share in (False, True)]
-    except torch.OutOfMemoryError:
-        raise
-    except REFUSALS as error:
-        log.info("generation does not share images: this model does not support it (%s)", str(error).splitlines()[0])
-        return False
-    return answers[0] == answers[1]
+        return answers[0] == answers[1], "the answers differ"
+
+    fits, reason = attempted(compare, "several answers over one image")
+    if not fits:
+        log.info("generation does not share images: %s", reason)
+    return fits
 
 
-def layouts_agree(model: Any, encoder: Encoder, records: list[Record], engine: Engine) -> tuple[bool, str]:
-    """Whether loss and gradients are the same with both layouts of `records`, and the measured differences."""
-    plain, branched = partial(padded, encoder, records), partial(shared, encoder, records)
-    return _agree(model, engine, plain, branched, "the shared layout")
+def layouts_agree(model: Any, encoder: Encoder, records: list[Record], engine: Engine) -> Verdict:
+    """Whether loss and gradients are the same with both layouts of `records`, and the measured differences.
+
+    Padded, the image is there once for each row: so many rows at a time as have no more tokens than the shared batch.
+    """
+
+    def compare() -> Verdict:
+        together = shared(encoder, records)
+        longest = max(image + text for image, text in encoder.lengths(records))
+        rows = max(together.padded_tokens // longest, 1)
+        pieces = [partial(padded, encoder, records[n : n + rows]) for n in range(0, len(records), rows)]
+        return same_result(model, engine, pieces, [lambda: together])
+
+    return attempted(compare, "the shared layout")
 
 
 @dataclass(frozen=True)
@@ -91,19 +113,20 @@ def choose_cache(
     model: Any,
     parts: Parts,
     encoder: Encoder,
-    sample: Sequence[Record],
+    rows: Sequence[Record],
+    layout: Layout,
     config: Config,
     engine: Engine,
     *,
     seen_once: bool,
 ) -> ImageCache:
     """Cache image features by `data.cache_features`, or the processor's pixels if features can't be cached but a cache
-    is required. `sample`: training rows; `seen_once`: whether the run needs each image only once.
+    is required. `rows`: of a micro-batch in the run's layout; `seen_once`: whether the run needs each image only once.
 
     Raises ConfigError if a cache is required and this model or run can't have one.
     """
     setting = config.data.cache_features
-    shown = [record for record in sample if record.images]
+    shown = [record for record in rows if record.images]
     if reason := _needs_no_cache(config.data, shown, engine, seen_once):
         return _uncached(setting, reason)
     refused = refusal(model, parts)
@@ -112,12 +135,13 @@ def choose_cache(
     store: PixelStore
     if refused:
         store = PixelStore(pixels_mark(encoder.processor, config.data.fast_jpeg), config.data)
-        fits, evidence = _same_inputs(partial(padded, encoder, shown), partial(padded, encoder.keeping(store), shown))
     else:
         store = FeatureStore(model, parts, encoder.processor, config.data, engine)
-        plain, kept = partial(padded, encoder, shown), partial(padded, encoder.keeping(store), shown)
-        fits, evidence = _agree(model, engine, plain, kept, "features in place of pixels")
-    if not session.all_ranks(fits, engine):
+    plain, kept = (partial(lay_out, one, shown, layout) for one in (encoder, encoder.keeping(store)))
+    compare = partial(same_result, model, engine, [plain], [kept])
+    verdict = _same_inputs(plain, kept) if refused else attempted(compare, "features in place of pixels")
+    fits, evidence = agreed(verdict, engine)
+    if not fits:
         return _uncached(setting, evidence)
     what = f"not cached ({refused}), but pixels are," if refused else "cached"
     return ImageCache(store, f"features   {what} {'on disk' if setting == 'disk' else 'in memory'} ({evidence})")
@@ -148,21 +172,21 @@ def _uncached(setting: str, reason: str) -> ImageCache:
 def rewrites_agree(model: Any, encoder: Encoder, sample: Sequence[Record], engine: Engine) -> bool:
     """Whether loss and gradients are the same with the fast forms of modules (`models.rewrites`) as without.
 
-    True if the model has none. The result is logged.
+    True if the model has none. The result is logged. One row of `sample` with images and one without are computed, each
+    alone: a module's plain form may keep more than training does.
     """
     if not rewrites.is_used(model):
         return True
-    batch = partial(padded, encoder, sample)
-    try:
-        with rewrites.plain(model):
-            plain = _passed(model, batch, engine)
-    except REFUSALS:  # so it isn't the rewrites: the first pass of `prove` says what it is
-        return True
-    try:
-        fits, evidence = _compared(plain, _passed(model, batch, engine), model, engine)
-    except REFUSALS as error:
-        fits, evidence = False, f"they fail with this model: {str(error).splitlines()[0]}"
-    fits = session.all_ranks(fits, engine)
+    of_kind = {bool(record.images): record for record in reversed(sample)}
+    batches = [partial(padded, encoder, [record]) for record in of_kind.values()]
+
+    def compare() -> Verdict:
+        with Comparison(model, engine).running() as both:
+            with rewrites.plain(model):
+                both.plain(batches)
+            return both.other(batches)
+
+    fits, evidence = agreed(attempted(compare, "faster forms of its modules"), engine)
     log.info("rewrites   %s (%s)", "in use" if fits else "not used", evidence)
     return fits
 
@@ -176,56 +200,3 @@ def _same_inputs(plain: Callable[[], Batch], kept: Callable[[], Batch]) -> tuple
         return False, f"pixels of single images can't be combined ({str(error).splitlines()[0]})"
     same = first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
     return same, "bit-equal to freshly computed ones" if same else "cached pixels differ from freshly computed ones"
-
-
-def _agree(
-    model: Any, engine: Engine, plain: Callable[[], Batch], fast: Callable[[], Batch], name: str
-) -> tuple[bool, str]:
-    """Whether two forms of the same rows give the same loss and gradients, and the measured differences."""
-    try:
-        first, second = _passed(model, plain, engine), _passed(model, fast, engine)
-    except torch.OutOfMemoryError:
-        raise
-    except REFUSALS as error:
-        return False, f"this model does not support {name} ({str(error).splitlines()[0]})"
-    return _compared(first, second, model, engine)
-
-
-Pass = tuple[float, torch.Tensor]
-"""A summed loss, and the gradients as one vector."""
-
-
-def _passed(model: Any, batch: Callable[[], Batch], engine: Engine) -> Pass:
-    """One forward and backward pass in evaluation mode, so that dropout causes no differences."""
-    was_training = model.training
-    model.eval()
-    try:
-        return _loss_and_gradient(model, batch(), engine)
-    finally:
-        model.train(was_training)
-        model.zero_grad(set_to_none=True)
-
-
-def _compared(first: Pass, second: Pass, model: Any, engine: Engine) -> tuple[bool, str]:
-    """Whether both passes gave the same result up to rounding, and the measured differences."""
-    allowed = 5e-2 if computes_in_halves(model, engine) else 1e-3
-    loss_gap = abs(first[0] - second[0]) / max(abs(first[0]), 1e-6)
-    gradient_gap = float((first[1] - second[1]).norm() / first[1].norm().clamp(min=1e-12))
-    found = f"loss differs by {loss_gap:.1e}, gradients by {gradient_gap:.1e} (relative; allowed {allowed:.0e})"
-    return loss_gap <= allowed and gradient_gap <= allowed, found
-
-
-COMPARED = 20_000_000
-"""The most gradient entries to compare: those of the smallest tensors, which all depend on the attention."""
-
-
-def _loss_and_gradient(model: Any, batch: Batch, engine: Engine) -> Pass:
-    """Summed loss, and the gradients as one vector on the CPU."""
-    model.zero_grad(set_to_none=True)
-    with engine.autocast():
-        loss = summed_loss(model, batch.to(engine.device))
-    loss.backward()
-    gradients = sorted((p.grad for p in model.parameters() if p.grad is not None), key=torch.Tensor.numel)
-    sizes = itertools.accumulate(g.numel() for g in gradients)
-    chosen = [g for g, size in zip(gradients, sizes, strict=True) if size <= COMPARED] or gradients[:1]
-    return float(loss.detach()), torch.cat([g.flatten().float().cpu() for g in chosen])

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+from vlmtune.batching.loader import Loader
 from vlmtune.config.schema import Config
 from vlmtune.data.records import Record
 from vlmtune.launch.engine import Engine
@@ -13,6 +14,7 @@ from vlmtune.models.parts import Parts
 from vlmtune.prompt.encode import Encoder
 from vlmtune.proof import checks, first_pass
 from vlmtune.proof.attention import check_attention
+from vlmtune.proof.decision import Decision
 from vlmtune.proof.rows import Checked
 
 log = logging.getLogger("vlmtune")
@@ -21,7 +23,7 @@ log = logging.getLogger("vlmtune")
 def prove(
     model: Any, parts: Parts, encoder: Encoder, sample: Sequence[Record], rows: Checked, config: Config, engine: Engine
 ) -> None:
-    """Check on real rows that the labels, inputs, loss and gradients are right.
+    """Check on real rows that the labels, inputs and loss are right.
 
     `sample`: rows that training begins with; `rows`: the result of checking all rows. Raises VlmtuneError.
     """
@@ -34,4 +36,12 @@ def prove(
     if sentence := check_attention(model, encoder, sample, engine):
         log.info(sentence)
     log.info(first_pass.check_loss(model, encoder, sample, engine))
-    log.info(first_pass.check_gradients(model, parts, encoder, sample, engine))
+
+
+def prove_passes(model: Any, parts: Parts, loader: Loader, decision: Decision, rows: Checked, engine: Engine) -> None:
+    """Check on real rows, in the run's layout, that the gradients are right and that the longest row fits into memory.
+
+    Raises VlmtuneError.
+    """
+    log.info(first_pass.check_gradients(model, parts, loader.encoder, decision.rows, engine, decision.layout))
+    log.info(first_pass.check_longest(model, loader, rows.longest, engine))

@@ -74,22 +74,42 @@ class Peak:
 
     def __init__(self) -> None:
         self.kernel, self.seen = False, 0
+        self.startup: dict[str, int] | None = None
+        """The peaks of everything before the first step; None until it is over."""
 
     def start(self) -> None:
-        self.seen = 0
+        self.seen, self.startup = 0, None
         try:
             Path("/proc/self/clear_refs").write_text("5")
             self.kernel = True
         except OSError:
             self.kernel = False
-        torch = sys.modules.get("torch")
-        if torch is not None and torch.cuda.is_initialized():
-            torch.cuda.reset_peak_memory_stats()
+        if (accelerator := _accelerator()) is not None:
+            accelerator.reset_peak_memory_stats()
+
+    def end_startup(self) -> None:
+        """Note the peaks up to here. The device's count anew, without what the checks before the first step needed."""
+        self.startup = {"startup_peak_rss_bytes": self.resident(), "startup_peak_device_bytes": self.device()[0]}
+        if (accelerator := _accelerator()) is not None:
+            accelerator.empty_cache()
+            accelerator.reset_peak_memory_stats()
 
     def resident(self) -> int:
         """Bytes of main memory."""
         self.seen = max(self.seen, _status("VmHWM" if self.kernel else "VmRSS"))
         return self.seen
+
+    def device(self) -> tuple[int, int]:
+        """Bytes on the current accelerator: of tensors, and held by their allocator. 0 without an accelerator."""
+        if (accelerator := _accelerator()) is None:
+            return 0, 0
+        return accelerator.max_memory_allocated(), accelerator.max_memory_reserved()
+
+
+def _accelerator() -> Any:
+    """`torch.accelerator`; None without a device or before torch is imported, which would take seconds."""
+    torch = sys.modules.get("torch")
+    return torch.accelerator if torch is not None and torch.accelerator.is_available() else None
 
 
 def _status(name: str) -> int:
@@ -106,12 +126,16 @@ PEAK = Peak()
 
 
 def memory() -> dict[str, int]:
-    """Peak memory of the present run on this process in bytes: resident, and allocated on the current accelerator (0
-    without one). Processes that prepare batches are not counted.
+    """Peak memory of the present run on this process in bytes.
+
+    `peak_rss_bytes`: resident, over the whole run. `peak_device_bytes` and `peak_device_reserved_bytes`: on the current
+    accelerator (0 without one), of tensors and of their allocator, since the first step. `startup_...`: what came
+    before it, or of the run so far. Processes that prepare batches are not counted.
     """
-    torch = sys.modules.get("torch")
-    device = torch.cuda.max_memory_allocated() if torch is not None and torch.cuda.is_available() else 0
-    return {"peak_rss_bytes": PEAK.resident(), "peak_device_bytes": device}
+    allocated, reserved = PEAK.device()
+    found = {"peak_rss_bytes": PEAK.resident(), "peak_device_bytes": allocated, "peak_device_reserved_bytes": reserved}
+    startup = {"startup_peak_rss_bytes": found["peak_rss_bytes"], "startup_peak_device_bytes": allocated}
+    return found | (PEAK.startup or startup)
 
 
 VARIABLES = ("ACCELERATE_", "CUBLAS_", "CUDA_", "HF_", "MKL_", "NCCL_", "NVIDIA_TF32", "OMP_", "PYTORCH_", "TORCH_")

@@ -30,8 +30,12 @@ log = logging.getLogger("vlmtune")
 FILES = {"model": "model", "predictions": "predictions.csv", "curves": "report.html", "numbers": "result.json"}
 
 
-def make_result(status: str, progress: Progress, metrics: dict[str, float], objective: str) -> dict[str, Any]:
-    """What result.json holds. `objective`: the metric that a sweep compares."""
+def make_result(
+    status: str, progress: Progress, metrics: dict[str, float], objective: str, memory: dict[str, int]
+) -> dict[str, Any]:
+    """What result.json holds. `objective`: the metric that a sweep compares. `memory`: as `environment.memory`, over
+    all processes.
+    """
     seconds = max(progress.seconds, 1e-9)
     return {
         "status": status,
@@ -45,7 +49,7 @@ def make_result(status: str, progress: Progress, metrics: dict[str, float], obje
             "tokens_per_second": progress.tokens / seconds,
             "training_seconds": seconds,
         },
-        "memory": environment.memory(),
+        "memory": memory,
         "error": None,
     }
 

@@ -10,8 +10,9 @@ from typing import Any
 
 from vlmtune.data.images import open_image
 from vlmtune.evaluation.evaluate import Evaluation
+from vlmtune.launch import session
 from vlmtune.prompt.image_cache import PixelStore
-from vlmtune.record import card, report, runfolder
+from vlmtune.record import card, environment, report, runfolder
 from vlmtune.training.best import Best
 from vlmtune.training.journal import Journal
 from vlmtune.training.model_folder import save_model
@@ -45,7 +46,8 @@ class Finish:
             save_model(run.model, run.processor, run.folder / "model", run.config.model)
         metrics, final = self._score(final)
         status = "completed" if self.stopping.signal is None else "interrupted"
-        result = runfolder.make_result(status, self.saving.progress, metrics, run.config.task.metrics[0])
+        memory = session.most_of_ranks(environment.memory(), run.engine)
+        result = runfolder.make_result(status, self.saving.progress, metrics, run.config.task.metrics[0], memory)
         if self.stopping.signal is not None:
             result["signal"] = self.stopping.signal
         if run.writes:

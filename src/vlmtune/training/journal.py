@@ -32,6 +32,7 @@ class Journal:
 
     def __enter__(self) -> Journal:
         config, folder = self.run.config, self.run.folder
+        environment.PEAK.end_startup()
         if self.run.writes:
             self._describe()
             resumed = self.progress.step if config.resume else None
