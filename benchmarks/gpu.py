@@ -3,19 +3,19 @@
     python benchmarks/gpu.py --minutes 9.5 --raw raw.jsonl | tee table.md
 
 Rows of the table appear as they finish, the most important first. With `--minutes` a row that would not fit into the
-time left is skipped; `--folder` keeps the models for the next call; `--list` shows the cases. The value of an option such as
-`--batch` replaces that of all chosen cases: `--cases lora --batch 1 2 4` are three of them. `--sizes tiny` is for trying
-the script on a CPU.
+time left is skipped; `--folder` keeps the models for the next call; `--list` shows the cases. The value of an option
+such as `--batch` replaces that of all chosen cases: `--cases lora --batch 1 2 4` are three of them. `--sizes tiny` is
+for trying the script on a CPU.
 
 It takes what the machine offers. A row whose packages are missing is skipped with that reason. To take them along as
 wheels to a machine without a network (60 MB together, of which bitsandbytes has 43):
 
-    for_it="--only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64
-        --platform manylinux_2_24_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64"
-    pip download --no-deps -d wheels $for_it hydra-core==1.3.2 omegaconf==2.3.0 pydantic==2.12.5 pydantic-core==2.41.5
-        typing-inspection annotated-types transformers==5.23.0 peft==0.21.2 accelerate==1.15.0 bitsandbytes==0.50.2
+    there="--only-binary=:all: --python-version 3.12 --platform manylinux_2_24_x86_64 --platform manylinux2014_x86_64"
+    pip download --no-deps -d wheels $there hydra-core==1.3.2 omegaconf==2.3.0 transformers==5.23.0 peft==0.21.2
+    pip download --no-deps -d wheels $there accelerate==1.15.0 bitsandbytes==0.50.2 pydantic==2.12.5
+    pip download --no-deps -d wheels $there pydantic-core==2.41.5 typing-inspection annotated-types
     pip wheel --no-deps -w wheels antlr4-python3-runtime==4.9.3
-    # there
+    # on that machine:
     python -m pip install --no-index --no-deps --target site wheels/*.whl && export PYTHONPATH=$PWD/site
 
 Memory is in GiB. `start` is the peak from the start of the process to the first step, `train` that of the steps:
@@ -92,7 +92,7 @@ class Case:
         across, down = map(int, self.image.split("x"))
         parts = [f"{self.size} {self.weights}{lora}", f"{across * down} tokens", f"{self.questions} per image"]
         parts += [f"{self.batch}x{self.accumulation} rows", *(["checkpointing"] if self.checkpointing else [])]
-        return ", ".join([*parts, *self.words])
+        return ", ".join([*parts, *([f"{self.evaluated} evaluated"] if self.evaluated else []), *self.words])
 
 
 CASES = (
@@ -221,7 +221,7 @@ def chosen(options: argparse.Namespace) -> Iterator[Case]:
             continue
         for values in itertools.product(*(getattr(options, key) for key in sorted(fields))):
             made = replace(case, **dict(zip(sorted(fields), values, strict=True)))
-            if made.setting not in seen or made.evaluated:
+            if made.setting not in seen:
                 seen.add(made.setting)
                 yield made
 
