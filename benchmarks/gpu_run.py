@@ -96,7 +96,7 @@ def reason(error: BaseException) -> str:
     """`out of memory`, or the first line of the error."""
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, torch.OutOfMemoryError | MemoryError):
+        if isinstance(cause, torch.OutOfMemoryError | MemoryError) or "out of device memory" in str(cause):
             return "out of memory"
         cause = cause.__cause__ or cause.__context__
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
@@ -115,6 +115,7 @@ def figures(meter: Meter, losses: list[float]) -> dict[str, Any]:
         "start_driver": meter.peak("driver", "load", "start-up"),
         "driver": meter.peak("driver", "first step", "training"),
         "evaluation_allocated": meter.peak("allocated", "evaluation"),
+        "evaluation_driver": meter.peak("driver", "evaluation"),
         "losses": losses,
     }
 
