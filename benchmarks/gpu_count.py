@@ -1,5 +1,5 @@
-"""Counts the memory of one forward and backward pass of a language model, without its numbers: torch's fake tensors have
-shapes, types and lifetimes but no data, so a 7B is counted on a laptop. Sizes as on a GPU under bf16 autocast.
+"""Counts the memory of one forward and backward pass of a language model, without its numbers: torch's fake tensors
+have shapes, types and lifetimes but no data, so a 7B is counted on a laptop. Sizes as on a GPU under bf16 autocast.
 """
 
 from __future__ import annotations
