@@ -39,7 +39,7 @@ class Setting:
     size: str
     weights: str
     """`nf4`, `lora` (over bf16), `all` (bf16, 8-bit optimizer), `in_backward` (that, with the steps in the backward
-    pass), `fp32` (all, AdamW, computed in bf16)."""
+    pass), `offload` and `offload_in_backward` (bf16, AdamW on the CPU), `fp32` (all, AdamW, computed in bf16)."""
     batch: int = 1
     checkpointing: bool = True
     rank: int = 16
@@ -84,8 +84,8 @@ def trained(setting: Setting) -> float:
         return 16.0 * lora(setting.shape, setting.rank)
     if setting.weights == "fp32":
         return 12.0 * total
-    gradients = 2 * (setting.shape.head if setting.weights == "in_backward" else total)
-    return gradients + EIGHT_BIT * total
+    gradients = 2 * (setting.shape.head if setting.weights.endswith("in_backward") else total)
+    return gradients + (0.0 if setting.weights.startswith("offload") else EIGHT_BIT * total)
 
 
 def passing(setting: Setting) -> float:
@@ -134,6 +134,8 @@ SETTINGS = (
     Setting("LoRA, activations kept", "7b", "lora", batch=2, checkpointing=False),
     Setting("LoRA, activations kept", "7b", "lora", batch=4, checkpointing=False),
     Setting("LoRA, activations kept", "7b", "lora", batch=8, checkpointing=False),
+    Setting("all weights, offload and step in backward", "7b", "offload_in_backward"),
+    Setting("all weights, offload", "7b", "offload"),
     Setting("all weights, step in backward", "7b", "in_backward"),
     Setting("all weights", "7b", "all"),
     Setting("all weights", "7b", "all", batch=4),
