@@ -102,13 +102,19 @@ CASES = (
     Case("shared", "eight questions an image", questions=8, batch=8),
     Case("all", "all weights", weights="all", batch=1),
     Case("one_step", "LoRA in one step", words=("model.rewrites=on",)),
-    Case("flex", "FlexAttention over shared prefixes", questions=8, batch=8, words=("model.attention=flex_attention",)),
     Case("unshared", "prefixes computed for each row", questions=8, batch=8, words=("trainer.share_prefix=off",)),
     Case("kept", "activations kept, not recomputed", batch=2, checkpointing=False),
     Case("small", "images of 64 tokens", image="8x8", batch=16, checkpointing=False),
     Case("evaluated", "the memory of an evaluation", evaluated=16),
     Case("2b", "the small model", size="2b", batch=8),
     Case("2b_all", "all weights of the small model", size="2b", weights="all", batch=4),
+    Case(
+        "flex",
+        "FlexAttention over shared prefixes; transformers 5.23 refuses it for Qwen2-VL",
+        questions=8,
+        batch=8,
+        words=("model.attention=flex_attention",),
+    ),
 )
 COLUMNS = (
     "case",
@@ -289,10 +295,10 @@ def once(case: Case, name: str, machine: dict[str, Any], folder: Path, budget: B
     if code == 0:
         return {**lines[-1], **rates(case, lines[-1], folder, machine)}
     if lines and "failed" in lines[-1]:
-        return {"failed": f"{lines[-1]['why']}, at {lines[-1]['failed']}", "stderr": err[-3000:]}
+        return {"failed": f"at {lines[-1]['failed']}: {lines[-1]['why']}", "stderr": err[-3000:]}
     phase = next((line["phase"] for line in reversed(lines) if "phase" in line), PHASES[0])
     ended = "out of time" if code is None else f"ended from outside with {code}"
-    return {"failed": f"{ended}, at {phase}", "stderr": err[-3000:]}
+    return {"failed": f"at {phase}: {ended}", "stderr": err[-3000:]}
 
 
 def hindrance(case: Case, machine: dict[str, Any]) -> str:
@@ -328,9 +334,9 @@ def rates(case: Case, found: dict[str, Any], folder: Path, machine: dict[str, An
 
 def cells(found: dict[str, Any]) -> list[str]:
     """The cells after the contender's name."""
-    if problem := found.get("failed") or found.get("skipped"):
-        word = "failed" if "failed" in found else "skipped"
-        return [f"{word}: {problem[:120]}".replace("|", "/"), *[""] * (len(COLUMNS) - 4)]
+    for word, mark in (("failed", " "), ("skipped", ": ")):
+        if problem := found.get(word):
+            return [f"{word}{mark}{problem[:120]}".replace("|", "/"), *[""] * (len(COLUMNS) - 4)]
     shares = [f"{found['mfu']:.1%}" if found["mfu"] else "-", f"{found['data_wait_share']:.1%}"]
     memory = ("start_allocated", "allocated", "reserved", "start_driver", "driver", "evaluation_allocated")
     sizes = ["-" if found[key] is None else f"{found[key] / 2**30:.2f}" for key in memory]

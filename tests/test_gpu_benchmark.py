@@ -101,8 +101,8 @@ def test_rows_that_this_machine_cannot_run_say_why(gpu: Any) -> None:
     assert gpu.hindrance(cases["nf4"], machine) == gpu.hindrance(cases["all"], machine) == "bitsandbytes not installed"
     assert gpu.hindrance(cases["lora"], machine) == ""
     assert gpu.missing(gpu.NEEDS["vlmtune"], machine) == "peft, hydra, omegaconf, pydantic not installed"
-    [first, *others] = gpu.cells({"failed": "out of memory, at start-up"})
-    assert first == "failed: out of memory, at start-up"
+    [first, *others] = gpu.cells({"failed": "at start-up: out of memory"})
+    assert first == "failed at start-up: out of memory"
     assert len(others) == len(gpu.COLUMNS) - 4
     assert not any(others)
 
