@@ -117,6 +117,7 @@ def test_values_replace_those_of_the_cases(gpu: Any, monkeypatch: pytest.MonkeyP
     assert found[2].contenders == ("vlmtune",)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_activations_are_those_that_fake_tensors_count(
