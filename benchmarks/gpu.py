@@ -1,231 +1,347 @@
-"""Qwen2-VL's sizes on one GPU, against the plain Trainer: `python benchmarks/gpu.py > table.md`.
+"""Qwen2-VL's sizes on one GPU: vlmtune, the plain Trainer and TRL on the same rows, a process for each run.
 
-Needs torch, transformers, accelerate, peft, hydra-core, omegaconf, bitsandbytes for nf4, and nothing else: weights are
-random, images are drawn here. For each setting both train the same rows in processes of their own; a row of the table
-has rows/s, tokens/s, MFU, the highest device memory, and the first loss.
+    python benchmarks/gpu.py --minutes 9.5 --raw raw.jsonl | tee table.md
 
-MFU counts what the plain way computes: 6 FLOPs per weight and token where a weight trains, 4 where its part only passes
-gradients on, 2 where it only runs forward; attention is left out. The peak is that of dense bf16.
+Rows of the table appear as they finish, the most important first. With `--minutes` a row that would not fit into the
+time left is skipped; `--folder` keeps the models for the next call; `--list` shows the cases. The value of an option
+such as `--batch` replaces that of all chosen cases: `--cases lora --batch 1 2 4` are three of them. `--sizes tiny` is
+for trying the script on a CPU.
+
+It takes what the machine offers. A row whose packages are missing is skipped with that reason. To take them along as
+wheels to a machine without a network (60 MB together, of which bitsandbytes has 43):
+
+    there="--only-binary=:all: --python-version 3.12 --platform manylinux_2_24_x86_64 --platform manylinux2014_x86_64"
+    pip download --no-deps -d wheels $there hydra-core==1.3.2 omegaconf==2.3.0 transformers==5.23.0 peft==0.21.2
+    pip download --no-deps -d wheels $there accelerate==1.15.0 bitsandbytes==0.50.2 pydantic==2.12.5
+    pip download --no-deps -d wheels $there pydantic-core==2.41.5 typing-inspection annotated-types
+    pip wheel --no-deps -w wheels antlr4-python3-runtime==4.9.3
+    # on that machine:
+    python -m pip install --no-index --no-deps --target site wheels/*.whl && export PYTHONPATH=$PWD/site
+
+Memory is in GiB. `start` is the peak from the start of the process to the first step, `train` that of the steps:
+allocated by torch, reserved by torch, and in use on the device by the driver's count (on a CPU: the process's resident
+memory). `wait` is the share of the time in which the process waited for its loader.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
+import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image
+from gpu_work import FORMULA, SHAPES, flops
+from meter import MARK, PHASES
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent / "src"), str(HERE)]
-
-SIZES: dict[str, dict[str, dict[str, Any]]] = {
-    "7b": {
-        "text": {
-            "hidden_size": 3584,
-            "intermediate_size": 18944,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 28,
-            "num_key_value_heads": 4,
-            "vocab_size": 152064,
-        },
-        "vision": {"hidden_size": 3584},
-    },
-    "2b": {
-        "text": {
-            "hidden_size": 1536,
-            "intermediate_size": 8960,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 12,
-            "num_key_value_heads": 2,
-            "vocab_size": 151936,
-        },
-        "vision": {"hidden_size": 1536},
-    },
-    "tiny": {  # to try the script itself on a CPU
-        "text": {
-            "hidden_size": 128,
-            "intermediate_size": 256,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "vocab_size": 2048,
-        },
-        "vision": {"hidden_size": 128, "embed_dim": 64, "depth": 2, "num_heads": 2},
-    },
+PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12}
+PEAKS |= {"L4": 121e12, "A10": 125e12, "4090": 165e12, "3090": 71e12}
+"""Dense bf16 FLOP/s by a part of the device's name, from the makers' data sheets; the first that fits counts."""
+CONTENDERS = ("trainer", "trl", "vlmtune")
+NEEDS = {
+    "trainer": ("peft",),
+    "trl": ("peft", "trl", "datasets"),
+    "vlmtune": ("peft", "hydra", "omegaconf", "pydantic"),
 }
-PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40": 181e12, "4090": 165e12}
-"""Dense bf16 FLOP/s by a part of the device's name."""
+"""Modules that a contender imports besides torch, transformers and accelerate."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One setting, and who trains in it."""
+
+    name: str
+    why: str
+    size: str = "7b"
+    weights: str = "lora"
+    """`lora` over bf16 weights, `nf4`: LoRA over 4-bit weights, `all`: bf16 weights and an 8-bit optimizer."""
+    image: str = "36x36"
+    """Tokens across and down."""
+    questions: int = 1
+    """Rows per image."""
+    batch: int = 4
+    accumulation: int = 1
+    rank: int = 16
+    targets: str = "linear"
+    """Linear layers of the language model that LoRA is on: all, or those of its attention."""
+    checkpointing: bool = True
+    workers: int = 4
+    evaluated: int = 0
+    """Rows that are evaluated after training."""
+    steps: int = 12
+    words: tuple[str, ...] = ()
+    """More overrides of vlmtune; the others can't take part then."""
+
+    @property
+    def contenders(self) -> tuple[str, ...]:
+        return ("vlmtune",) if self.words else CONTENDERS
+
+    @property
+    def setting(self) -> str:
+        lora = "" if self.weights == "all" else f" r={self.rank} {self.targets}"
+        across, down = map(int, self.image.split("x"))
+        parts = [f"{self.size} {self.weights}{lora}", f"{across * down} tokens", f"{self.questions} per image"]
+        parts += [f"{self.batch}x{self.accumulation} rows", *(["checkpointing"] if self.checkpointing else [])]
+        return ", ".join([*parts, *([f"{self.evaluated} evaluated"] if self.evaluated else []), *self.words])
+
+
+CASES = (
+    Case("swift", "ms-swift's public setting: 20 GiB there", image="32x40", rank=8, batch=1, accumulation=16, steps=8),
+    Case("nf4", "QLoRA, as experiment=one_gpu has it", weights="nf4"),
+    Case("lora", "LoRA over bf16 weights"),
+    Case("shared", "eight questions an image", questions=8, batch=8),
+    Case("all", "all weights", weights="all", batch=1),
+    Case("one_step", "LoRA in one step", words=("model.rewrites=on",)),
+    Case("unshared", "prefixes computed for each row", questions=8, batch=8, words=("trainer.share_prefix=off",)),
+    Case("kept", "activations kept, not recomputed", batch=2, checkpointing=False),
+    Case("small", "images of 64 tokens", image="8x8", batch=16, checkpointing=False),
+    Case("evaluated", "the memory of an evaluation", evaluated=16),
+    Case("2b", "the small model", size="2b", batch=8),
+    Case("2b_all", "all weights of the small model", size="2b", weights="all", batch=4),
+    Case(
+        "flex",
+        "FlexAttention over shared prefixes; transformers 5.23 refuses it for Qwen2-VL",
+        questions=8,
+        batch=8,
+        words=("model.attention=flex_attention",),
+    ),
+)
+COLUMNS = (
+    "case",
+    "setting",
+    "contender",
+    "rows/s",
+    "tokens/s",
+    "MFU",
+    "wait",
+    "start allocated",
+    "train allocated",
+    "train reserved",
+    "start driver",
+    "train driver",
+    "evaluation allocated",
+    "first loss",
+    "last loss",
+)
+
+
+class Budget:
+    """The time left, and how long runs of each kind took."""
+
+    def __init__(self, minutes: float | None):
+        self.end = time.monotonic() + 60 * minutes if minutes else float("inf")
+        self.taken: dict[str, float] = {}
+
+    @property
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+    def lacks(self, kind: str) -> str | None:
+        """Why no more of this kind should begin; None if it may."""
+        needed = self.taken.get(kind, 0.0)
+        return (
+            f"{max(self.left, 0):.0f} s left, the longest such run took {needed:.0f} s" if self.left < needed else None
+        )
+
+    def run(self, kind: str, command: list[str], environment: dict[str, str]) -> tuple[int | None, str, str]:
+        """The exit code (None: out of time), standard output and standard error of a process."""
+        began = time.monotonic()
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+        )
+        code: int | None = None
+        try:
+            out, err = process.communicate(timeout=None if self.left == float("inf") else max(self.left, 1))
+            code = process.returncode
+        except subprocess.TimeoutExpired:
+            end(process)
+            out, err = process.communicate()
+        finally:
+            end(process)
+            self.taken[kind] = max(self.taken.get(kind, 0.0), time.monotonic() - began)
+        return code, out, err
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """End a process that still runs, and those that it started; they are a session of their own."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sizes", nargs="+", default=["2b", "7b"], choices=list(SIZES))
-    parser.add_argument("--quantizations", nargs="+", default=["none", "nf4"])
-    parser.add_argument("--pixels", nargs="+", type=int, default=[224, 1008], help="sides of square images")
-    parser.add_argument("--questions", nargs="+", type=int, default=[1, 8], help="rows per image")
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--one", nargs=2, metavar=("CONTENDER", "FOLDER"), help="used by the script itself")
-    options = parser.parse_args()
-    if options.one:
-        print(json.dumps(once(options)))
+    options = parsed()
+    cases = list(chosen(options))
+    if options.list:
+        print("\n".join(f"{case.name:10} {case.setting}: {case.why}" for case in cases))
         return
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    import transformers
-
-    print(f"{device}, torch {torch.__version__}, transformers {transformers.__version__}, {time.strftime('%Y-%m-%d')}")
-    print(f"{options.steps} steps of {options.batch} rows, the first 3 not counted; LoRA r=16 on the language model\n")
-    print("| model | weights | pixels | rows per image | contender | rows/s | tokens/s | MFU | peak GiB | first loss |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
-    for size in options.sizes:
-        with tempfile.TemporaryDirectory() as folder:
-            write_model(size, Path(folder))
-            for quantization in options.quantizations:
-                for pixels in options.pixels:
-                    for questions in options.questions:
-                        compare(options, device, size, quantization, pixels, questions, Path(folder))
+    budget = Budget(options.minutes)
+    machine = ask(budget)
+    absent = {name: lack for name in options.contenders if (lack := missing(NEEDS[name], machine))}
+    describe(machine, cases, absent)
+    options.contenders = [name for name in options.contenders if name not in absent]
+    given = options.folder
+    if given:
+        given.mkdir(parents=True, exist_ok=True)
+    with nullcontext(given) if given else tempfile.TemporaryDirectory() as folder:
+        for case in cases:
+            for _ in range(options.rounds):
+                measure(case, machine, Path(folder), budget, options)
 
 
-def write_model(size: str, folder: Path) -> None:
-    """Random bf16 weights in the hub's layout, with pico's tokenizer and a vocabulary of the real width."""
-    from transformers import GenerationConfig, Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor
-    from transformers import Qwen2VLImageProcessorPil as ImageProcessor
-
-    from vlmtune.models import pico
-    from vlmtune.prompt.image_only import image_only
-
-    tokenizer = pico._tokenizer()
-    small = pico._config(tokenizer).to_dict()
-    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
-    head = SIZES[size]["text"]["hidden_size"] // SIZES[size]["text"]["num_attention_heads"]
-    if head != 128:
-        rope["mrope_section"] = [head // 8, head * 3 // 16, head * 3 // 16]
-    text = {"rope_parameters": rope, "max_position_embeddings": 32768, "eos_token_id": tokenizer.eos_token_id}
-    ids = {key: value for key, value in small.items() if key.endswith("_token_id")}
-    vision = {"embed_dim": 1280, "depth": 32, "num_heads": 16, "patch_size": 14, "spatial_merge_size": 2}
-    config = Qwen2VLConfig(
-        text_config={**text, **SIZES[size]["text"], "tie_word_embeddings": False},
-        vision_config={**vision, **SIZES[size]["vision"]},
-        tie_word_embeddings=False,
-        **ids,
-    )
-    torch.manual_seed(0)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device(device):
-            model = Qwen2VLForConditionalGeneration(config)
-    finally:
-        torch.set_default_dtype(default)
-    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    limits = {"shortest_edge": 56 * 56, "longest_edge": 1280 * 28 * 28}
-    images = ImageProcessor(patch_size=14, merge_size=2, size=limits)
-    processor = image_only(Qwen2VLProcessor)(images, tokenizer, None, chat_template=pico.CHAT_TEMPLATE)
-    model.save_pretrained(folder / "model")
-    processor.save_pretrained(folder / "model")
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=[case.name for case in CASES], help="default: all")
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--rounds", type=int, default=1, help="of each case, its contenders alternating")
+    parser.add_argument("--minutes", type=float, help="begin no run that would end later")
+    parser.add_argument("--folder", type=Path, help="keep the models there for the next call")
+    parser.add_argument("--raw", type=Path, help="append all figures there, a line of JSON for each run")
+    parser.add_argument("--list", action="store_true", help="show the chosen cases and run none")
+    own = parser.add_argument_group("what replaces the cases' own; several values: a row for each")
+    own.add_argument("--sizes", dest="size", nargs="+", choices=list(SHAPES))
+    own.add_argument("--weights", nargs="+", choices=["lora", "nf4", "all"])
+    own.add_argument("--images", dest="image", nargs="+", help="tokens across and down, such as 36x36 (at most 1296)")
+    own.add_argument("--targets", nargs="+", choices=["linear", "attention"])
+    own.add_argument("--checkpointing", nargs="+", type=lambda word: {"on": True, "off": False}[word], help="on, off")
+    for name in ("questions", "batch", "accumulation", "rank", "workers", "evaluated", "steps"):
+        own.add_argument(f"--{name}", nargs="+", type=int)
+    return parser.parse_args()
 
 
-def write_rows(folder: Path, pixels: int, questions: int, count: int) -> None:
-    with (folder / "one.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["image_path", "question", "answer"])
-        for row in range(count):
-            path = folder / f"{pixels}_{row // questions}.png"
-            if not path.exists():
-                noise = np.random.default_rng(row).integers(0, 256, (pixels // 8, pixels // 8, 3), dtype=np.uint8)
-                Image.fromarray(noise).resize((pixels, pixels)).save(path)
-            writer.writerow(
-                [path, f"What is shape number {row % questions} in this image, and where is it?", "a circle"]
-            )
-
-
-def compare(
-    options: argparse.Namespace,
-    device: str,
-    size: str,
-    quantization: str,
-    pixels: int,
-    questions: int,
-    folder: Path,
-) -> None:
-    write_rows(folder, pixels, questions, options.steps * options.batch)
-    for name in ("trainer", "vlmtune"):
-        command = [sys.executable, __file__, "--one", name, str(folder), "--quantizations", quantization]
-        command += ["--steps", str(options.steps), "--batch", str(options.batch)]
-        environment = {**os.environ, "BENCH_PEAK": str(next((v for k, v in PEAKS.items() if k in device), 0.0))}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        start = f"| {size} | {quantization} | {pixels} | {questions} | {name} |"
-        if done.returncode:
-            print(f"{start} failed: {(done.stderr.strip().splitlines() or ['?'])[-1][:90]} | | | | |", flush=True)
+def chosen(options: argparse.Namespace) -> Iterator[Case]:
+    """The chosen cases with the given values in place of their own; combinations that are equal then come once."""
+    fields = set(asdict(CASES[0])) & {key for key, value in vars(options).items() if value is not None}
+    seen = set()
+    for case in CASES:
+        if options.cases and case.name not in options.cases:
             continue
-        found = json.loads(done.stdout.strip().splitlines()[-1])
-        print(
-            f"{start} {found['rows_per_second']:.1f} | {found['tokens_per_second']:.0f} | {found['mfu']:.1%} "
-            f"| {found['peak_gib']:.1f} | {found['first_loss']:.3f} |",
-            flush=True,
-        )
+        for values in itertools.product(*(getattr(options, key) for key in sorted(fields))):
+            made = replace(case, **dict(zip(sorted(fields), values, strict=True)))
+            if made.setting not in seen:
+                seen.add(made.setting)
+                yield made
 
 
-def once(options: argparse.Namespace) -> dict[str, float]:
-    """Train in this process and measure."""
-    import contender
-
-    name, folder = options.one[0], Path(options.one[1])
-    quantization = options.quantizations[0]
-    options.folder, options.table, options.mode, options.precision = folder, "one", "lora", "bf16"
-    if name == "vlmtune":
-        extra = ("tracker=none", "trainer.save_every=null", f"quantization={quantization}")
-        times, loss = contender.with_vlmtune(options, extra)
-    else:
-        use_cpu = not torch.cuda.is_available()
-        times, loss = contender.with_trainer(options, quantized=quantization == "nf4", use_cpu=use_cpu)
-    (first, _), (last, _) = times[2], times[-1]
-    rows = sum(count for _, count in times[3:]) / (last - first)
-    tokens, flops = of_a_row(folder)
-    peak = float(os.environ.get("BENCH_PEAK", 0))
-    return {
-        "rows_per_second": rows,
-        "tokens_per_second": rows * tokens,
-        "mfu": rows * flops / peak if peak else 0.0,
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0,
-        "first_loss": loss,
-    }
+def ask(budget: Budget) -> dict[str, Any]:
+    """What this machine has; asked in another process, because one that has used a GPU keeps memory on it."""
+    code, out, err = budget.run("machine", [sys.executable, str(HERE / "gpu_run.py"), "--machine"], environment())
+    if code != 0:
+        sys.exit(f"torch does not work here:\n{err[-2000:]}")
+    return said(out)[-1]
 
 
-def of_a_row(folder: Path) -> tuple[int, float]:
-    """Tokens of a padded row, and the FLOPs that the plain way spends on it."""
-    from transformers import AutoModelForImageTextToText
-    from transformers.models.auto.configuration_auto import AutoConfig
+def environment() -> dict[str, str]:
+    own = {"CUDA_VISIBLE_DEVICES": "0"}  # or the Trainer would use all
+    return {**own, **os.environ, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
-    from vlmtune.config.schema import DataConfig, ModelConfig, TaskConfig
-    from vlmtune.data import table
-    from vlmtune.models.parts import find_parts, summary
-    from vlmtune.prompt.encode import Encoder
-    from vlmtune.prompt.processors import load_processor
 
-    path = str(folder / "model")
-    data = DataConfig(train=str(folder / "one.csv"), check_images="header", max_train_rows=1)
-    row = table.load(data, TaskConfig(), 0)["train"].records
-    encoder = Encoder(load_processor(ModelConfig(path=path)))
-    image, text = encoder.lengths(row)[0]
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path))
-    weights = {part: found["total"] for part, found in summary(model, find_parts(model)).items()}
-    embedding = model.get_input_embeddings().weight.numel()
-    language = 4 * (weights["language"] - embedding + weights["head"]) * (image + text)
-    merge = 4  # patches per token
-    return image + text, language + 2 * (weights["vision"] * image * merge + weights["projector"] * image)
+def said(out: str) -> list[dict[str, Any]]:
+    """The lines of a process that are meant for us."""
+    return [json.loads(line)["bench"] for line in out.splitlines() if line.startswith(MARK)]
+
+
+def missing(modules: Iterable[str], machine: dict[str, Any]) -> str:
+    """Which of these modules the machine lacks, as a reason; empty if it has all."""
+    lacking = [module for module in modules if module not in machine["versions"]]
+    return f"{', '.join(lacking)} not installed" if lacking else ""
+
+
+def describe(machine: dict[str, Any], cases: list[Case], absent: dict[str, str]) -> None:
+    memory = f" with {machine['memory'] / 2**30:.0f} GiB" if "memory" in machine else ""
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    print(f"{machine['device']}{memory}, {versions}, {time.strftime('%Y-%m-%d')}\n")
+    for case in cases:
+        print(f"- {case.name}: {case.why}; {case.steps} steps, the first 3 not counted")
+    for name, lack in absent.items():
+        print(f"- no rows of {name}: {lack}")
+    most = peak(machine["device"])
+    print(f"\n{FORMULA}\nPeak of this device: {f'{most / 1e12:.0f} TFLOP/s' if most else 'not known, so no MFU'}.\n")
+    print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|", flush=True)
+
+
+def peak(device: str) -> float:
+    return next((value for name, value in PEAKS.items() if name in device), 0.0)
+
+
+def measure(case: Case, machine: dict[str, Any], folder: Path, budget: Budget, options: argparse.Namespace) -> None:
+    """Print a row for each contender."""
+    for name in (name for name in case.contenders if name in options.contenders):
+        found = once(case, name, machine, folder, budget)
+        if options.raw:
+            with options.raw.open("a", encoding="utf-8") as file:
+                line = {**asdict(case), "contender": name, "machine": machine, **found}
+                file.write(json.dumps(line) + "\n")
+        print(f"| {case.name} | {case.setting} | {name} | {' | '.join(cells(found))} |", flush=True)
+
+
+def once(case: Case, name: str, machine: dict[str, Any], folder: Path, budget: Budget) -> dict[str, Any]:
+    """The figures of one run, or what kept it from ending as `skipped` or `failed`."""
+    kind = f"{case.size} of {name}"
+    if problem := hindrance(case, machine) or budget.lacks(kind) or prepare(case, folder, budget):
+        return {"skipped": problem}
+    command = [sys.executable, str(HERE / "gpu_run.py"), name, str(folder / case.size), json.dumps(asdict(case))]
+    code, out, err = budget.run(kind, command, environment())
+    lines = said(out)
+    if code == 0:
+        return {**lines[-1], **rates(case, lines[-1], folder, machine)}
+    if lines and "failed" in lines[-1]:
+        return {"failed": f"at {lines[-1]['failed']}: {lines[-1]['why']}", "stderr": err[-3000:]}
+    phase = next((line["phase"] for line in reversed(lines) if "phase" in line), PHASES[0])
+    ended = "out of time" if code is None else f"ended from outside with {code}"
+    return {"failed": f"at {phase}: {ended}", "stderr": err[-3000:]}
+
+
+def hindrance(case: Case, machine: dict[str, Any]) -> str:
+    """Why this machine can't run the case; empty if it can."""
+    if case.weights == "lora" or (case.weights == "all" and not machine["cuda"]):
+        return ""
+    return missing(["bitsandbytes"], machine) or ("" if machine["cuda"] else "nf4 is measured on a GPU only")
+
+
+def prepare(case: Case, folder: Path, budget: Budget) -> str | None:
+    """Write the model, once for each size, and the case's rows. Returns what went wrong."""
+    own = folder / case.size
+    if not (own / "model" / "config.json").exists():
+        command = [sys.executable, str(HERE / "gpu_work.py"), case.size, str(own / "model")]
+        code, _, err = budget.run("writing", command, environment())
+        if code != 0:
+            return f"the model could not be written: {(err.strip().splitlines() or ['out of time'])[-1]}"
+    rows = case.steps * case.batch * case.accumulation
+    rows += -rows % case.questions
+    command = [sys.executable, str(HERE / "gpu_work.py"), "rows", str(own), case.image, str(case.questions), str(rows)]
+    code, _, err = budget.run("writing", command, environment())
+    return None if code == 0 else f"the rows could not be written: {(err.strip().splitlines() or ['out of time'])[-1]}"
+
+
+def rates(case: Case, found: dict[str, Any], folder: Path, machine: dict[str, Any]) -> dict[str, float]:
+    """Tokens per second, and MFU (0 where the device's peak is not known)."""
+    across, down = map(int, case.image.split("x"))
+    image, text = across * down, found["text_tokens"]
+    cost = flops(SHAPES[case.size], image, text, all_weights=case.weights == "all")
+    most, rows = peak(machine["device"]), found["rows_per_second"]
+    return {"tokens_per_second": rows * (image + text), "mfu": rows * cost / most if most else 0.0}
+
+
+def cells(found: dict[str, Any]) -> list[str]:
+    """The cells after the contender's name."""
+    for word, mark in (("failed", " "), ("skipped", ": ")):
+        if problem := found.get(word):
+            return [f"{word}{mark}{problem[:120]}".replace("|", "/"), *[""] * (len(COLUMNS) - 4)]
+    shares = [f"{found['mfu']:.1%}" if found["mfu"] else "-", f"{found['data_wait_share']:.1%}"]
+    memory = ("start_allocated", "allocated", "reserved", "start_driver", "driver", "evaluation_allocated")
+    sizes = ["-" if found[key] is None else f"{found[key] / 2**30:.2f}" for key in memory]
+    losses = [f"{found['losses'][n]:.4f}" for n in (0, -1)]
+    return [f"{found['rows_per_second']:.2f}", f"{found['tokens_per_second']:.0f}", *shares, *sizes, *losses]
 
 
 if __name__ == "__main__":
