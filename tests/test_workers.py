@@ -16,6 +16,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from transformers.utils.generic import get_max_seqlen
 
 import grids
 import tiny
@@ -137,6 +138,22 @@ def test_prepared_batches_give_equal_bits(
         wanted, found = loss_and_gradients(model, batch), loss_and_gradients(model, prepared)
         assert wanted.keys() == found.keys()
         assert [name for name in wanted if not torch.equal(wanted[name], found[name])] == []
+
+
+def test_flash_attention_gets_lengths_on_the_device_and_the_longest_as_a_number(
+    encoder_of: Callable[[str], Encoder], model_of: Any
+) -> None:
+    """Its kernel needs the former; transformers would read the latter back (`get_max_seqlen`)."""
+    model = model_of("qwen2_5_vl")
+    batch = padded(encoder_of("qwen2_5_vl"), tiny.records(2, sizes=((56, 56), (112, 56))))
+    model.model.visual.config._attn_implementation = "flash_attention_2"
+    prepared = Preparation.of(model, Accelerator(cpu=True))(batch)
+    assert prepared.on_host == {"image_grid_thw", "image_max_seqlen", "image_max_window_seqlen"}
+    for whole, longest in (("cu_seqlens", "max_seqlen"), ("cu_window_seqlens", "max_window_seqlen")):
+        lengths = prepared.inputs[f"image_{whole}"]
+        assert lengths.dtype == torch.int32
+        config = model.model.visual.config
+        assert get_max_seqlen(lengths, config) == prepared.inputs[f"image_{longest}"], longest
 
 
 def test_pixels_stay_in_fp32_in_a_run_in_fp32(encoder_of: Callable[[str], Encoder], model_of: Any) -> None:
