@@ -137,11 +137,20 @@ def test_fp16_weights_are_refused() -> None:
 
 
 @pytest.mark.slow
-def test_training_in_bf16_lowers_the_loss(folder: Path) -> None:
-    config = tiny.config(folder, max_steps=12, batch_size=6, learning_rate=3e-3, **BF16)
-    run = tiny.assemble(config, tiny.records(6))
-    assert {p.dtype for p in run.model.parameters()} == {torch.bfloat16}
-    assert run.fit().losses[-1] < 0.5 * run.losses[0]
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_bf16_weights_learn_what_fp32_ones_do(folder: Path, seed: int) -> None:
+    """40 steps: from a loss of 7.03 to 2.93 in fp32, to 2.94 with stochastic and to 4.91 with nearest rounding."""
+
+    def last(*, model: dict[str, Any] | None = None, **more: Any) -> float:
+        frozen = {"freeze": ["vision", "projector"], **(model or {})}
+        steps: dict[str, Any] = {"max_steps": 40, "batch_size": 8, "learning_rate": 2e-4, "scheduler": tiny.CONSTANT}
+        run = tiny.assemble(tiny.config(folder, model=frozen, seed=seed, **steps, **more), tiny.records(8))
+        return sum(run.fit().losses[-5:]) / 5
+
+    wanted = last()
+    assert last(**BF16) == pytest.approx(wanted, rel=0.02)
+    assert last(**BF16, optimizer={"name": "adamw_8bit"}) == pytest.approx(wanted, rel=0.02)
+    assert last(**BF16, optimizer={"rounding": "nearest"}) > 1.3 * wanted
 
 
 # ---------------------------------------------------------------- memory for time
