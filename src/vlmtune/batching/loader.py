@@ -44,7 +44,7 @@ class Loader:
         """`model`: what batches are prepared for; its weights are not kept. None: as the processor returns them."""
         self.encoder, self.records, self.layout, self.trainer = encoder, records, layout, trainer
         self.preparation = AS_IT_IS if model is None else Preparation.of(model, engine)
-        self.order, self.total_steps = plan.order, plan.total_steps
+        self.order, self.total_steps, self.by_group = plan.order, plan.total_steps, plan.by_group
         self.process, self.processes = engine.process_index, engine.num_processes
         self.own, self.on_cpu = records.of_process(self.process, self.processes), engine.device.type == "cpu"
         self.largest = 0
@@ -139,7 +139,7 @@ class Loader:
             "data fingerprint": self.fingerprint,
             "image content": self.image_fingerprint,
             "seed": trainer.seed,
-            "share_prefix": self.layout.share,
+            "share_prefix": self.by_group,
             "steps in all": self.total_steps,
         }
 

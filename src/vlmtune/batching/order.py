@@ -215,6 +215,8 @@ class Plan:
 
     order: Order | ByTokens | InOrder
     total_steps: int
+    by_group: bool = False
+    """Whether rows of a group stay together."""
 
 
 def plan(
@@ -249,7 +251,7 @@ def plan(
         )
     else:
         order = Order(groups, cut, seed=trainer.seed, by_group=by_group)
-    return Plan(order, trainer.max_steps or order.steps_in(trainer.epochs))
+    return Plan(order, trainer.max_steps or order.steps_in(trainer.epochs), by_group)
 
 
 def first_rows(records: Records, trainer: TrainerConfig, *, most: int) -> list[Record]:
