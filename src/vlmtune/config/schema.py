@@ -280,8 +280,7 @@ class GenerationConfig:
     """Sample from the most likely tokens whose probabilities add up to this value."""
     merge_adapter: str = one_of("auto", "on", "off")
     """When a finished run answers: add the adapter to the base model's weights in memory, which is faster. `auto`: if
-    these weights are in fp32; `on`: also in bf16 and fp16, which rounds the sums. Quantized weights are never changed.
-    """
+    these weights are in fp32; `on`: also in bf16 and fp16, which rounds the sums; quantized weights never."""
 
 
 @dataclass
