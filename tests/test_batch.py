@@ -223,6 +223,27 @@ def test_a_batch_without_labels_reaches_every_weight_with_zero(model: Any, encod
     assert not any(gradient.any() for gradient in gradients.values())
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_batch_without_labels_computes_one_logit(model: Any, encoder: Encoder, checkpointing: bool) -> None:
+    """Of the vocabulary's size, not of every token's: such a rank needs less memory than the others."""
+    if checkpointing:
+        model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    seen: list[tuple[int, ...]] = []
+    model.get_output_embeddings().register_forward_hook(lambda module, args, out: seen.append(tuple(out.shape[:-1])))
+    batch = shared(encoder, tiny.records(4, per_image=2)).without_labels()
+    _, gradients = loss_and_gradients(model, batch)
+    assert seen == [(1, 1)]
+    assert {name for name, p in model.named_parameters() if p.requires_grad} - gradients.keys() == unused(
+        model, encoder
+    )
+
+
+def unused(model: Any, encoder: Encoder) -> set[str]:
+    """Weights that no batch reaches: layers of a tower above the one that features are taken from."""
+    _, gradients = loss_and_gradients(model, padded(encoder, tiny.records(2)))
+    return {name for name, _ in model.named_parameters()} - gradients.keys()
+
+
 # ---------------------------------------------------------------- padding and inputs
 
 

@@ -284,7 +284,7 @@ def test_the_proof_finds_letters_in_place_of_tokens(
     assert letters("<|box_start|>") != "<|box_start|>"
     [wrong] = encoder.encode([row], answered=True).labels
     monkeypatch.undo()
-    encoder.prompt.write.cache_clear()
+    encoder.prompt.write.remembered.cache_clear()
     right = encoder.encode([row], answered=True)
     right.labels = [wrong]
     monkeypatch.setattr(encoder, "encode", lambda rows, answered: right)

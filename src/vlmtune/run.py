@@ -55,7 +55,7 @@ def build(config: Config, splits: dict[str, Split], folder: Path | None) -> Setu
     prove(model, parts, encoder, sample, rows, config, engine)
     decision = decide(model, parts, encoder, records, sample, config, engine, evaluated=len(splits) > 1)
     encoder = encoder.keeping(decision.cache)
-    loader = Loader(encoder, records, decision.plan, decision.layout, config.trainer, engine)
+    loader = Loader(encoder, records, decision.plan, decision.layout, config.trainer, engine, model)
     log.info(check_longest(model, loader, rows.longest, engine))
 
     # optimizer and schedule

@@ -15,19 +15,31 @@ def model_inputs(model: Any, batch: Batch) -> dict[str, Any]:
     inputs = {"input_ids": batch.input_ids, "use_cache": False, **batch.inputs}
     if batch.branches is None:
         return {**inputs, "attention_mask": batch.attention_mask}
-    positions = prefix_positions(model, batch)
+    if "position_ids" not in inputs:
+        inputs["position_ids"] = shared_positions(inner_of(model), batch)
     inputs.pop("mm_token_type_ids", None)  # only needed to compute the positions
-    mask = branch_mask(batch.branches)
-    return {**inputs, "attention_mask": mask, "position_ids": branch_positions(positions, batch.branches)}
+    return {**inputs, "attention_mask": branch_mask(batch.branches)}
 
 
-def prefix_positions(model: Any, batch: Batch) -> Tensor:
-    """Positions of the prefix tokens as the model itself would compute them: [B, T], or [3, B, T] under mRoPE."""
+def inner_of(model: Any) -> Any:
+    """The part of a model that computes positions: transformers' model without the output embedding."""
+    return getattr(base_of(getattr(model, "module", model)), "model", None)
+
+
+def shared_positions(inner: Any, batch: Batch) -> Tensor:
+    """Positions of a shared batch: [B, T], or [3, B, T] under mRoPE. `inner`: as `inner_of` returns it."""
     assert batch.branches is not None
     prefix = (batch.branches == 0).long()
-    rope_index = getattr(getattr(base_of(getattr(model, "module", model)), "model", None), "get_rope_index", None)
+    own = own_positions(inner, batch, prefix)
+    return branch_positions((prefix.cumsum(1) - 1).clamp(min=0) if own is None else own, batch.branches)
+
+
+def own_positions(inner: Any, batch: Batch, mask: Tensor) -> Tensor | None:
+    """The positions [3, B, T] of the tokens in `mask` [B, T], as the model itself computes them; None without mRoPE."""
+    rope_index = getattr(inner, "get_rope_index", None)
     if rope_index is None or "mm_token_type_ids" not in batch.inputs:
-        return (prefix.cumsum(1) - 1).clamp(min=0)
+        return None
     grids = {key: value for key, value in batch.inputs.items() if key.endswith("_grid_thw")}
     types = batch.inputs["mm_token_type_ids"]
-    return rope_index(batch.input_ids, mm_token_type_ids=types, attention_mask=prefix, **grids)[0]
+    positions: Tensor = rope_index(batch.input_ids, mm_token_type_ids=types, attention_mask=mask, **grids)[0]
+    return positions

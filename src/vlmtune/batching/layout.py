@@ -8,12 +8,15 @@ Shapes: B rows, T tokens.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vlmtune.data.records import Record
@@ -43,7 +46,11 @@ PLAIN = Layout()
 
 @dataclass
 class Batch:
-    """The input of one forward pass."""
+    """The input of one forward pass. It is made on the CPU, where it is counted, and then moved: nothing that is known
+    in advance is read back from the device.
+
+    N: supervised positions, those whose next token has a label.
+    """
 
     input_ids: Tensor
     """[B, T]"""
@@ -51,45 +58,64 @@ class Batch:
     """[B, T], 1 for tokens, 0 for padding."""
     labels: Tensor
     """[B, T], IGNORE where a token is not trained on."""
-    inputs: dict[str, Tensor] = field(default_factory=dict)
-    """All other tensors that the processor returned for the model."""
+    inputs: dict[str, Any] = field(default_factory=dict)
+    """All other arguments of the model: what the processor returned, and what `Preparation` added."""
     branches: Tensor | None = None
     """[B, T] in the shared layout: 0 for the prefix, 1, 2, ... for each record's branch, PADDING."""
     rows: int = 0
     """Records in the batch."""
     ends_step: bool = True
     """Whether it is this process's last micro-batch of an optimizer step."""
+    on_host: frozenset[str] = frozenset()
+    """Names of `inputs` that stay on the CPU, where the model reads their values."""
+    places: Tensor = field(init=False)
+    """[N], the supervised positions, counted through all rows: row x T + position."""
+    targets: Tensor = field(init=False)
+    """[N], the tokens that follow them."""
+    tokens: int = field(init=False)
+    """Number of tokens without padding."""
+
+    def __post_init__(self) -> None:
+        following = F.pad(self.labels[:, 1:], (0, 1), value=IGNORE).flatten()
+        self.places = (following != IGNORE).nonzero()[:, 0]
+        self.targets = following[self.places]
+        self.tokens = int((self.attention_mask != 0).sum())
 
     def to(self, device: torch.device) -> Batch:
+        """The batch with its tensors on `device`, except those of `on_host`."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
-        return self._each(torch.Tensor.pin_memory)
+        return self._each(lambda tensor: tensor.pin_memory())
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        return replace(
-            self,
-            input_ids=change(self.input_ids),
-            attention_mask=change(self.attention_mask),
-            labels=change(self.labels),
-            inputs={name: change(tensor) for name, tensor in self.inputs.items()},
-            branches=None if self.branches is None else change(self.branches),
-        )
+    def share_memory(self) -> Batch:
+        """The batch with its tensors in shared memory. Raises RuntimeError if that is full."""
+        return self._each(lambda tensor: tensor.share_memory_())
+
+    def _each(self, change: Callable[[Any], Any]) -> Batch:
+        """A copy with each tensor changed, without counting again."""
+        changed = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(changed, name, change(value))
+        changed.inputs = {name: value if name in self.on_host else change(value) for name, value in self.inputs.items()}
+        return changed
 
     @property
     def supervised(self) -> int:
         """Number of tokens in the loss: labels that a previous token predicts."""
-        return int((self.labels[:, 1:] != IGNORE).sum())
-
-    @property
-    def tokens(self) -> int:
-        """Number of tokens without padding."""
-        return int((self.attention_mask != 0).sum())
+        return len(self.targets)
 
     @property
     def padded_tokens(self) -> int:
         """Number of tokens including padding."""
         return self.input_ids.numel()
+
+    @property
+    def bytes(self) -> int:
+        """Size of the input ids, masks, labels and image tensors."""
+        own = [*vars(self).values(), *self.inputs.values()]
+        return sum(value.nbytes for value in own if isinstance(value, Tensor))
 
     def without_labels(self) -> Batch:
         """The same batch without labels: a rank without rows of its own runs it so that the other ranks don't wait."""

@@ -9,10 +9,12 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from vlmtune.batching.layout import Batch, Layout, lay_out
 from vlmtune.batching.order import Plan
+from vlmtune.batching.preparation import AS_IT_IS, Preparation
+from vlmtune.batching.workers import Workers, available, in_shared_memory
 from vlmtune.config.schema import TrainerConfig
 from vlmtune.data.records import Record
 from vlmtune.data.splits import Records
@@ -35,19 +37,26 @@ class Loader:
         layout: Layout,
         trainer: TrainerConfig,
         engine: Engine,
+        model: Any = None,
     ):
+        """`model`: what batches are prepared for; its weights are not kept. None: as the processor returns them."""
         self.encoder, self.records, self.layout, self.trainer = encoder, records, layout, trainer
+        self.preparation = AS_IT_IS if model is None else Preparation.of(model, engine)
         self.order, self.total_steps = plan.order, plan.total_steps
         self.process, self.processes = engine.process_index, engine.num_processes
         self.own, self.on_cpu = records.of_process(self.process, self.processes), engine.device.type == "cpu"
+        self.largest = 0
+        """Bytes of the largest micro-batch that `around` made."""
 
     def micro_batches(self, first_step: int = 0) -> Iterator[Batch]:
         """The micro-batches of all steps from `first_step` on. `ends_step` marks the last one of each step."""
+        workers = self._workers(first_step)
         loader = DataLoader(
             _Items(self),
             batch_size=None,
             sampler=self._micro_batch_numbers(first_step),
-            num_workers=worker_count(self.trainer, self.records, self.encoder, on_cpu=self.on_cpu),
+            num_workers=workers.count,
+            prefetch_factor=workers.ahead or None,
             pin_memory=not self.on_cpu,
             worker_init_fn=ignore_signals,
             generator=torch.Generator(),  # else it draws a seed from the random state that a resume restored
@@ -56,6 +65,12 @@ class Loader:
             if isinstance(item, FAULTS):
                 raise item
             yield item
+
+    def _workers(self, first_step: int) -> Workers:
+        asked = worker_count(self.trainer, self.records, self.encoder, on_cpu=self.on_cpu)
+        if not asked or first_step >= self.total_steps:
+            return Workers(0, 0)
+        return available(asked, _Items(self), self.largest or self.make(first_step, 0).bytes, self.processes)
 
     def _micro_batch_numbers(self, first_step: int) -> Iterator[tuple[int, int]]:
         """(step, index of the micro-batch in the step) of all micro-batches to make."""
@@ -69,7 +84,7 @@ class Loader:
         """
         parts = self.order.passes(step, self.process)
         rows = parts[number] if parts else self.order.step(step)[:1]
-        batch = lay_out(self.encoder, [self.own[row] for row in rows], self.layout)
+        batch = self._lay_out([self.own[row] for row in rows])
         batch = dataclasses.replace(batch, ends_step=number + 1 >= len(parts))
         return batch if parts else batch.without_labels()
 
@@ -94,12 +109,15 @@ class Loader:
         """A micro-batch of the run's size that contains `record`, which has `length` tokens: filled up with the run's
         first rows, or with `trainer.batch_tokens` with as many copies of `record` as fit.
         """
+        rows = [record, *self._first_rows()[1:]]
         if self.trainer.batch_tokens:
-            return self._lay_out([record] * max(self.trainer.batch_tokens // length, 1))
-        return self._lay_out([record, *self._first_rows()[1:]])
+            rows = [record] * max(self.trainer.batch_tokens // length, 1)
+        batch = self._lay_out(rows)
+        self.largest = max(self.largest, batch.bytes)
+        return batch
 
     def _lay_out(self, rows: list[Record]) -> Batch:
-        return lay_out(self.encoder, rows, self.layout)
+        return self.preparation(lay_out(self.encoder, rows, self.layout))
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -146,7 +164,8 @@ class _Items(Dataset[Any]):
 
     def __getitem__(self, place: tuple[int, int]) -> Any:
         try:
-            return self.loader.make(*place)
+            batch = self.loader.make(*place)
+            return batch if get_worker_info() is None else in_shared_memory(batch)
         except FAULTS as error:
             return error
 

@@ -6,7 +6,6 @@ A step is split into forward passes, `passes_per_step` over all processes. `pass
 from __future__ import annotations
 
 import bisect
-import functools
 import math
 import sys
 from collections.abc import Hashable, Sequence
@@ -18,6 +17,7 @@ from vlmtune.config.schema import TrainerConfig
 from vlmtune.data.records import Record
 from vlmtune.data.splits import Records
 from vlmtune.errors import ConfigError
+from vlmtune.memo import Memo
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Order:
         self.count = len(groups)
         self.members = _members(groups) if by_group else None
         self.steps_per_epoch = math.ceil(self.count / cut.rows_per_step)
-        self.epoch = functools.lru_cache(maxsize=2)(self._epoch)
+        self.epoch = Memo(self._epoch, most=2)
 
     def _epoch(self, epoch: int) -> np.ndarray:
         """Row numbers of an epoch, in order."""
@@ -109,7 +109,7 @@ class ByTokens:
         members = _members(groups) if by_group else [np.array([row]) for row in range(len(lengths))]
         self.units = [part for rows in members for part in self._pieces(rows.tolist())]
         self.costs = [self.cost(unit) for unit in self.units]
-        self.epoch = functools.lru_cache(maxsize=2)(self._epoch)
+        self.epoch = Memo(self._epoch, most=2)
         self.ends: list[int] = []
         """Total steps at the end of each epoch, computed as needed."""
 

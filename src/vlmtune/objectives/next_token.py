@@ -19,7 +19,6 @@ from torch.utils.hooks import RemovableHandle
 from vlmtune.batching.inputs import model_inputs
 from vlmtune.batching.layout import Batch
 from vlmtune.models.parts import base_of
-from vlmtune.prompt.labels import IGNORE
 
 
 def summed_loss(model: Any, batch: Batch) -> Tensor:
@@ -28,12 +27,11 @@ def summed_loss(model: Any, batch: Batch) -> Tensor:
     The output embedding and the last layer's token-wise modules get N tokens instead of B x T: an answer has a few
     tokens, an image hundreds.
     """
-    supervised = batch.supervised
-    if supervised == 0:  # this rank has no rows: a zero loss that still reaches every weight
-        return model(**model_inputs(model, batch)).logits.float().sum() * 0.0
+    if batch.supervised == 0:
+        return _nothing(model, batch)
     base = base_of(getattr(model, "module", model))
     width = base.get_output_embeddings().weight.shape[0]
-    if supervised * width > MOST_LOGITS and not _after_the_head(base.config):
+    if batch.supervised * width > MOST_LOGITS and not _after_the_head(base.config):
         return _in_chunks(model, batch, MOST_LOGITS // width or 1)
     logits, targets = supervised_logits(model, batch)
     return F.cross_entropy(logits.float(), targets, reduction="sum")
@@ -49,33 +47,23 @@ def _after_the_head(config: Any) -> bool:
     return any(getattr(text, name, None) for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"))
 
 
+def _nothing(model: Any, batch: Batch) -> Tensor:
+    """The zero loss of a rank without rows. It still reaches every weight, through the logits of one token."""
+    logits, _ = _logits_at(model, batch, batch.places.new_zeros(1))
+    return logits.float().sum() * 0.0
+
+
 def _in_chunks(model: Any, batch: Batch, size: int) -> Tensor:
     """The summed loss with logits for `size` tokens at a time; the backward pass computes them again."""
-    head, states, targets, unused = _in_front_of_the_head(model, batch)
+    unused, hidden = _logits_at(model, batch, batch.places, most=1)
+    head = base_of(getattr(model, "module", model)).get_output_embeddings()
 
     def part(states: Tensor, wanted: Tensor) -> Tensor:
         return F.cross_entropy(head(states).float(), wanted, reduction="sum")
 
-    pairs = zip(states.split(size), targets.split(size), strict=True)
+    pairs = zip(hidden.split(size), batch.targets.split(size), strict=True)
     losses = [checkpoint(part, states, wanted, use_reentrant=False) for states, wanted in pairs]
     return torch.stack(losses).sum() + unused.float().sum() * 0.0  # keeps DDP's record of which weights are used
-
-
-def _in_front_of_the_head(model: Any, batch: Batch) -> tuple[Any, Tensor, Tensor, Tensor]:
-    """The output embedding, its inputs [N, D] that predict a supervised token, those tokens [N], and the logits
-    [B, 1, V] that the model computes meanwhile.
-    """
-    targets, chosen = _targets(batch)
-    head = base_of(getattr(model, "module", model)).get_output_embeddings()
-    hidden: list[Tensor] = []
-
-    def keep(_: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        hidden.append(args[0][chosen])  # [N, D]
-        return (args[0][:, :1], *args[1:])
-
-    with _serving_only(model, chosen), _hooked(head.register_forward_pre_hook(keep)):
-        unused = model(**model_inputs(model, batch)).logits
-    return head, hidden[0], targets[chosen], unused
 
 
 def logits_in_pieces(model: Any, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
@@ -84,30 +72,40 @@ def logits_in_pieces(model: Any, batch: Batch) -> Iterator[tuple[Tensor, Tensor]
     Families that change logits after the output embedding compute all of them at once.
     """
     base = base_of(getattr(model, "module", model))
-    size = MOST_LOGITS // base.get_output_embeddings().weight.shape[0] or 1
+    head = base.get_output_embeddings()
+    size = MOST_LOGITS // head.weight.shape[0] or 1
     if batch.supervised <= size or _after_the_head(base.config):
         yield supervised_logits(model, batch)
         return
-    head, states, targets, _ = _in_front_of_the_head(model, batch)
-    for part, wanted in zip(states.split(size), targets.split(size), strict=True):
-        yield head(part), wanted
-
-
-def _targets(batch: Batch) -> tuple[Tensor, Tensor]:
-    """The target of each position [B, T], and whether it is supervised."""
-    targets = torch.full_like(batch.labels, IGNORE)
-    targets[:, :-1] = batch.labels[:, 1:]
-    return targets, targets != IGNORE
+    _, hidden = _logits_at(model, batch, batch.places, most=1)
+    for states, wanted in zip(hidden.split(size), batch.targets.split(size), strict=True):
+        yield head(states), wanted
 
 
 def supervised_logits(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """Logits [N, V] at the positions that predict a supervised token, and those tokens [N], row by row."""
-    targets, chosen = _targets(batch)
+    return _logits_at(model, batch, batch.places)[0], batch.targets
+
+
+def _logits_at(model: Any, batch: Batch, places: Tensor, most: int | None = None) -> tuple[Tensor, Tensor]:
+    """Logits [N, V] of the positions `places` [N], of the first `most` of them, and what the output embedding gets for
+    all of them [N, D].
+    """
     head = base_of(getattr(model, "module", model)).get_output_embeddings()
-    select = head.register_forward_pre_hook(lambda _, args: (args[0][chosen][None], *args[1:]))
-    with _serving_only(model, chosen), _hooked(select):
+    hidden: list[Tensor] = []
+
+    def select(_: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden.append(_at(args[0], places))
+        return (hidden[0][None, :most], *args[1:])
+
+    with _serving_only(model, places), _hooked(head.register_forward_pre_hook(select)):
         logits = model(**model_inputs(model, batch)).logits  # [1, N, V]
-    return logits[0], targets[chosen]
+    return logits[0], hidden[0]
+
+
+def _at(tensor: Tensor, places: Tensor) -> Tensor:
+    """[N, D] of a tensor [B, T, D]. A boolean index would wait for the device to count."""
+    return tensor.flatten(0, 1).index_select(0, places)
 
 
 @contextmanager
@@ -119,19 +117,21 @@ def _hooked(*handles: RemovableHandle) -> Iterator[None]:
             handle.remove()
 
 
-def _serving_only(model: Any, chosen: Tensor) -> AbstractContextManager[None]:
-    """Inside the context, the last layer's token-wise modules run only for the tokens `chosen` [B, T].
+def _serving_only(model: Any, places: Tensor) -> AbstractContextManager[None]:
+    """Inside the context, the last layer's token-wise modules run only for the tokens at `places` [N].
 
     Nothing reads the other tokens afterwards: their feed-forward output and projected attention stay zero.
     """
+    shapes: list[torch.Size] = []
 
     def narrow(_: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (args[0][chosen][None], *args[1:])  # [1, N, D]
+        shapes.append(args[0].shape)
+        return (_at(args[0], places)[None], *args[1:])  # [1, N, D]
 
     def widen(_: Any, args: Any, out: Tensor) -> Tensor:
-        whole = out.new_zeros(*chosen.shape, out.shape[-1])
-        whole[chosen] = out[0]
-        return whole
+        rows, length, *_ = shapes.pop()
+        whole = out.new_zeros(rows * length, out.shape[-1]).index_copy(0, places, out[0])
+        return whole.view(rows, length, -1)
 
     handles = []
     for module in last_token_wise(base_of(getattr(model, "module", model))):

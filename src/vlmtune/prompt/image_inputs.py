@@ -13,6 +13,7 @@ from PIL import Image
 from vlmtune.data.images import NeededSize, image_size, open_image
 from vlmtune.data.records import Record
 from vlmtune.errors import DataError
+from vlmtune.memo import Memo
 from vlmtune.prompt.families import Family
 
 
@@ -55,7 +56,8 @@ class ImageProcessing:
     ):
         self.family, self.max_pixels, self.needed = family, max_pixels, needed
         self.cache: ImageCache | None = None
-        self.tokens = _token_counter(family, tokenizer)
+        self.tokenizer = tokenizer
+        self.tokens = Memo(self._tokens, most=100_000)
         """Number of tokens in a prompt for images of given sizes that are shown together."""
 
     def keeping(self, cache: ImageCache | None) -> ImageProcessing:
@@ -71,6 +73,13 @@ class ImageProcessing:
     def size(self, source: Any) -> tuple[int, int]:
         """Width and height of what `open` would return, only from the image's header."""
         return image_size(source, self.max_pixels)
+
+    def _tokens(self, sizes: tuple[tuple[int, int], ...]) -> int:
+        if not sizes:
+            return 0
+        _, expansions = self.family.images([[Image.new("RGB", size) for size in sizes]])
+        ids = self.tokenizer(expansions, add_special_tokens=False)["input_ids"]
+        return sum(map(len, ids))
 
     def of(self, records: Sequence[Record], groups: Sequence[Hashable]) -> ImageInputs:
         """The images of `records`. Neighbouring rows of one group share them; rows with group None share with no row.
@@ -100,18 +109,6 @@ class ImageProcessing:
             sizes = [f"{row_of[i].place} ({p.width}x{p.height})" for i, p in enumerate(pictures)]
             which = sizes[0] if len(sizes) == 1 else f"one of {', '.join(sizes[:8])}"
             raise DataError(f"{which}: the model's processor refuses the image: {error}") from error
-
-
-def _token_counter(family: Family, tokenizer: Any) -> Any:
-    @functools.lru_cache(maxsize=100_000)
-    def count(sizes: tuple[tuple[int, int], ...]) -> int:
-        if not sizes:
-            return 0
-        _, expansions = family.images([[Image.new("RGB", size) for size in sizes]])
-        ids = tokenizer(expansions, add_special_tokens=False)["input_ids"]
-        return sum(map(len, ids))
-
-    return count
 
 
 def _distinct_images(records: Sequence[Record], groups: Sequence[Hashable]) -> tuple[list[Any], list[list[int]]]:

@@ -70,9 +70,16 @@ def image_only(cls: Any, video: Mapping[str, Any] | None = None) -> Any:
             "_get_arguments_from_pretrained": classmethod(arguments),
             "to_dict": to_dict,
             "apply_chat_template": ProcessorMixin.apply_chat_template,  # SmolVLM's uses it even for text
+            "__reduce__": lambda self: (_blank, (cls, video), vars(self)),  # pickle looks a class up by its name
         },
     )
     return image_class
+
+
+def _blank(cls: Any, video: Mapping[str, Any] | None) -> Any:
+    """A processor of the class `image_only(cls, video)` without attributes, which unpickling then sets."""
+    made = image_only(cls, video)
+    return made.__new__(made)
 
 
 def _saved_video(processor: Any, settings: Mapping[str, Any]) -> dict[str, Any]:

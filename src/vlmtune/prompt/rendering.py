@@ -7,12 +7,12 @@ before and after the stand-in is the text before and after the answer.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 from vlmtune.data.records import Record, Turn
 from vlmtune.errors import DataError, ModelError
+from vlmtune.memo import Memo
 from vlmtune.prompt.markers import Markers
 from vlmtune.prompt.template import TEXT, Shape, content_of, conversation
 
@@ -41,8 +41,9 @@ class Prompt:
         self.system_prompt, self.supervise = system_prompt, supervise
         self.markers = Markers(processor, family)
         self.tokenizer = self.markers.tokenizer
-        self.ending = functools.cache(self._ending)
-        self.write = functools.lru_cache(maxsize=100_000)(self._write)
+        self.ending = Memo(self._ending)
+        self.write = Memo(self._write, most=100_000)
+        self.in_front = Memo(self._in_front)
 
     # ---------------------------------------------------------------- a conversation
 
@@ -189,7 +190,7 @@ class Prompt:
         """
         if record.group is None:
             return None
-        in_front, texts = self._in_front(self.shape(record))
+        in_front, texts = self.in_front(self.shape(record))
         if texts is None:
             return None
         own = [] if (system := self.system(record)) is None else [system]
@@ -197,22 +198,16 @@ class Prompt:
             own += [text for kind, text in content_of(turn) if kind == "t"] + list(turn.answers[:1])
         return (record.group, in_front, *(own[number] for number in texts))
 
-    @functools.cached_property
-    def _in_front(self) -> Any:
-        """For a shape: the template's text up to the last image, and the numbers of the texts in it; None if one of
-        them is trained on.
+    def _in_front(self, shape: Shape) -> tuple[str, list[int] | None]:
+        """The template's text up to the last image, and the numbers of the texts in it; None if one of them is trained
+        on.
         """
-
-        @functools.cache
-        def found(shape: Shape) -> tuple[str, list[int] | None]:
-            messages, kinds = conversation(shape)
-            prompt = self.rendered(messages[:-1], add_generation_prompt=True)
-            head = prompt.rpartition(self.family.image_token or "\0")[0]
-            texts = [number for number in range(len(kinds)) if TEXT.format(number) in head]
-            trained = self.supervise == "all" and any(kinds[number] == "answer" for number in texts)
-            return head, None if trained else texts
-
-        return found
+        messages, kinds = conversation(shape)
+        prompt = self.rendered(messages[:-1], add_generation_prompt=True)
+        head = prompt.rpartition(self.family.image_token or "\0")[0]
+        texts = [number for number in range(len(kinds)) if TEXT.format(number) in head]
+        trained = self.supervise == "all" and any(kinds[number] == "answer" for number in texts)
+        return head, None if trained else texts
 
 
 def _message(role: str, content: Sequence[tuple[str, str]]) -> dict[str, Any]:

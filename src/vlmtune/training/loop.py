@@ -52,9 +52,10 @@ class Hooks:
 class Passed:
     """The result of one optimizer step's forward and backward passes, over all ranks."""
 
-    loss: float
-    """Mean over the supervised tokens."""
-    counts: dict[str, int]
+    loss: Any
+    """Mean over the supervised tokens; a tensor on the device until `_read`."""
+    counts: dict[str, Any]
+    """By the names in COUNTED; with several ranks tensors on the device until `_read`."""
     waited: float
 
 
@@ -88,7 +89,7 @@ def fit(
         passed = _forward_backward(model, iterator, parameters, engine, summed_loss, hooks.penalty, expected_tokens)
         if passed is None:
             return
-        norm = _gradient_norm(parameters, max_grad_norm, engine)
+        passed, norm = _read(passed, _gradient_norm(parameters, max_grad_norm, engine))
         learning_rate = scheduler.get_last_lr()[0]
         _update(passed.loss, norm, optimizer, patience, progress, hooks)
         scheduler.step()
@@ -97,6 +98,15 @@ def fit(
             hook(report)
         if hooks.stop():
             return
+
+
+def _read(passed: Passed, norm: torch.Tensor) -> tuple[Passed, float]:
+    """Loss, counts and gradient norm as numbers: the only time that a step waits for the device."""
+    on_device = {name: value for name, value in passed.counts.items() if isinstance(value, torch.Tensor)}
+    tensors = [tensor.to(passed.loss.device).double() for tensor in (passed.loss, norm, *on_device.values())]
+    loss, norm_read, *counts = torch.stack(tensors).tolist()
+    read = dict(zip(on_device, map(int, counts), strict=True))
+    return Passed(loss, {**passed.counts, **read}, passed.waited), norm_read
 
 
 def _update(loss: float, norm: float, optimizer: Any, patience: Patience, progress: Progress, hooks: Hooks) -> None:
@@ -140,16 +150,19 @@ def _forward_backward(
         share = counts["supervised"] / engine.num_processes
         _scale(parameters, expected_tokens / share)
         total += _pass(model, batch, engine, summed_loss, share, penalty)
-        return Passed(float(engine.reduce(total / counts["supervised"], "sum")), counts, waited)
+        return Passed(engine.reduce(total / counts["supervised"], "sum"), counts, waited)
 
 
 COUNTED = ("supervised", "rows", "tokens", "padded_tokens")
 """Counted per micro-batch: supervised tokens, rows, tokens without padding, tokens with padding."""
 
 
-def _over_ranks(own: Counter[str], engine: Engine) -> dict[str, int]:
-    numbers = torch.tensor([own[name] for name in COUNTED], device=engine.device)
-    return dict(zip(COUNTED, engine.reduce(numbers, "sum").tolist(), strict=True))
+def _over_ranks(own: Counter[str], engine: Engine) -> dict[str, Any]:
+    """The counts of all ranks: numbers if this is the only one, else tensors on the device, which are read later."""
+    if engine.num_processes == 1:
+        return dict(own)
+    numbers = torch.tensor([own[name] for name in COUNTED]).to(engine.device, non_blocking=True)
+    return dict(zip(COUNTED, engine.reduce(numbers, "sum"), strict=True))
 
 
 def _pass(
@@ -157,7 +170,7 @@ def _pass(
     batch: Any,
     engine: Engine,
     summed_loss: Callable[[Any, Any], torch.Tensor],
-    divisor: float,
+    divisor: float | torch.Tensor,
     penalty: Callable[[], torch.Tensor | None] = lambda: None,
 ) -> torch.Tensor:
     """Accumulate the gradient of (a micro-batch's summed loss / `divisor` + `penalty`). Returns the summed loss."""
@@ -168,17 +181,17 @@ def _pass(
     return loss.detach()
 
 
-def _scale(parameters: list[torch.Tensor], factor: float) -> None:
+def _scale(parameters: list[torch.Tensor], factor: float | torch.Tensor) -> None:
     """Scale the gradients accumulated so far."""
     for parameter in parameters:
         if parameter.grad is not None:
             parameter.grad.mul_(factor)
 
 
-def _gradient_norm(parameters: list[torch.Tensor], max_norm: float | None, engine: Engine) -> float:
-    """L2 norm of all gradients before clipping; they are clipped to `max_norm`."""
-    norm = engine.clip_grad_norm_(parameters, max_norm if max_norm is not None else math.inf)
-    return float(norm)
+def _gradient_norm(parameters: list[torch.Tensor], max_norm: float | None, engine: Engine) -> torch.Tensor:
+    """L2 norm of all gradients before clipping, on the device; they are clipped to `max_norm`."""
+    norm: torch.Tensor = engine.clip_grad_norm_(parameters, max_norm if max_norm is not None else math.inf)
+    return norm
 
 
 class Patience:
