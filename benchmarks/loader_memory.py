@@ -19,6 +19,7 @@ from vlmtune.batching import loader as module
 from vlmtune.batching.layout import Batch, Layout
 from vlmtune.batching.loader import Loader
 from vlmtune.batching.order import plan
+from vlmtune.batching.preparation import COMPUTE, Preparation
 from vlmtune.config.schema import TrainerConfig
 from vlmtune.data.records import Record, Turn
 from vlmtune.data.splits import RecordList
@@ -34,6 +35,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--accumulation", type=int, default=4)
     parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--precision", choices=["no", "bf16"], default="bf16", help="compute type, which pixels get")
     options = parser.parse_args()
     patches = TOKENS * PATCHES // options.share
     module.lay_out = lambda encoder, rows, layout: batch_of(len(rows), patches)
@@ -48,10 +50,11 @@ def main() -> None:
     engine: Any = SimpleNamespace(process_index=0, num_processes=1, device=torch.device("cpu"))
     encoder: Any = SimpleNamespace(image_cache=None)
     loader = Loader(encoder, records, steps, Layout(), trainer, engine)
+    loader.preparation = Preparation(pixels=COMPUTE.get(options.precision))
     with Peak() as peak:
         for _ in loader.micro_batches():
             time.sleep(0.2)  # a forward and backward pass
-    micro_batch = options.batch_size * patches * NUMBERS * 4
+    micro_batch = loader.make(0, 0).bytes
     print(f"a micro-batch {micro_batch / 1e6:.0f} MB, peak of shared memory {peak.found / 1e6:.0f} MB")
 
 

@@ -15,9 +15,10 @@ import tiny
 from vlmtune.batching import inputs
 from vlmtune.batching.inputs import model_inputs
 from vlmtune.batching.layout import PADDING, Batch, branch_mask, branch_positions, padded, prefix_length, shared
-from vlmtune.config.schema import GenerationConfig
+from vlmtune.config.schema import GenerationConfig, TrainerConfig
 from vlmtune.data.records import Record
 from vlmtune.evaluation.generate import generate
+from vlmtune.models.gradient_checkpointing import prepare
 from vlmtune.objectives.next_token import summed_loss
 from vlmtune.prompt.encode import Encoder
 from vlmtune.prompt.labels import IGNORE
@@ -223,11 +224,12 @@ def test_a_batch_without_labels_reaches_every_weight_with_zero(model: Any, encod
     assert not any(gradient.any() for gradient in gradients.values())
 
 
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable.:FutureWarning")
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_batch_without_labels_computes_one_logit(model: Any, encoder: Encoder, checkpointing: bool) -> None:
     """Of the vocabulary's size, not of every token's: such a rank needs less memory than the others."""
     if checkpointing:
-        model.train().gradient_checkpointing_enable({"use_reentrant": False})
+        prepare(model.train(), TrainerConfig(gradient_checkpointing=True))
     seen: list[tuple[int, ...]] = []
     model.get_output_embeddings().register_forward_hook(lambda module, args, out: seen.append(tuple(out.shape[:-1])))
     batch = shared(encoder, tiny.records(4, per_image=2)).without_labels()

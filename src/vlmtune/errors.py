@@ -84,13 +84,10 @@ MEMORY = (
     "with a smaller trainer.batch_size or trainer.eval_batch_size, trainer.num_workers=0, "
     "trainer.gradient_checkpointing=true, data.cache_features=off, a smaller model.image.max_tokens or another model"
 )
-SHARED_MEMORY = (
-    "a larger /dev/shm (Docker: --shm-size=16g or --ipc=host), fewer trainer.num_workers (0: none) or a smaller "
-    "trainer.batch_size"
-)
+SHARED_MEMORY = "a larger /dev/shm (Docker: --shm-size=16g or --ipc=host) or a smaller trainer.batch_size"
 WORKER_DIED = (
     "a process that prepares batches was ended from outside, most often because the machine, or its shared memory, is "
-    f"out of memory; use {SHARED_MEMORY}"
+    f"out of memory; use {SHARED_MEMORY}, or fewer trainer.num_workers (0: none)"
 )
 REFUSALS = ("allocate memory", "enough memory", "bad_alloc", "can't start new thread")
 """What torch and Python say where the machine gives no more memory."""

@@ -84,7 +84,7 @@ def in_shared_memory(batch: Made) -> Made:
     try:
         return batch.share_memory()
     except RuntimeError as error:
-        raise TrainingError(f"{SHARED} is full ({error}); {SHARED_MEMORY}") from error
+        raise TrainingError(f"{SHARED} is full ({error}); use {SHARED_MEMORY}, or trainer.num_workers=0") from error
 
 
 def unpicklable(item: Any) -> str | None:

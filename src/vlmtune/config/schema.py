@@ -134,7 +134,8 @@ class TrainerConfig:
     log_every: int = number(10, least=1)
     """Log every N optimizer steps."""
     num_workers: int | None = number(None, least=0)
-    """Number of worker processes that prepare batches in advance; null: 4 with an accelerator, 0 on a CPU."""
+    """Number of worker processes that prepare batches in advance; null: 4 with an accelerator, 0 on a CPU. Fewer if
+    their batches don't fit into half of the free shared memory (/dev/shm)."""
     seed: int = number(0, least=0)
     """Random seed for the order of rows, dropout and new weights."""
 
