@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import tiny
 import tiny_families
 from grids import sampled
 from test_families import SHARED
+from vlmtune.batching import workers
 from vlmtune.batching.layout import Layout, lay_out, padded
 from vlmtune.config.schema import Config
 from vlmtune.data.records import Record
@@ -23,7 +25,7 @@ from vlmtune.errors import DataError
 from vlmtune.evaluation import answering
 from vlmtune.evaluation import evaluate as evaluation
 from vlmtune.evaluation.answering import Found, loss_and_likely
-from vlmtune.evaluation.prepared import Prepared, dealt
+from vlmtune.evaluation.prepared import Prepared, _Items, dealt
 from vlmtune.objectives import next_token
 from vlmtune.prompt import image_inputs, recent_images
 from vlmtune.prompt.encode import Encoder
@@ -80,14 +82,35 @@ def test_each_image_is_prepared_once_for_the_loss_and_the_answers(
 
 
 def test_workers_prepare_what_this_process_would(
-    encoder_of: Any, model_of: Callable[[str], Any], tmp_path: Path, opened: list[Any]
+    encoder_of: Any,
+    model_of: Callable[[str], Any],
+    tmp_path: Path,
+    opened: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """All but the first batch, whose size says how many workers shared memory has room for."""
     model, encoder = model_of("qwen2_vl"), encoder_of("qwen2_vl")
     rows = [*on_disk(tmp_path, 11, per_image=3), tiny.record("Say yes", "yes", [])]
     alone = evaluated(model, encoder, rows)
     opened.clear()
     assert evaluated(model, encoder, rows, num_workers=2) == alone
-    assert not opened
+    assert opened == [tmp_path / "0.png", tmp_path / "1.png"]
+    monkeypatch.setattr(workers, "free_shared_memory", lambda: 0)
+    assert evaluated(model, encoder, rows, num_workers=2) == alone
+    assert "0 processes" in caplog.text
+
+
+def test_what_workers_run_can_be_sent_to_them(encoder_of: Any, tmp_path: Path) -> None:
+    """Where processes are not forked."""
+    items = _Items(encoder_of("qwen2_vl"), on_disk(tmp_path, 6, per_image=1), dealt(6, 3))
+    sent = pickle.loads(pickle.dumps(items))
+    for number in range(2):
+        found, wanted = sent[number].entries, items[number].entries
+        assert found.keys() == wanted.keys() == {0, 1, 2}
+        for place, entry in wanted.items():
+            torch.testing.assert_close(found[place].inputs, entry.inputs, rtol=0, atol=0)
+            assert found[place].expansions == entry.expansions
 
 
 def test_an_image_that_a_worker_can_not_open_is_an_error_with_its_row(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import signal
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -15,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from vlmtune.batching.layout import Batch, Layout, lay_out
 from vlmtune.batching.order import Plan
 from vlmtune.batching.preparation import AS_IT_IS, Preparation
-from vlmtune.batching.workers import AHEAD, Workers, in_shared_memory, unpicklable
+from vlmtune.batching.workers import Workers, available, in_shared_memory
 from vlmtune.config.schema import TrainerConfig
 from vlmtune.data.records import Record
 from vlmtune.data.splits import Records
@@ -24,7 +23,6 @@ from vlmtune.launch.engine import Engine
 from vlmtune.launch.signals import SIGNALS
 from vlmtune.prompt.encode import Encoder
 
-log = logging.getLogger("vlmtune")
 FAULTS = (VlmtuneError, OSError, MemoryError)
 
 
@@ -69,17 +67,10 @@ class Loader:
             yield item
 
     def _workers(self, first_step: int) -> Workers:
-        """As many worker processes as asked for and possible; a warning in the log says why there are fewer."""
         asked = worker_count(self.trainer, self.records, self.encoder, on_cpu=self.on_cpu)
         if not asked or first_step >= self.total_steps:
             return Workers(0, 0)
-        if (reason := unpicklable(_Items(self))) is not None:
-            log.warning("rows are prepared in the main process, since they can't be sent to others: %s", reason)
-            return Workers(0, 0)
-        size = self.largest or self.make(first_step, 0).bytes
-        workers, sentence = Workers.fitting(asked, size, self.processes)
-        log.log(logging.INFO if workers == Workers(asked, AHEAD) else logging.WARNING, sentence)
-        return workers
+        return available(asked, _Items(self), self.largest or self.make(first_step, 0).bytes, self.processes)
 
     def _micro_batch_numbers(self, first_step: int) -> Iterator[tuple[int, int]]:
         """(step, index of the micro-batch in the step) of all micro-batches to make."""

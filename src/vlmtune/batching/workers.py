@@ -6,19 +6,20 @@ batch that doesn't fit and then waits for it without end, so what is on its way 
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import shutil
 from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
-from typing import Any
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
 
 from vlmtune import display
-from vlmtune.batching.layout import Batch
 from vlmtune.errors import SHARED_MEMORY, TrainingError
 
+log = logging.getLogger("vlmtune")
 AHEAD = 2
 """Micro-batches that each process prepares in advance, as torch does by default."""
 SHARED = "/dev/shm"
@@ -51,12 +52,32 @@ class Workers:
         return workers, sentence if workers == cls(asked, AHEAD) else f"{sentence}; for more: {SHARED_MEMORY}"
 
 
+def available(asked: int, items: Any, size: int, processes: int) -> Workers:
+    """As many of the workers as possible for the dataset `items`, whose items have `size` bytes; a warning in the log
+    says why there are fewer.
+    """
+    if (reason := unpicklable(items)) is not None:
+        log.warning("rows are prepared in the main process, since they can't be sent to others: %s", reason)
+        return Workers(0, 0)
+    workers, sentence = Workers.fitting(asked, size, processes)
+    log.log(logging.INFO if workers == Workers(asked, AHEAD) else logging.WARNING, sentence)
+    return workers
+
+
+class Sharable(Protocol):
+    def share_memory(self) -> Self:
+        """A copy with its tensors in shared memory. Raises RuntimeError if that is full."""
+
+
+Made = TypeVar("Made", bound=Sharable)
+
+
 def free_shared_memory() -> int | None:
     """Free bytes in shared memory; None where the system does not limit it by a file system."""
     return shutil.disk_usage(SHARED).free if os.path.isdir(SHARED) else None
 
 
-def in_shared_memory(batch: Batch) -> Batch:
+def in_shared_memory(batch: Made) -> Made:
     """A worker's batch, ready to be sent. Raises TrainingError if shared memory is full: later, torch would only print
     it and drop the batch.
     """

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlmtune.batching.layout import Batch, Layout, lay_out
+from vlmtune.batching.preparation import Preparation
 from vlmtune.config.schema import Config
 from vlmtune.data.records import Record
 from vlmtune.evaluation.drafts import Draft
@@ -66,13 +67,14 @@ class Answering:
     ):
         self.model, self.prepared, self.config, self.engine, self.layout = model, prepared, config, engine, layout
         self.advance = advance
+        self.preparation = Preparation.of(model, engine)
         self.draft = Draft(model, prepared.encoder, config.generation)
         self.found, self.waiting = Found(), dict[int, Record]()
         self.losses: dict[int, list[Tensor]] = {}
 
     def add(self, rows: Sequence[int], records: Sequence[Record]) -> None:
         """Evaluate a batch, and generate as soon as enough rows wait for it."""
-        batch = lay_out(self.prepared.encoder, records, self.layout)
+        batch = self.preparation(lay_out(self.prepared.encoder, records, self.layout))
         self.losses[rows[0]], likely = loss_and_likely(self.model, batch, self.engine, self.draft.never)
         self.found.tokens += len(likely)
         answers = self.draft.answers(records, batch, likely)

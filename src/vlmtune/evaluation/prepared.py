@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from itertools import repeat
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from vlmtune.batching.loader import FAULTS, ignore_signals, worker_count
+from vlmtune.batching.workers import available, in_shared_memory
 from vlmtune.config.schema import TrainerConfig
 from vlmtune.data.records import Record
 from vlmtune.launch.engine import Engine
 from vlmtune.prompt.cache_folder import Entry
 from vlmtune.prompt.encode import Encoder
 from vlmtune.prompt.recent_images import RecentImages, key_of
-
-AHEAD = 1
-"""Batches that each worker prepares in advance."""
 
 
 def dealt(rows: int, size: int, processes: int = 1) -> list[range]:
@@ -52,16 +52,17 @@ class Prepared:
         self.records, self.batches = records, batches
         self.recent = RecentImages() if encoder.image_cache is None else None
         self.encoder = encoder if self.recent is None else encoder.keeping(self.recent)
-        found = worker_count(trainer, records, encoder, on_cpu=engine.device.type == "cpu")
-        self.workers = min(found, max(len(batches) - 1, 0))
+        self.asked = worker_count(trainer, records, encoder, on_cpu=engine.device.type == "cpu")
+        self.processes = engine.num_processes
 
     def __iter__(self) -> Iterator[tuple[Sequence[int], list[Record]]]:
         """The row numbers and the records of each batch."""
-        made = self._in_advance() if self.workers else [[]] * len(self.batches)
-        for rows, entries in zip(self.batches, made, strict=True):
+        asked = min(self.asked, len(self.batches) - 1)
+        made = repeat(Images()) if self.recent is None or asked < 1 else self._in_advance(asked)
+        for rows, images in zip(self.batches, made, strict=False):
             records = [self.records[row] for row in rows]
             if self.recent is not None:
-                for place, entry in entries:
+                for place, entry in images.entries.items():
                     self.recent.put(records[place].images, entry)
             yield rows, records
 
@@ -70,22 +71,54 @@ class Prepared:
         if self.recent is not None:
             self.recent.let_go(waiting=[record.images for record in waiting])
 
-    def _in_advance(self) -> Iterator[list[tuple[int, Entry]]]:
+    def _in_advance(self, asked: int) -> Iterator[Images]:
+        items = _Items(self.encoder, self.records, self.batches)
+        first = items[0]  # made here: its size decides how many workers fit into shared memory
+        workers = available(asked, items, first.bytes, self.processes)
         loader = DataLoader(
-            _Images(self.encoder, self.records, self.batches),
+            items,
             batch_size=None,
-            num_workers=self.workers,
-            prefetch_factor=AHEAD,
+            sampler=range(1, len(self.batches)),
+            num_workers=workers.count,
+            prefetch_factor=workers.ahead or None,
             collate_fn=_as_it_is,
             worker_init_fn=ignore_signals,
             generator=torch.Generator(),  # else it draws a seed from the random state of the run
         )
-        for entries in loader:  # copied, because each tensor of a worker holds a file open
-            yield [(place, _copied(entry)) for place, entry in entries]
+        rest = iter(loader)
+        yield first
+        for item in rest:
+            if isinstance(item, FAULTS):
+                raise item
+            yield item.copied()
 
 
-class _Images(Dataset[Any]):
-    """The dataset that worker processes run: the images of each batch, with the places of their rows in it."""
+@dataclass(frozen=True)
+class Images:
+    """The images of a batch's rows, by their places in the batch."""
+
+    entries: dict[int, Entry] = field(default_factory=dict)
+
+    @property
+    def bytes(self) -> int:
+        return sum(entry.size for entry in self.entries.values())
+
+    def share_memory(self) -> Images:
+        return self._each(Tensor.share_memory_)
+
+    def copied(self) -> Images:
+        """Out of shared memory, where each tensor holds a file open."""
+        return self._each(Tensor.clone)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Images:
+        def changed(entry: Entry) -> Entry:
+            return replace(entry, inputs={name: change(tensor) for name, tensor in entry.inputs.items()})
+
+        return Images({place: changed(entry) for place, entry in self.entries.items()})
+
+
+class _Items(Dataset[Any]):
+    """The dataset that worker processes run: the images of each batch. An error is returned as an item."""
 
     def __init__(self, encoder: Encoder, records: Sequence[Record], batches: Sequence[Sequence[int]]):
         self.encoder, self.records, self.batches = encoder, records, batches
@@ -93,13 +126,22 @@ class _Images(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __getitem__(self, number: int) -> list[tuple[int, Entry]]:
-        """Images that the last row of the batch before shows are left out: they are prepared with that batch."""
+    def __getitem__(self, number: int) -> Any:
+        images = Images(self._entries(number))
+        try:
+            return images if get_worker_info() is None else in_shared_memory(images)
+        except FAULTS as error:
+            return error
+
+    def _entries(self, number: int) -> dict[int, Entry]:
+        """Without images that the last row of the batch before shows, since they are prepared with that batch, and
+        without those that can't be: the main process tries again, and its error names the row.
+        """
         before = [self.records[row] for row in self.batches[number - 1][-1:]] if number else []
         seen = {key_of(record.images) for record in before}
         recent = RecentImages()
         images = self.encoder.keeping(recent).images
-        entries: list[tuple[int, Entry]] = []
+        entries: dict[int, Entry] = {}
         for place, row in enumerate(self.batches[number]):
             record = self.records[row]
             if not record.images or key_of(record.images) in seen:
@@ -108,13 +150,9 @@ class _Images(Dataset[Any]):
             with suppress(*FAULTS):
                 images.of([record], [None])
             if entry := recent.get(record.images):
-                entries.append((place, entry))
+                entries[place] = entry
         return entries
 
 
 def _as_it_is(item: Any) -> Any:
     return item
-
-
-def _copied(entry: Entry) -> Entry:
-    return dataclasses.replace(entry, inputs={name: tensor.clone() for name, tensor in entry.inputs.items()})
