@@ -151,6 +151,8 @@ def test_float32_runs_on_a_gpu_train_in_tf32(
 @pytest.mark.parametrize("caller", ["nothing", "older", "newer", "newest"])
 def test_the_callers_tf32_decides_nothing_and_is_given_back(caller: str) -> None:
     """Torch raises where one of its three switches is read after another one was set."""
+    torch.backends.fp32_precision = "none"  # type: ignore[attr-defined]
+    tf32._restore(("highest", True, ["none", "none", "tf32", "tf32"]))  # as torch has it at first
     first = products()
     if caller == "older":
         torch.set_float32_matmul_precision("medium")
@@ -176,8 +178,8 @@ def test_checks_compare_in_full_before_training_computes_in_tf32(
 ) -> None:
     """1e-3 is allowed between two float32 gradients: TF32's own rounding is as large."""
     order: list[str] = []
-    check, use = page.check_longest, session.use_tf32
-    monkeypatch.setattr(page, "check_longest", lambda *values: order.append("checked") or check(*values))
+    check, use = page.proof.prove_passes, session.use_tf32
+    monkeypatch.setattr(page.proof, "prove_passes", lambda *values: order.append("checked") or check(*values))
     monkeypatch.setattr(session, "use_tf32", lambda *values: order.append("tf32") or use(*values))
     tiny.assemble(tiny.config(weights), tiny.records(4))
     assert order == ["checked", "tf32"]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 import tiny
@@ -27,6 +29,8 @@ def without_model() -> Any:
     predictor = Predictor.__new__(Predictor)
     predictor.config, predictor.random_state = tiny.config(None), surroundings.random_state()
     predictor.shares_answers = lambda records: False  # type: ignore[method-assign]
+    predictor.encoder = SimpleNamespace(image_cache="its own")
+    predictor.engine = SimpleNamespace(device=torch.device("cpu"), num_processes=1)
     return predictor
 
 
@@ -110,7 +114,7 @@ def test_answers_and_errors_stay_beside_their_rows(folder: Path) -> None:
     b = write(folder / "two" / "b.csv", "image_path,question,note\n0.png,c?,n\n9.png,d?,m\n2.png,e?\n3.png,f?,o\n")
     frame = read_files(DataConfig(test=[a, b]))["test"]
     predictor = without_model()
-    predictor.answer = lambda records, share: [record.question.upper() for record in records]
+    predictor._answer = lambda encoder, records, share: [record.question.upper() for record in records]
     answered = predictor.predict(frame)
     assert answered["answer_predictions"].fillna("-").tolist() == ["A?", "B?", "C?", "-", "-", "F?"]
     assert answered["note"].tolist() == [None, None, "n", "m", None, "o"]
@@ -124,7 +128,7 @@ def test_faults_stay_with_their_rows_when_a_frame_is_cut(folder: Path) -> None:
     path = write(folder / "one" / "a.csv", "image_path,question\n0.png,a?\n1.png\n2.png,c?\n3.png,d?\n")
     frame = read_table(path).iloc[[3, 1]]
     predictor = without_model()
-    predictor.answer = lambda records, share: [record.question for record in records]
+    predictor._answer = lambda encoder, records, share: [record.question for record in records]
     assert predictor.predict(frame)["answer_predictions"].fillna("-").tolist() == ["d?", "-"]
 
 

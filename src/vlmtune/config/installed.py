@@ -49,7 +49,10 @@ def attentions() -> dict[str, list[str]]:
     """The attention implementations of transformers, which have no fields."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    return {name: [] for name in ("eager", *ALL_ATTENTION_FUNCTIONS.valid_keys())}
+    own = [
+        name for name, function in ALL_ATTENTION_FUNCTIONS.items() if function.__module__.startswith("transformers.")
+    ]
+    return {name: [] for name in ("eager", *own)}
 
 
 def table() -> dict[str, Any]:

@@ -11,9 +11,10 @@ import torch
 
 from vlmtune.batching.layout import padded
 from vlmtune.data.records import Record
-from vlmtune.errors import ConfigError
+from vlmtune.errors import ConfigError, is_out_of_memory
 from vlmtune.launch.engine import Engine
 from vlmtune.models import rewrites
+from vlmtune.models.chance import without_chance
 from vlmtune.models.parts import base_of
 from vlmtune.objectives.next_token import summed_loss
 from vlmtune.prompt.encode import Encoder
@@ -39,16 +40,14 @@ def check_attention(model: Any, encoder: Encoder, records: Sequence[Record], eng
     roomy = copy.copy(encoder)
     roomy.pad_to_multiple_of = MULTIPLE
     batches = {side: padded(roomy, records[:ROWS], side=side).to(engine.device) for side in ("right", "left")}
-    was_training = model.training
-    model.eval()
+    losses = partial(_losses, model, batches.values(), engine)
     try:
-        losses = partial(_losses, model, batches.values(), engine)
-        _run(name, partial(_backward, model, padded(encoder, records[:1]).to(engine.device), engine))
-        found = _run(name, losses)
-        with rewrites.attention(model, name, plain := _plain(base)):
-            wanted = losses()
+        with without_chance(model):
+            _run(name, partial(_backward, model, padded(encoder, records[:1]).to(engine.device), engine))
+            found = _run(name, losses)
+            with rewrites.attention(model, name, plain := _plain(base)):
+                wanted = losses()
     finally:
-        model.train(was_training)
         model.zero_grad(set_to_none=True)
     allowed = 2e-2 if computes_in_halves(model, engine) else 1e-3
     for side, ours, theirs in zip(batches, found, wanted, strict=True):
@@ -80,9 +79,9 @@ def _backward(model: Any, batch: Any, engine: Engine) -> None:
 def _run(name: str, compute: Any) -> Any:
     try:
         return compute()
-    except torch.OutOfMemoryError:
-        raise
     except REFUSALS as error:
+        if is_out_of_memory(error):
+            raise
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         what = f"model.attention={name}: fails with this model, on this machine"
         raise ConfigError(f"{what}: {reason.rstrip('.')}; use auto") from error

@@ -65,7 +65,7 @@ def decide(
         lengths,
         processes=engine.num_processes,
         streamed=streamed,
-        # `on` also keeps them together where no two fit into a micro-batch: a step takes the same rows however it is cut
+        # `on` also where no two fit into a micro-batch: a step takes the same rows, however it is cut
         by_group=layout.share or trainer.share_prefix == "on",
     )
     seen_once = not evaluated and steps.total_steps <= steps.order.steps_per_epoch
