@@ -92,13 +92,17 @@ def compose(command: str, overrides: Sequence[str]) -> DictConfig:
     import hydra
     from hydra.errors import HydraException
 
-    logging.getLogger("hydra").setLevel(logging.ERROR)
+    logger = logging.getLogger("hydra")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         with hydra.initialize_config_dir(str(home() / "conf"), version_base="1.3"):
             composed: DictConfig = hydra.compose(command, list(overrides), return_hydra_config=True)
             return composed
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(str(error).strip().splitlines()[0]) from error
+    finally:
+        logger.setLevel(level)  # the caller's
 
 
 def read(command: str, overrides: Sequence[str], *, multirun: bool = False) -> tuple[Config, DictConfig]:
