@@ -15,6 +15,7 @@ wheels to a machine without a network (60 MB together, of which bitsandbytes has
     pip download --no-deps -d wheels $there accelerate==1.15.0 bitsandbytes==0.50.2 pydantic==2.12.5
     pip download --no-deps -d wheels $there pydantic-core==2.41.5 typing-inspection annotated-types
     pip wheel --no-deps -w wheels antlr4-python3-runtime==4.9.3
+    pip download -d wheels $there pandas rich pillow jinja2    # only those that the machine lacks, as `--list` says
     # on that machine:
     python -m pip install --no-index --no-deps --target site wheels/*.whl && export PYTHONPATH=$PWD/site
 
@@ -49,9 +50,9 @@ PEAKS |= {"L4": 121e12, "A10": 125e12, "4090": 165e12, "3090": 71e12}
 """Dense bf16 FLOP/s by a part of the device's name, from the makers' data sheets; the first that fits counts."""
 CONTENDERS = ("trainer", "trl", "vlmtune")
 NEEDS = {
-    "trainer": ("peft",),
-    "trl": ("peft", "trl", "datasets"),
-    "vlmtune": ("peft", "hydra", "omegaconf", "pydantic"),
+    "trainer": ("peft", "PIL", "jinja2"),
+    "trl": ("peft", "PIL", "jinja2", "trl", "datasets"),
+    "vlmtune": ("peft", "PIL", "jinja2", "hydra", "omegaconf", "pydantic", "rich", "pandas"),
 }
 """Modules that a contender imports besides torch, transformers and accelerate."""
 

@@ -27,6 +27,10 @@ PACKAGES = {
     "hydra": "hydra-core",
     "omegaconf": "omegaconf",
     "pydantic": "pydantic",
+    "PIL": "pillow",
+    "jinja2": "jinja2",
+    "rich": "rich",
+    "pandas": "pandas",
     "trl": "trl",
     "datasets": "datasets",
 }

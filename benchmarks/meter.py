@@ -1,4 +1,8 @@
-"""Time, memory and waiting of one training process, by phase. Works alike for every contender."""
+"""Time, memory and waiting of one training process, by phase. Works alike for every contender.
+
+vlmtune itself resets torch's peak and empties its cache at the first step, so its `train` has nothing of the start in
+it, and up to the last 20 ms of the start may be missing from its `start`.
+"""
 
 from __future__ import annotations
 

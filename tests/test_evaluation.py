@@ -31,7 +31,6 @@ from vlmtune.prompt import image_inputs, recent_images
 from vlmtune.prompt.encode import Encoder
 from vlmtune.prompt.recent_images import RecentImages, key_of
 
-ENGINE = Accelerator(cpu=True)
 FAMILIES = [*tiny.FAMILIES, *tiny_families.FAMILIES]
 SIZES = ((56, 56), (84, 56), (112, 112))
 
@@ -42,7 +41,7 @@ def config(size: int = 4, **trainer: Any) -> Config:
 
 def evaluated(model: Any, encoder: Encoder, rows: list[Record], share: bool = False, **trainer: Any) -> Any:
     layout = Layout(share, share)
-    return evaluation.evaluate(model, encoder, rows, config(**trainer), ENGINE, title="", layout=layout)
+    return evaluation.evaluate(model, encoder, rows, config(**trainer), Accelerator(cpu=True), title="", layout=layout)
 
 
 def on_disk(folder: Path, count: int, per_image: int) -> list[Record]:
@@ -125,7 +124,7 @@ def test_an_image_that_a_worker_can_not_open_is_an_error_with_its_row(
 def test_few_images_are_held(encoder_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of the batch, of waiting rows whatever their age, and of earlier rows up to the limit."""
     rows = on_disk(tmp_path, 12, per_image=1)
-    prepared = Prepared(encoder_of("llava"), rows, dealt(12, 2), config().trainer, ENGINE)
+    prepared = Prepared(encoder_of("llava"), rows, dealt(12, 2), config().trainer, Accelerator(cpu=True))
     recent, held = prepared.recent, []
     assert recent is not None
     for number, (_, batch) in enumerate(prepared):
@@ -154,7 +153,7 @@ def test_an_image_is_known_by_its_file_or_by_itself() -> None:
 
 def test_a_run_with_a_cache_keeps_it(encoder_of: Any) -> None:
     cache = RecentImages()
-    prepared = Prepared(encoder_of("llava").keeping(cache), [], [], config().trainer, ENGINE)
+    prepared = Prepared(encoder_of("llava").keeping(cache), [], [], config().trainer, Accelerator(cpu=True))
     assert prepared.encoder.image_cache is cache
     assert prepared.recent is None
 
@@ -171,12 +170,12 @@ def test_logits_exist_in_pieces(
     head = model.get_output_embeddings()
     for share in (False, *([True] if family in SHARED else [])):
         batch = lay_out(encoder, tiny.records(6, per_image=2, sizes=SIZES), Layout(share))
-        losses, likely = loss_and_likely(model, batch, ENGINE, [])
+        losses, likely = loss_and_likely(model, batch, Accelerator(cpu=True), [])
         with monkeypatch.context() as patch:
             patch.setattr(next_token, "MOST_LOGITS", 3 * head.weight.shape[0])
             widest: list[int] = []
             hook = head.register_forward_hook(lambda m, args, out, seen=widest: seen.append(out.shape[:-1].numel()))
-            found, same = loss_and_likely(model, batch, ENGINE, [])
+            found, same = loss_and_likely(model, batch, Accelerator(cpu=True), [])
             hook.remove()
         assert same == likely
         assert float(sum(found)) == pytest.approx(float(sum(losses)), rel=1e-5)
@@ -190,8 +189,8 @@ def test_logits_exist_in_pieces(
 def test_tokens_that_are_never_written_are_not_likely(encoder_of: Any, model_of: Callable[[str], Any]) -> None:
     model, encoder = model_of("qwen2_vl"), encoder_of("qwen2_vl")
     batch = padded(encoder, tiny.records(4))
-    losses, likely = loss_and_likely(model, batch, ENGINE, [])
-    same, other = loss_and_likely(model, batch, ENGINE, likely[:1])
+    losses, likely = loss_and_likely(model, batch, Accelerator(cpu=True), [])
+    same, other = loss_and_likely(model, batch, Accelerator(cpu=True), likely[:1])
     assert torch.equal(torch.stack(same), torch.stack(losses))
     assert likely[0] not in other
     assert [a for a, b in zip(other, likely, strict=True) if b != likely[0]] == [b for b in likely if b != likely[0]]
@@ -209,7 +208,7 @@ def test_a_batch_is_read_from_the_device_once(
     for name in ("tolist", "item", "__float__", "__int__", "__bool__", "cpu"):
         plain = getattr(Tensor, name)
         monkeypatch.setattr(Tensor, name, lambda t, name=name, plain=plain: read.append(name) or plain(t))
-    losses, _ = loss_and_likely(model, batch, ENGINE, [])
+    losses, _ = loss_and_likely(model, batch, Accelerator(cpu=True), [])
     assert read == ["tolist"]
     assert len(losses) == pieces > 1
 
@@ -270,7 +269,13 @@ def test_the_bar_counts_rows_and_answers_come_in_order(
     monkeypatch.setattr(evaluation.display, "bar", Bar)
     told: list[tuple[int, list[str]]] = []
     again = evaluation.evaluate(
-        model, encoder, rows, config(3), ENGINE, title="", done=lambda first, texts: told.append((first, texts))
+        model,
+        encoder,
+        rows,
+        config(3),
+        Accelerator(cpu=True),
+        title="",
+        done=lambda first, texts: told.append((first, texts)),
     )
     assert totals == [10] == [sum(counted)]
     pairs = zip(rows, found.predictions, strict=True)

@@ -33,7 +33,6 @@ from vlmtune.proof.pairs import pairs
 from vlmtune.proof.probes import answers_agree, choose_layout, layouts_agree
 
 FAMILIES = [*tiny.FAMILIES, *tiny_families.FAMILIES]
-ENGINE = Accelerator(cpu=True)
 
 
 # ---------------------------------------------------------------- loss
@@ -43,7 +42,7 @@ ENGINE = Accelerator(cpu=True)
 def test_the_loss_is_compared_with_the_models_own(
     family: str, encoder_of: Callable[[str], Encoder], model_of: Callable[[str], Any]
 ) -> None:
-    said = check_loss(model_of(family), encoder_of(family), tiny.records(3), ENGINE)
+    said = check_loss(model_of(family), encoder_of(family), tiny.records(3), Accelerator(cpu=True))
     assert ("does not compute a loss" if family == "idefics" else "differs from the model's own by") in said
 
 
@@ -53,7 +52,7 @@ def test_another_loss_is_found(
     real = first_pass.summed_loss
     monkeypatch.setattr(first_pass, "summed_loss", lambda model, batch: real(model, batch) * 1.01)
     with pytest.raises(TrainingError, match=r"relative difference 1\.0e-02, allowed 1e-03"):
-        check_loss(model_of("llava"), encoder_of("llava"), tiny.records(3), ENGINE)
+        check_loss(model_of("llava"), encoder_of("llava"), tiny.records(3), Accelerator(cpu=True))
 
 
 def test_a_model_without_a_loss_and_one_too_wide_are_said(
@@ -61,9 +60,11 @@ def test_a_model_without_a_loss_and_one_too_wide_are_said(
 ) -> None:
     model, encoder = model_of("qwen2_vl"), encoder_of("qwen2_vl")
     model.loss_function = lambda *args, **options: (_ for _ in ()).throw(NotImplementedError("no loss here"))
-    assert "this model does not compute a loss (no loss here)" in check_loss(model, encoder, tiny.records(2), ENGINE)
+    assert "this model does not compute a loss (no loss here)" in check_loss(
+        model, encoder, tiny.records(2), Accelerator(cpu=True)
+    )
     monkeypatch.setattr(first_pass, "MOST_LOGITS", 100)
-    assert "need too much memory" in check_loss(model, encoder, tiny.records(2), ENGINE)
+    assert "need too much memory" in check_loss(model, encoder, tiny.records(2), Accelerator(cpu=True))
 
 
 # ---------------------------------------------------------------- gradients
@@ -79,7 +80,7 @@ def test_full_training_passes_in_every_family(
     if not images and encoder.family.needs_image:
         return
     rows = tiny.records(2) if images else [tiny.record("Say yes", "yes", [])]
-    said = check_gradients(model.requires_grad_(True), find_parts(model), encoder, rows, ENGINE)
+    said = check_gradients(model.requires_grad_(True), find_parts(model), encoder, rows, Accelerator(cpu=True))
     assert ("get none (these rows have no images)" in said) or images
 
 
@@ -94,7 +95,7 @@ def test_what_these_rows_reach_must_get_a_gradient(
     for name, p in model.named_parameters():
         p.requires_grad_(not name.startswith("model.visual") or layer in name)
     with pytest.raises(TrainingError, match=rf"get no gradient, for instance model\.{layer}".replace(".", r"\.", 0)):
-        check_gradients(model, find_parts(model), encoder, tiny.records(2), ENGINE)
+        check_gradients(model, find_parts(model), encoder, tiny.records(2), Accelerator(cpu=True))
 
 
 @pytest.mark.parametrize("adapter", ["lora", "dora", "loha", "ia3", "vera"])
@@ -109,12 +110,12 @@ def test_an_adapter_that_these_rows_reach_must_get_a_gradient(
     model, encoder = model_of("qwen2_vl"), encoder_of("qwen2_vl")
     parts = find_parts(model)
     model = adapters.adapt(model, tiny.config(None, adapter=fields), parts)
-    check_gradients(model, parts, encoder, tiny.records(2), ENGINE)
+    check_gradients(model, parts, encoder, tiny.records(2), Accelerator(cpu=True))
     layer = model.get_base_model().model.language_model.layers[1].mlp
     forward = layer.forward
     layer.forward = lambda x: forward(x.detach()).detach()
     with pytest.raises(TrainingError, match=r"are used but get no gradient, for instance .*layers\.1\.mlp"):
-        check_gradients(model, parts, encoder, tiny.records(2), ENGINE)
+        check_gradients(model, parts, encoder, tiny.records(2), Accelerator(cpu=True))
 
 
 # ---------------------------------------------------------------- the longest row
@@ -125,7 +126,7 @@ def loader_of(encoder: Encoder, records: list[Record], *, share: bool = False, *
     rows = RecordList(records)
     lengths = encoder.lengths(rows) if chosen.batch_tokens else []
     steps = plan(chosen, groups_of(rows, encoder), lengths, processes=1, streamed=False, by_group=share)
-    return Loader(encoder, rows, steps, Layout(share), chosen, ENGINE)
+    return Loader(encoder, rows, steps, Layout(share), chosen, Accelerator(cpu=True))
 
 
 def test_the_longest_row_goes_first(encoder_of: Callable[[str], Encoder], model_of: Callable[[str], Any]) -> None:
@@ -135,25 +136,28 @@ def test_the_longest_row_goes_first(encoder_of: Callable[[str], Encoder], model_
         lambda module, args, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True
     )
     long = dataclasses.replace(tiny.record("word " * 50), row=6)
-    loader = loader_of(encoder, tiny.records(3), batch_size=3)
-    said = check_longest(model, loader, [tiny.record(), long], ENGINE)
+    loader = loader_of(encoder, [*tiny.records(5), long], batch_size=3)
+    said = check_longest(model, loader, [0, 5], Accelerator(cpu=True))
     length = len(encoder.encode([long], answered=True).input_ids[0])
     assert seen == [(3, length)]
     assert f"{length} tokens (data, row 7) fit into memory, forward and backward in a batch of 3" in said
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_the_longest_batch_is_one_that_the_run_makes(encoder_of: Callable[[str], Encoder]) -> None:
-    """A larger one could run out of memory where training would not."""
-    encoder, rows = encoder_of("qwen2_vl"), [about(f"Is it {n}?") for n in range(4)]
-    long = about("word " * 20)
-    [(image, text)] = encoder.lengths([long])
-    assert len(loader_of(encoder, rows).around(long, image + text).input_ids) == 4
-    once = loader_of(encoder, rows, share=True).around(long, image + text)
-    assert (once.rows, len(once.input_ids)) == (4, 1), "one image for all four rows"
-    by_tokens = loader_of(encoder, rows, batch_tokens=3 * (image + text) + 5)
-    assert by_tokens.around(long, image + text).input_ids.shape == (3, image + text)
-    assert by_tokens.around(long, 10**6).rows == 1
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("trainer", [{"batch_size": 4}, {"batch_tokens": 200}, {"batch_size": 2, "epochs": 2.0}])
+def test_the_longest_batch_is_one_that_the_run_makes(
+    encoder_of: Callable[[str], Encoder], share: bool, trainer: dict[str, Any]
+) -> None:
+    """A larger one could run out of memory where training would not, a smaller one would hide that training does."""
+    encoder = encoder_of("qwen2_vl")
+    rows = [about(f"Is it {n}?" + " word" * n, group=f"image {n // 3}") for n in range(12)]
+    loader = loader_of(encoder, rows, share=share, **trainer)
+    made = [loader.make(*place).input_ids for place in loader._micro_batch_numbers(0)]
+    for row in range(12):
+        found = loader.around(row)
+        assert any(torch.equal(found.input_ids, ids) for ids in made)
+    assert loader.around(11).padded_tokens == max(ids.numel() for ids in made) or share or "batch_tokens" in trainer
 
 
 def test_a_comparison_that_needs_more_memory_than_training_is_left_out(
@@ -165,7 +169,7 @@ def test_a_comparison_that_needs_more_memory_than_training_is_left_out(
         raise torch.OutOfMemoryError("out of memory")
 
     model.lm_head.register_forward_pre_hook(full)
-    said = check_loss(model, encoder_of("qwen2_vl"), tiny.records(2), ENGINE)
+    said = check_loss(model, encoder_of("qwen2_vl"), tiny.records(2), Accelerator(cpu=True))
     assert "not compared with the model's own: out of memory" in said
 
 
@@ -179,7 +183,7 @@ def test_no_memory_for_the_longest_row_is_said_before_the_first_step(
 
     model.register_forward_pre_hook(full)
     with pytest.raises(TrainingError, match=r"out of device memory.*trainer\.batch_size"), memory_advice():
-        check_longest(model, loader_of(encoder_of("qwen2_vl"), tiny.records(2)), [tiny.record()], ENGINE)
+        check_longest(model, loader_of(encoder_of("qwen2_vl"), tiny.records(2)), [0], Accelerator(cpu=True))
 
 
 # ---------------------------------------------------------------- what rows share
@@ -225,8 +229,8 @@ def test_rows_that_place_their_image_differently_are_laid_out_right(
     encoder_of: Callable[[str], Encoder], model_of: Callable[[str], Any], family: str
 ) -> None:
     model, encoder = model_of(family), encoder_of(family)
-    assert layouts_agree(model, encoder, MIXED, ENGINE)[0]
-    assert answers_agree(model, encoder, MIXED, ENGINE)
+    assert layouts_agree(model, encoder, MIXED, Accelerator(cpu=True))[0]
+    assert answers_agree(model, encoder, MIXED, Accelerator(cpu=True))
     ask = {"generation": GenerationConfig(max_new_tokens=4), "batch_size": 16, "autocast": torch.no_grad}
     assert generate(model, encoder, MIXED, share=True, **ask) == generate(model, encoder, MIXED, **ask)
 
@@ -244,7 +248,7 @@ def test_an_answer_that_is_trained_ends_what_rows_share(
     both = Encoder(last.processor, supervise="all")
     assert both.prompt.group(rows[0]) is None
     for encoder in (last, both):
-        assert layouts_agree(model_of("qwen2_vl"), encoder, rows, ENGINE)[0]
+        assert layouts_agree(model_of("qwen2_vl"), encoder, rows, Accelerator(cpu=True))[0]
     assert len(shared(both, rows).input_ids) == 2
 
 
@@ -272,7 +276,7 @@ def test_one_kind_that_differs_is_enough_for_padded_batches(
     verdicts = iter([(True, "equal"), (False, "loss differs by 0.3")])
     monkeypatch.setattr("vlmtune.proof.probes.layouts_agree", lambda *_: next(verdicts))
     alike, trainer = [[tiny.record()], [tiny.record()]], tiny.config(None).trainer
-    found = choose_layout(None, None, alike, trainer, ENGINE, evaluated=True)  # type: ignore[arg-type]
+    found = choose_layout(None, None, alike, trainer, Accelerator(cpu=True), evaluated=True)  # type: ignore[arg-type]
     assert "padded, one row each (loss differs by 0.3)" in found.sentence
     assert not found.share
     assert not found.share_answers

@@ -100,7 +100,10 @@ def test_rows_that_this_machine_cannot_run_say_why(gpu: Any) -> None:
     assert gpu.peak(machine["device"]) == 989e12
     assert gpu.hindrance(cases["nf4"], machine) == gpu.hindrance(cases["all"], machine) == "bitsandbytes not installed"
     assert gpu.hindrance(cases["lora"], machine) == ""
-    assert gpu.missing(gpu.NEEDS["vlmtune"], machine) == "peft, hydra, omegaconf, pydantic not installed"
+    assert (
+        gpu.missing(gpu.NEEDS["vlmtune"], machine)
+        == "peft, PIL, jinja2, hydra, omegaconf, pydantic, rich, pandas not installed"
+    )
     [first, *others] = gpu.cells({"failed": "at start-up: out of memory"})
     assert first == "failed at start-up: out of memory"
     assert len(others) == len(gpu.COLUMNS) - 4

@@ -132,6 +132,38 @@ def test_one_that_does_not_listen_is_killed() -> None:
     assert processes.run(python(STUBBORN), 2) == 128 + signal.SIGKILL
 
 
+LATE = """
+import os, signal, sys, time
+def end(number, frame):
+    time.sleep(3 * (os.environ["RANK"] == "0"))
+    sys.exit(128 + number)
+signal.signal(signal.SIGTERM, end)
+if os.environ["RANK"] == "1": time.sleep(0.5); os.kill(os.getppid(), signal.SIGTERM)
+time.sleep(600)
+"""
+
+
+@pytest.mark.usefixtures("impatient")
+def test_after_a_signal_the_first_may_take_longer(capfd: pytest.CaptureFixture[str]) -> None:
+    """It writes the report while the others are done; nobody failed."""
+    assert processes.run(python(LATE), 2) == 128 + signal.SIGTERM
+    assert capfd.readouterr().err == ""
+
+
+SILENT = """
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+if os.environ["RANK"] == "1": print("no such key"); sys.exit(1)
+time.sleep(600)
+"""
+
+
+@pytest.mark.usefixtures("impatient")
+def test_what_the_first_cannot_tell_is_shown(capfd: pytest.CaptureFixture[str]) -> None:
+    assert processes.run(python(SILENT), 2) == 128 + signal.SIGTERM
+    assert "rank 1: failed with exit code 1\nno such key" in capfd.readouterr().err
+
+
 WAITING = """
 import os, signal, sys, time
 def end(number, frame): sys.exit(100 + number)

@@ -457,6 +457,14 @@ def test_a_run_without_a_checkpoint_starts_again(overrides: Overrides, tmp_path:
     assert vlmtune.train(words)["steps"] == 4
 
 
+def test_a_run_that_keeps_no_checkpoints_is_started_again_after_a_kill(overrides: Overrides, tmp_path: Path) -> None:
+    """Killed in its last evaluation, after the model was saved."""
+    words = overrides("resume=auto", "trainer.save_every=null")
+    vlmtune.train(words)
+    (tmp_path / "run" / "result.json").unlink()
+    assert vlmtune.train(words)["status"] == "completed"
+
+
 def test_another_run_is_no_restart(overrides: Overrides, tmp_path: Path) -> None:
     words = overrides("resume=auto", "trainer.save_every=null")
     vlmtune.train(words)
@@ -487,3 +495,7 @@ def test_two_processes_go_on_by_the_same_command(overrides: Overrides, tmp_path:
     assert again.returncode == 0, again.stderr[-2000:]
     assert "resuming from step 2" in (run / "train.log").read_text()
     assert losses(run) == wanted
+    files = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "train.log"}
+    complete = subprocess.run(command, capture_output=True, text=True)
+    assert complete.returncode == 0, complete.stderr[-2000:]
+    assert {path: path.read_bytes() for path in files} == files, "nothing is left to do"

@@ -36,7 +36,6 @@ from vlmtune.proof.pairs import pairs, sample_rows
 from vlmtune.record import environment
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
-ENGINE = Accelerator(cpu=True)
 LIKE = [tiny.record(f"Is it {n}?", "yes it is", [tiny.image(56, 56, n // 2)], f"i{n // 2}") for n in range(8)]
 """Rows of equal length, two an image."""
 
@@ -72,7 +71,7 @@ def test_no_pass_of_the_start_keeps_more_than_training(
         "layout": lambda: probes.layouts_agree(model, plain, batch, engine) if layout.share else None,
         "cache": lambda: probes.choose_cache(model, parts, plain, batch, layout, config, engine, seen_once=False),
         "gradients": lambda: check_gradients(model, parts, encoder, batch, engine, layout),
-        "longest": lambda: check_longest(model, loader, batch[:1], engine),
+        "longest": lambda: check_longest(model, loader, rows[:1], engine),
         "all": lambda: decide(model, parts, plain, loader.records, LIKE[:4], config, engine, evaluated=True),
     }
     peaks = {}
@@ -97,7 +96,7 @@ def test_a_probe_recomputes_as_training_does(
     model.get_decoder().layers[0].self_attn.q_proj.register_forward_hook(
         lambda module, *_: calls.append(module.training)
     )
-    assert probes.layouts_agree(model, encoder_of("qwen2_vl"), LIKE[:2], ENGINE)[0]
+    assert probes.layouts_agree(model, encoder_of("qwen2_vl"), LIKE[:2], Accelerator(cpu=True))[0]
     assert calls == [True] * 6, "two rows alone and one shared batch, each forward and again in the backward pass"
     assert not any(module.training for module in model.modules())
 
@@ -120,7 +119,7 @@ def test_the_gap_is_that_of_the_two_gradients(
     model, encoder = model_of("llava"), encoder_of("llava")
     one, other = (lambda rows=rows: padded(encoder, rows) for rows in (LIKE[:2], LIKE[2:4]))
     (loss, first), (another, second) = vector(model, one()), vector(model, other())
-    with Comparison(model, ENGINE).running() as both:
+    with Comparison(model, Accelerator(cpu=True)).running() as both:
         both.plain([one])
         fits, evidence = both.other([other])
     gaps = abs(loss - another) / loss, float((first - second).norm() / first.norm())
@@ -136,7 +135,7 @@ def test_only_what_is_compared_is_held(
     model.register_forward_pre_hook(
         lambda *_: held.append(sum(p.numel() for p in model.parameters() if p.grad is not None))
     )
-    assert probes.layouts_agree(model, encoder_of("llava"), LIKE[:2], ENGINE)[0]
+    assert probes.layouts_agree(model, encoder_of("llava"), LIKE[:2], Accelerator(cpu=True))[0]
     assert held[0] == 0
     assert 0 < max(held) <= 1000
     assert all(p.grad is None and not p._post_accumulate_grad_hooks for p in model.parameters())
@@ -214,7 +213,7 @@ def test_an_adapter_computes_without_chance(
         chance = [float(summed_loss(model, batch)) for _ in range(2)]
     assert again[0] == again[1]
     assert chance[0] != chance[1]
-    assert probes.layouts_agree(model, encoder_of("qwen2_vl"), LIKE[:4], ENGINE)[0]
+    assert probes.layouts_agree(model, encoder_of("qwen2_vl"), LIKE[:4], Accelerator(cpu=True))[0]
 
 
 # ---------------------------------------------------------------- rows
@@ -237,7 +236,9 @@ def test_evaluation_shares_images_where_training_holds_one_row(
     found = {}
     for size, share in ((4, "auto"), (1, "auto"), (4, "off")):
         config = tiny.config(checkpoint_of("qwen2_vl"), batch_size=1, eval_batch_size=size, share_prefix=share)
-        layout = decide(model, find_parts(model), encoder, rows, LIKE[:1], config, ENGINE, evaluated=True).layout
+        layout = decide(
+            model, find_parts(model), encoder, rows, LIKE[:1], config, Accelerator(cpu=True), evaluated=True
+        ).layout
         found[size, share] = layout.share, layout.share_answers
     assert found == {(4, "auto"): (False, True), (1, "auto"): (False, False), (4, "off"): (False, False)}
 
@@ -260,7 +261,7 @@ def test_probes_have_no_more_tokens_than_a_micro_batch(encoder_of: Callable[[str
 
 def test_too_few_tokens_for_two_rows_is_the_reason(encoder_of: Callable[[str], Encoder]) -> None:
     trainer = tiny.config(None, batch_tokens=30).trainer
-    found = probes.choose_layout(None, encoder_of("qwen2_vl"), [], trainer, ENGINE, evaluated=True)
+    found = probes.choose_layout(None, encoder_of("qwen2_vl"), [], trainer, Accelerator(cpu=True), evaluated=True)
     assert "no two rows are known to share a prompt up to an image and to fit into 30 tokens" in found.sentence
 
 
@@ -290,11 +291,13 @@ def test_short_memory_in_a_probe_means_the_plain_way(
     model.lm_head.requires_grad_(True)
     model.get_decoder().register_forward_pre_hook(full)
     config = tiny.config(None)
-    layout = probes.choose_layout(model, encoder, [LIKE[:2]], config.trainer, ENGINE, evaluated=True)
+    layout = probes.choose_layout(model, encoder, [LIKE[:2]], config.trainer, Accelerator(cpu=True), evaluated=True)
     assert layout.sentence == "batches    padded, one row each (out of memory while trying the shared layout)"
-    assert not probes.choose_answers(model, encoder, [LIKE[:2]], ENGINE)
+    assert not probes.choose_answers(model, encoder, [LIKE[:2]], Accelerator(cpu=True))
     assert "does not share images: out of memory while trying several answers over one image" in caplog.text
-    cached = probes.choose_cache(model, find_parts(model), encoder, LIKE, PLAIN, config, ENGINE, seen_once=False)
+    cached = probes.choose_cache(
+        model, find_parts(model), encoder, LIKE, PLAIN, config, Accelerator(cpu=True), seen_once=False
+    )
     assert cached.store is None
     assert "computed each time (out of memory while trying features in place of pixels)" in cached.sentence
     assert all(p.grad is None for p in model.parameters())
@@ -309,9 +312,11 @@ def test_short_memory_for_what_is_required_is_an_error(
     config = tiny.config(None, share_prefix="on")
     config.data = DataConfig(cache_features="memory")
     with pytest.raises(ConfigError, match=r"share_prefix=on: out of memory while trying the shared layout; use auto"):
-        probes.choose_layout(model, encoder, [LIKE[:2]], config.trainer, ENGINE, evaluated=True)
+        probes.choose_layout(model, encoder, [LIKE[:2]], config.trainer, Accelerator(cpu=True), evaluated=True)
     with pytest.raises(ConfigError, match=r"cache_features=memory: out of memory while trying features"):
-        probes.choose_cache(model, find_parts(model), encoder, LIKE, PLAIN, config, ENGINE, seen_once=False)
+        probes.choose_cache(
+            model, find_parts(model), encoder, LIKE, PLAIN, config, Accelerator(cpu=True), seen_once=False
+        )
 
 
 def test_short_memory_for_rewrites_leaves_them_out(
@@ -382,3 +387,16 @@ def test_the_start_has_its_own_peak() -> None:
     assert peak.startup["startup_peak_device_bytes"] == 0
     peak.start()
     assert peak.startup is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA error: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+    ],
+)
+def test_a_gpus_libraries_run_out_of_memory_too(text: str) -> None:
+    with pytest.raises(TrainingError, match="out of device memory. Less is needed"), memory_advice():
+        raise RuntimeError(text)

@@ -99,6 +99,9 @@ def test_rounding_keeps_the_mean() -> None:
     infinite = torch.tensor([torch.inf, -torch.inf])
     round_to_bf16(infinite, torch.Generator())
     assert infinite.tolist() == [torch.inf, -torch.inf]
+    wrong = torch.tensor([0x7FFFFFFF, 0x7FC00000, -1] * 50, dtype=torch.int32).view(torch.float32)  # a GPU's, a CPU's
+    round_to_bf16(wrong, torch.Generator())
+    assert wrong.isnan().all()
 
 
 def test_the_seed_decides_the_noise() -> None:

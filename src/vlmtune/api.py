@@ -67,7 +67,11 @@ def run_in(folder: Path, config: Config, world: World = ALONE) -> dict[str, Any]
             with logging_to(None), signals.ending_at_once(), ranks.reporting(world):
                 return _trained(config, None)
         with guard.held(folder, config, world):
-            return guard.own_result(folder, config, world) or _run_held(folder, config)
+            complete = guard.own_result(folder, config)
+            if complete is not None and world.is_alone:
+                return complete
+            result = _run_held(folder, config)
+            return complete or result
 
 
 def _run_held(folder: Path, config: Config) -> dict[str, Any]:
@@ -94,9 +98,13 @@ def _built_and_fitted(config: Config, folder: Path | None) -> dict[str, Any]:
     if config.trainer.best_metric and "validation" not in splits:
         raise ConfigError("trainer.best_metric: needs rows to evaluate; set data.validation(_fraction)")
     log.info("fine-tuning %s for %s", config.model.name, config.task.name)
+    from vlmtune.launch.session import Complete
     from vlmtune.run import build, fit
 
-    built = build(config, splits, folder)
+    try:
+        built = build(config, splits, folder)
+    except Complete:
+        return {"status": "completed"}
     if config.preflight == "only":
         return {"status": "preflight", "steps": 0}
     return fit(built)

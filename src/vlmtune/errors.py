@@ -104,8 +104,8 @@ WORKER_DIED = (
     "a process that prepares batches was ended from outside, most often because the machine, or its shared memory, is "
     f"out of memory; use {SHARED_MEMORY}, or fewer trainer.num_workers (0: none)"
 )
-REFUSALS = ("allocate memory", "enough memory", "bad_alloc", "can't start new thread")
-"""What torch and Python say where the machine gives no more memory."""
+REFUSALS = ("allocate memory", "enough memory", "bad_alloc", "can't start new thread", "out of memory", "ALLOC_FAILED")
+"""What torch, Python and the GPU's libraries say where there is no more memory."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -115,6 +115,11 @@ def is_out_of_memory(error: BaseException) -> bool:
         or type(error).__name__ == "OutOfMemoryError"  # torch's; not imported here
         or (isinstance(error, RuntimeError | ImportError) and any(refusal in str(error) for refusal in REFUSALS))
     )
+
+
+def _is_of_device(error: BaseException) -> bool:
+    """Whether an error about memory is about the GPU's."""
+    return type(error).__name__ == "OutOfMemoryError" or any(name in str(error) for name in ("CUDA", "CUBLAS", "CUDNN"))
 
 
 @contextmanager
@@ -129,7 +134,7 @@ def memory_advice(useless: Collection[str] = ("trainer.batch_tokens",)) -> Itera
             raise TrainingError(WORKER_DIED) from error
         if not is_out_of_memory(error):
             raise
-        raise memory_error(useless, on_device=type(error).__name__ == "OutOfMemoryError") from error
+        raise memory_error(useless, on_device=_is_of_device(error)) from error
 
 
 def memory_error(useless: Collection[str] = ("trainer.batch_tokens",), *, on_device: bool = False) -> TrainingError:

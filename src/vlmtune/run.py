@@ -52,7 +52,7 @@ def build(config: Config, splits: dict[str, Split], folder: Path | None) -> setu
     decision = proof.decide(model, parts, encoder, records, sample, config, engine, evaluated=len(splits) > 1)
     encoder = encoder.keeping(decision.cache)
     loader = Loader(encoder, records, decision.plan, decision.layout, config.trainer, engine, model)
-    proof.prove_passes(model, parts, loader, decision, rows, engine)
+    proof.prove_passes(model, parts, loader, decision, rows, config, engine)
 
     # optimizer and schedule
     optimizer = build_optimizer(model, parts, config.trainer, config.optimizer, engine)

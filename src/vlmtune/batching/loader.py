@@ -105,14 +105,11 @@ class Loader:
     def _first_rows(self) -> list[Record]:
         return [self.records[row] for row in self.order.step(0)[: self.trainer.batch_size]]
 
-    def around(self, record: Record, length: int) -> Batch:
-        """A micro-batch of the run's size that contains `record`, which has `length` tokens: filled up with the run's
-        first rows, or with `trainer.batch_tokens` with as many copies of `record` as fit.
-        """
-        rows = [record, *self._first_rows()[1:]]
-        if self.trainer.batch_tokens:
-            rows = [record] * max(self.trainer.batch_tokens // length, 1)
-        batch = self._lay_out(rows)
+    def around(self, row: int) -> Batch:
+        """The micro-batch of the first epoch, of whichever process, that has this row of the training rows."""
+        step = self.order.step_of(row)
+        parts = (part for process in range(self.processes) for part in self.order.passes(step, process))
+        batch = self._lay_out([self.records[each] for each in next(part for part in parts if row in part)])
         self.largest = max(self.largest, batch.bytes)
         return batch
 

@@ -71,6 +71,10 @@ class Order:
         """Rows of each forward pass of `process` in step `number`; none where an epoch's last step has too few."""
         return self.cut.passes(self.step(number), process)
 
+    def step_of(self, row: int) -> int:
+        """The step of the first epoch that has this row."""
+        return int(np.flatnonzero(self.epoch(0) == row)[0]) // self.cut.rows_per_step
+
     def steps_in(self, epochs: float) -> int:
         """Number of optimizer steps in `epochs` epochs."""
         return math.ceil(epochs * self.steps_per_epoch)
@@ -166,6 +170,10 @@ class ByTokens:
         epoch, place = self._place(number)
         return self.epoch(epoch)[place][process * self.accumulation : (process + 1) * self.accumulation]
 
+    def step_of(self, row: int) -> int:
+        """The step of the first epoch that has this row."""
+        return next(number for number, parts in enumerate(self.epoch(0)) if any(row in part for part in parts))
+
     def steps_in(self, epochs: float) -> int:
         """Number of optimizer steps in `epochs` epochs."""
         whole = sum(len(self.epoch(epoch)) for epoch in range(int(epochs)))
@@ -194,6 +202,9 @@ class InOrder:
         alone = replace(self.cut, processes=1)
         first = number * alone.rows_per_step
         return alone.passes(list(range(first, first + alone.rows_per_step)), 0)
+
+    def step_of(self, row: int) -> int:
+        raise ValueError("the rows of a stream are not known in advance")
 
     def steps_in(self, epochs: float) -> int:
         return sys.maxsize

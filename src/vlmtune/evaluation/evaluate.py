@@ -57,7 +57,8 @@ def evaluate(
     found, written = Found(), 0
     with display.bar(title, sum(map(len, own)), show=engine.is_main_process) as advance:
         answering = Answering(model, prepared, config, engine, layout, advance)
-        for each in _rounds(answering, rounds=math.ceil(len(batches) / engine.num_processes / ROUND), stop=stop):
+        rounds = math.ceil(len(batches) / engine.num_processes / ROUND)
+        for each in _rounds(answering, rounds, stop, whole=done is not None):
             found.add(_over_ranks(each, engine))
             fresh = [*_from(found.answers, written)]
             if done is not None and fresh:
@@ -68,9 +69,9 @@ def evaluate(
     return Evaluation({"loss": found.loss / max(found.tokens, 1), **means}, predictions, scores)
 
 
-def _rounds(answering: Answering, rounds: int, stop: Callable[[], int | None]) -> Iterator[Found]:
+def _rounds(answering: Answering, rounds: int, stop: Callable[[], int | None], *, whole: bool) -> Iterator[Found]:
     """What this process finds in each round. All processes have the same number of rounds, some perhaps without rows;
-    a signal ends the last one.
+    a signal ends the last one. `whole`: no row waits for the next round to fill a batch.
     """
     batches = iter(answering.prepared)
     for number in range(rounds):
@@ -79,7 +80,7 @@ def _rounds(answering: Answering, rounds: int, stop: Callable[[], int | None]) -
             if stop() is not None:
                 break
         else:
-            if number == rounds - 1:
+            if whole or number == rounds - 1:
                 answering.finish()
         yield answering.taken(stop())
 

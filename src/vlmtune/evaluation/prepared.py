@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -21,6 +22,8 @@ from vlmtune.launch.engine import Engine
 from vlmtune.prompt.cache_folder import Entry
 from vlmtune.prompt.encode import Encoder
 from vlmtune.prompt.recent_images import RecentImages, key_of
+
+log = logging.getLogger("vlmtune")
 
 
 def dealt(rows: int, size: int, processes: int = 1) -> list[range]:
@@ -88,9 +91,9 @@ class Prepared:
         rest = iter(loader)
         yield first
         for item in rest:
-            if isinstance(item, FAULTS):
-                raise item
-            yield item.copied()
+            if isinstance(item, FAULTS):  # this process prepares them by itself
+                log.warning("images of an evaluation are prepared later, one batch at a time: %s", item)
+            yield Images() if isinstance(item, FAULTS) else item.copied()
 
 
 @dataclass(frozen=True)

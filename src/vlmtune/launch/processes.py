@@ -57,23 +57,24 @@ def run(command: Sequence[str], count: int) -> int:
     """Run `command` as `count` processes of one run. Returns the first rank's exit code, or that of one that failed.
 
     Signals are passed on to all of them. If one fails, the others are ended. They also end if this process is killed.
-    Only the first rank writes to the terminal: it tells what failed on another one. Where it can't, the other's own
-    output is shown.
+    Only the first rank writes to the terminal: it tells what failed on another one. If that one was killed, or the
+    first rank could not tell, the output of the one that failed is shown.
     """
     with ExitStack() as stack:
         outputs = [None, *(stack.enter_context(tempfile.TemporaryFile()) for _ in range(1, count))]
         meeting = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         shared = _environment(count, meeting.getsockname()[1])
-        started = [_start(command, rank, shared, output) for rank, output in enumerate(outputs)]
+        started: list[Any] = []
         failed = None
         try:
-            with _passed_on(started):
+            with _passed_on(started) as signals:
+                started += (_start(command, rank, shared, output) for rank, output in enumerate(outputs))
                 store = _store(meeting)
-                failed = _wait(started)
+                failed = _wait(started, signals)
         finally:
             _end(started)
         del store
-        if failed is not None and min(started[failed].returncode, started[0].returncode) < 0:
+        if failed is not None and (started[failed].returncode < 0 or not 0 < started[0].returncode < 128):
             _show(failed, started[failed].returncode, outputs[failed])
     codes = [128 - process.returncode if process.returncode < 0 else process.returncode for process in started]
     return next((code for code in codes if code), 0)
@@ -82,7 +83,8 @@ def run(command: Sequence[str], count: int) -> int:
 def _environment(count: int, port: int) -> dict[str, str]:
     """What torchrun sets for all processes, a share of the cores for each, and the path of this package."""
     path = os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
-    threads = str(max(len(os.sched_getaffinity(0)) // count, 1))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = str(max(cores // count, 1))
     world = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "GROUP_RANK": "0", "PYTHONPATH": path}
     store = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RESTART_COUNT": "0"}
     return {"OMP_NUM_THREADS": threads, **os.environ, **world, **store, "TORCHELASTIC_USE_AGENT_STORE": "True"}
@@ -121,24 +123,29 @@ PR_SET_PDEATHSIG = 1
 
 
 @contextmanager
-def _passed_on(started: Sequence[Any]) -> Iterator[None]:
-    """While inside, signals to this process go to all of `started`."""
+def _passed_on(started: Sequence[Any]) -> Iterator[list[int]]:
+    """While inside, signals to this process go to all of `started`; yields the list of those that came."""
+    signals: list[int] = []
 
     def handler(number: int, frame: Any) -> None:
+        signals.append(number)
         for process in started:
             process.send_signal(number)  # does nothing for one that has ended
 
     with handling(handler):
-        yield
+        yield signals
 
 
-def _wait(started: Sequence[Any]) -> int | None:
-    """Return when all have ended, or `PATIENCE` after one failed: the rank that failed first."""
+def _wait(started: Sequence[Any], signals: Sequence[int]) -> int | None:
+    """Return when all have ended, or `PATIENCE` after one failed: the rank that failed first. One that ended by one of
+    `signals` did not fail: the first rank may need longer, to write everything.
+    """
     failed, end = None, math.inf
     while time.monotonic() < end:
         codes = [process.poll() for process in started]
-        if failed is None and any(codes):
-            failed, end = next(rank for rank, code in enumerate(codes) if code), time.monotonic() + PATIENCE
+        fine = {None, 0, *(-number for number in signals), *(128 + number for number in signals)}
+        if failed is None and (wrong := [rank for rank, code in enumerate(codes) if code not in fine]):
+            failed, end = wrong[0], time.monotonic() + PATIENCE
         if None not in codes:
             break
         time.sleep(0.05)

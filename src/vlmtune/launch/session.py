@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
@@ -11,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from vlmtune import display
-from vlmtune.config.schema import Config, TrainerConfig
+from vlmtune.config.schema import AUTO, Config, TrainerConfig
 from vlmtune.errors import ConfigError, VlmtuneError
 from vlmtune.launch import surroundings, tf32
 from vlmtune.launch.engine import Engine
@@ -41,6 +43,7 @@ def engine(config: Config, *, trains: bool = True) -> Engine:
     from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, set_seed
 
     quiet_libraries()
+    tf32.use(False)  # until training begins
     forget_precision()
     # a tower, or a module trained beside an adapter, gets no gradient from rows without images
     beside = config.adapter.parts != ["language"] or bool(config.adapter.fields.get("modules_to_save"))
@@ -98,6 +101,9 @@ def quiet_libraries() -> None:
 def check_devices(world: World) -> None:
     """Raise ConfigError where two processes would share a GPU, which NCCL refuses at their first exchange."""
     devices = torch.cuda.device_count()
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if devices == 1 and shown and "," not in shown:
+        return  # a launcher may show each process its own
     if 0 < devices < world.processes_here:
         raise ConfigError(
             f"{world.processes_here} processes on a machine with {devices} usable GPU{'s' * (devices > 1)}: each needs "
@@ -158,6 +164,8 @@ def prepared(model: Any, optimizer: Any, engine: Engine, *, same_buffers: bool) 
     """
     engine.ddp_handler.broadcast_buffers = not same_buffers
     wrapped, optimizer = engine.prepare(model, optimizer)
+    if isinstance(wrapped, DistributedDataParallel):
+        wrapped.device_ids = None  # or it would move what a batch keeps on the CPU, to be read there
     return wrapped, optimizer
 
 
@@ -186,13 +194,21 @@ def dtypes(config: Config, engine: Engine) -> dict[str, torch.dtype]:
     return {"dtype": compute if config.uses_adapter else torch.float32, "compute_dtype": compute}
 
 
+class Complete(Exception):
+    """With `resume=auto`, the first rank found the run complete: there is nothing left to do."""
+
+
 def agree_on_folder(folder: Path | None, config: Config, engine: Engine) -> Path:
-    """The first rank's run folder, on every rank, and its `config.resume`: only it looks at the folder."""
+    """The first rank's run folder, on every rank, and its `config.resume`: only it looks at the folder. Raises
+    Complete on all of them.
+    """
     from accelerate.utils import broadcast_object_list
 
     agreed = [str(folder), config.resume]
     if engine.num_processes > 1:
         broadcast_object_list(agreed)
+    if agreed[1] == AUTO:  # else it is a folder by now, or null
+        raise Complete
     config.resume = agreed[1]
     return Path(str(agreed[0]))
 
@@ -231,7 +247,7 @@ def most_of_ranks(numbers: dict[str, int], engine: Engine) -> dict[str, int]:
 
 
 def free_memory() -> None:
-    """Give what the accelerator's allocator keeps for later back to the device."""
-    if torch.accelerator.is_available():
+    """Give what the GPU's allocator keeps for later back to the device."""
+    if torch.cuda.is_initialized():
         gc.collect()
-        torch.accelerator.empty_cache()
+        torch.cuda.empty_cache()

@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -77,7 +78,14 @@ def computes_in_halves(model: Any, engine: Engine) -> bool:
 
 
 def check_gradients(
-    model: Any, parts: Parts, encoder: Encoder, records: Sequence[Record], engine: Engine, layout: Layout = PLAIN
+    model: Any,
+    parts: Parts,
+    encoder: Encoder,
+    records: Sequence[Record],
+    engine: Engine,
+    layout: Layout = PLAIN,
+    *,
+    keeps_gradients: bool = True,
 ) -> str:
     """Raise TrainingError if a frozen tensor gets a gradient, or a trainable one that these rows reach gets none.
 
@@ -86,7 +94,8 @@ def check_gradients(
 
     Zero counts as a gradient: LoRA's A only gets zeros while B is zero.
     """
-    loss, missed, leaking, used = _one_pass(model, lay_out(encoder, records, layout).to(engine.device), engine)
+    batch = lay_out(encoder, records, layout).to(engine.device)
+    loss, missed, leaking, used = _one_pass(model, batch, engine, keeps_gradients)
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     if leaking:
         raise TrainingError(f"{len(leaking)} frozen weights get a gradient, for instance {leaking[0]}")
@@ -131,18 +140,29 @@ def _owners(model: Any, name: str) -> set[str]:
     return {module, holder}
 
 
-def _one_pass(model: Any, batch: Batch, engine: Engine) -> tuple[Tensor, list[str], list[str], set[str]]:
+def _one_pass(
+    model: Any, batch: Batch, engine: Engine, keeps_gradients: bool
+) -> tuple[Tensor, list[str], list[str], set[str]]:
     """The loss, trainable tensors without a gradient, frozen tensors with one, and the modules that ran.
 
-    Exactly as in training: some adapters have weights that only their sampling uses.
+    Exactly as in training: some adapters have weights that only their sampling uses, and gradients are freed as they
+    arise where training frees them too (optimizer.step_in_backward).
     """
     was_training = model.training
     model.train()
+    reached: set[str] = set()
+
+    def note(parameter: Tensor, name: str) -> None:
+        reached.add(name)
+        parameter.grad = parameter.grad if keeps_gradients else None
+
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    handles = [p.register_post_accumulate_grad_hook(partial(note, name=name)) for name, p in trained]
     try:
         with _noting_use(model) as used, engine.autocast():
             loss = summed_loss(model, batch)
         loss.backward()
-        missed = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+        missed = [name for name, _ in trained if name not in reached]
         leaking = [name for name, p in model.named_parameters() if not p.requires_grad and p.grad is not None]
     except Exception as error:  # layers that PEFT or the quantizer wrapped but can't run
         if is_out_of_memory(error):
@@ -152,6 +172,8 @@ def _one_pass(model: Any, batch: Batch, engine: Engine) -> tuple[Tensor, list[st
             "model, adapter and quantization does not work here"
         ) from error
     finally:
+        for handle in handles:
+            handle.remove()
         model.zero_grad(set_to_none=True)
         model.train(was_training)
     return loss.detach(), missed, leaking, used
@@ -172,18 +194,20 @@ def _noting_use(model: Any) -> Iterator[set[str]]:
             handle.remove()
 
 
-def check_longest(model: Any, loader: Loader, candidates: Sequence[Record], engine: Engine) -> str:
-    """Run one forward and backward pass with the longest training row, in a batch of the run's size.
+def check_longest(
+    model: Any, loader: Loader, candidates: Sequence[int], engine: Engine, *, keeps_gradients: bool = True
+) -> str:
+    """Run one forward and backward pass with the longest training row, in the micro-batch that will have it.
 
-    `candidates`: rows that may be the longest. Raises TrainingError if the pass fails. An out-of-memory error passes
-    through; its handler says which settings need less memory.
+    `candidates`: numbers of rows that may be the longest. Raises TrainingError if the pass fails. An out-of-memory
+    error passes through; its handler says which settings need less memory.
     """
     if not candidates:
         return "longest    unknown: the rows of a stream are not known in advance"
-    lengths = [image + text for image, text in loader.encoder.lengths(candidates)]
-    longest = candidates[lengths.index(max(lengths))]
-    batch = loader.around(longest, max(lengths)).to(engine.device)
-    loss, *_ = _one_pass(model, batch, engine)
+    lengths = [image + text for image, text in loader.encoder.lengths([loader.records[row] for row in candidates])]
+    row = candidates[lengths.index(max(lengths))]
+    longest, batch = loader.records[row], loader.around(row).to(engine.device)
+    loss, *_ = _one_pass(model, batch, engine, keeps_gradients)
     if not torch.isfinite(loss):
         raise TrainingError(f"{longest.place}: the loss of this longest row is {float(loss)}")
     company = f" in a batch of {batch.rows}" if batch.rows > 1 else ""

@@ -38,10 +38,13 @@ def prove(
     log.info(first_pass.check_loss(model, encoder, sample, engine))
 
 
-def prove_passes(model: Any, parts: Parts, loader: Loader, decision: Decision, rows: Checked, engine: Engine) -> None:
+def prove_passes(
+    model: Any, parts: Parts, loader: Loader, decision: Decision, rows: Checked, config: Config, engine: Engine
+) -> None:
     """Check on real rows, in the run's layout, that the gradients are right and that the longest row fits into memory.
 
     Raises VlmtuneError.
     """
-    log.info(first_pass.check_gradients(model, parts, loader.encoder, decision.rows, engine, decision.layout))
-    log.info(first_pass.check_longest(model, loader, rows.longest, engine))
+    keeps = {"keeps_gradients": not config.optimizer.step_in_backward}
+    log.info(first_pass.check_gradients(model, parts, loader.encoder, decision.rows, engine, decision.layout, **keeps))
+    log.info(first_pass.check_longest(model, loader, rows.longest, engine, **keeps))

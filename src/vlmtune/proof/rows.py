@@ -25,8 +25,8 @@ class Checked:
     """The result of the checks."""
 
     sentence: str
-    longest: list[Record] = field(default_factory=list)
-    """Training rows, one of which is the longest."""
+    longest: list[int] = field(default_factory=list)
+    """Numbers of training rows, one of which is the longest."""
     shapes: list[Record] = field(default_factory=list)
     """One training row of each shape of conversation, and rows whose answers begin or end unusually."""
 
@@ -39,7 +39,8 @@ def check_rows(encoder: Encoder, splits: dict[str, Split], config: Config, limit
     """
     checker = RowChecker(encoder, limits)
     checker.check_tokenizer()
-    problems, longest, count = [], [], 0
+    problems, count = [], 0
+    longest: list[int] = []
     for name, split in splits.items():
         if split.records.streamed:
             split.records = split.records.refusing(checker.faults_of)
@@ -47,7 +48,8 @@ def check_rows(encoder: Encoder, splits: dict[str, Split], config: Config, limit
         reasons, bounds = checker.check_all(split.records)
         if name == "train":
             usable = [n for n in range(len(bounds)) if n not in reasons]
-            longest = [split.records[n] for n in sorted(usable, key=bounds.__getitem__, reverse=True)[:LONGEST]]
+            by_length = sorted(range(len(usable)), key=lambda place: bounds[usable[place]], reverse=True)
+            longest = by_length[:LONGEST]  # their numbers once the others are set apart
         if reasons:
             _set_apart(split, reasons)
             problems += refusals(name, split, config.data)

@@ -84,15 +84,15 @@ class Peak:
             self.kernel = True
         except OSError:
             self.kernel = False
-        if (accelerator := _accelerator()) is not None:
-            accelerator.reset_peak_memory_stats()
+        if (cuda := _cuda()) is not None:
+            cuda.reset_peak_memory_stats()
 
     def end_startup(self) -> None:
-        """Note the peaks up to here. The device's count anew, without what the checks before the first step needed."""
+        """Note the peaks up to here. The device's count anew from here, evaluations included."""
         self.startup = {"startup_peak_rss_bytes": self.resident(), "startup_peak_device_bytes": self.device()[0]}
-        if (accelerator := _accelerator()) is not None:
-            accelerator.empty_cache()
-            accelerator.reset_peak_memory_stats()
+        if (cuda := _cuda()) is not None:
+            cuda.empty_cache()
+            cuda.reset_peak_memory_stats()
 
     def resident(self) -> int:
         """Bytes of main memory."""
@@ -100,16 +100,16 @@ class Peak:
         return self.seen
 
     def device(self) -> tuple[int, int]:
-        """Bytes on the current accelerator: of tensors, and held by their allocator. 0 without an accelerator."""
-        if (accelerator := _accelerator()) is None:
+        """Bytes on this process's GPU: of tensors, and held by their allocator. 0 without a GPU."""
+        if (cuda := _cuda()) is None:
             return 0, 0
-        return accelerator.max_memory_allocated(), accelerator.max_memory_reserved()
+        return cuda.max_memory_allocated(), cuda.max_memory_reserved()
 
 
-def _accelerator() -> Any:
-    """`torch.accelerator`; None without a device or before torch is imported, which would take seconds."""
+def _cuda() -> Any:
+    """`torch.cuda`; None where no GPU is in use, and before torch is imported, which would take seconds."""
     torch = sys.modules.get("torch")
-    return torch.accelerator if torch is not None and torch.accelerator.is_available() else None
+    return torch.cuda if torch is not None and torch.cuda.is_initialized() else None
 
 
 def _status(name: str) -> int:

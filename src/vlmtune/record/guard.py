@@ -48,12 +48,12 @@ def held(folder: Path, config: Config, world: World) -> Iterator[None]:
             saved.refuse_links(folder)
         folder.mkdir(parents=True, exist_ok=True)
         with lock.held(folder):
-            _prepare(folder, config, world)
+            _prepare(folder, config)
             with display.logging_to(folder), signals.ending_at_once(), failure_written(folder, world):
                 yield
 
 
-def _prepare(folder: Path, config: Config, world: World) -> None:
+def _prepare(folder: Path, config: Config) -> None:
     """Finish what a killed process left half done, and decide what `resume=auto` means here.
 
     A new run starts in a clean folder.
@@ -62,9 +62,10 @@ def _prepare(folder: Path, config: Config, world: World) -> None:
 
     for parent in (folder, folder / "checkpoints"):
         durable.repair_all(parent)
-    if config.resume == AUTO and not own_result(folder, config, world):
-        config.resume = str(folder) if durable.names(folder / "checkpoints") else None
-        if not config.resume:
+    if config.resume == AUTO and own_result(folder, config) is None:
+        saved_steps = [name for name in durable.names(folder / "checkpoints") if name.removeprefix("step_").isdigit()]
+        config.resume = str(folder) if saved_steps else None
+        if not saved_steps and not _is_of(folder, config):
             _refuse_another(folder)
     if config.resume:  # the files of a resumed run are touched once it is known to be the same run
         return
@@ -75,18 +76,22 @@ def _prepare(folder: Path, config: Config, world: World) -> None:
         (folder / left_over).unlink(missing_ok=True)
 
 
-def own_result(folder: Path, config: Config, world: World) -> dict[str, Any] | None:
-    """With `resume=auto` on one process: the result of this very run if it is complete, so that nothing is left to do.
+def own_result(folder: Path, config: Config) -> dict[str, Any] | None:
+    """With `resume=auto`: the result of this very run if it is complete, so that nothing is left to do."""
+    from vlmtune.record.runfolder import read_result
 
-    Several processes train no further step either, but evaluate again: each must come to the same end.
-    """
-    from vlmtune.record.runfolder import absolute, read_result
+    result = read_result(folder) if config.resume == AUTO and _is_of(folder, config) else None
+    return result if result is not None and result["status"] == "completed" else None
 
-    result = read_result(folder) if config.resume == AUTO and world.is_alone else None
-    if result is None or result["status"] != "completed":
-        return None
+
+def _is_of(folder: Path, config: Config) -> bool:
+    """Whether the folder holds a run of this config."""
+    from vlmtune.record.runfolder import absolute
+
+    if not (folder / "config.yaml").exists():
+        return False
     before, now = plain(strict(saved.read(folder / "config.yaml"))), plain(absolute(config))
-    return result if {**before, "resume": None} == {**now, "resume": None} else None
+    return {**before, "resume": None} == {**now, "resume": None}
 
 
 @contextmanager

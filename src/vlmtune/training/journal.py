@@ -32,7 +32,6 @@ class Journal:
 
     def __enter__(self) -> Journal:
         config, folder = self.run.config, self.run.folder
-        environment.PEAK.end_startup()
         if self.run.writes:
             self._describe()
             resumed = self.progress.step if config.resume else None
@@ -62,7 +61,8 @@ class Journal:
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """Show the steps in a progress bar inside the context."""
+        """Show the steps in a progress bar inside the context; peak memory is counted anew from here."""
+        environment.PEAK.end_startup()
         total = self.run.loader.total_steps
         with display.bar("training", total, done=self.progress.step, show=self.run.writes) as self.advance:
             yield

@@ -143,8 +143,11 @@ def round_to_bf16(tensor: Tensor, generator: torch.Generator) -> None:
     """Round an fp32 tensor in place to values that bf16 has, up or down with a probability that keeps the mean.
 
     bf16 is the upper half of fp32's bits: a random number added to the lower half carries over with the probability
-    that the lower half stands for. Infinities stay.
+    that the lower half stands for. Infinities and NaN stay.
     """
     for piece in tensor.view(-1).view(torch.int32).split(AT_ONCE):
         noise = torch.empty_like(piece).random_(0, 2**16, generator=generator)
+        noise.masked_fill_(
+            piece.view(torch.float32).isnan(), 0
+        )  # a GPU's NaN has all lower bits set: it would become 0
         piece.add_(noise).bitwise_and_(-(2**16))
