@@ -151,8 +151,8 @@ def test_the_longest_batch_is_one_that_the_run_makes(
 ) -> None:
     """A larger one could run out of memory where training would not, a smaller one would hide that training does."""
     encoder = encoder_of("qwen2_vl")
-    rows = [about(f"Is it {n}?" + " word" * n, group=f"image {n // 3}") for n in range(12)]
-    loader = loader_of(encoder, rows, share=share, **trainer)
+    rows = [dataclasses.replace(about(f"Is it {n}?" + " word" * n), group=f"image {n // 3}") for n in range(12)]
+    loader = loader_of(encoder, rows, share=share, max_steps=None, **trainer)
     made = [loader.make(*place).input_ids for place in loader._micro_batch_numbers(0)]
     for row in range(12):
         found = loader.around(row)

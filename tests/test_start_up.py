@@ -398,5 +398,5 @@ def test_the_start_has_its_own_peak() -> None:
     ],
 )
 def test_a_gpus_libraries_run_out_of_memory_too(text: str) -> None:
-    with pytest.raises(TrainingError, match="out of device memory. Less is needed"), memory_advice():
+    with pytest.raises(TrainingError, match=r"out of device memory\. Less is needed"), memory_advice():
         raise RuntimeError(text)
