@@ -161,6 +161,7 @@ def scored(run: Path, *overrides: str) -> tuple[Predictor, Evaluation]:
     return predictor, found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("adapter", "precision", "overrides"),
     [
@@ -179,6 +180,7 @@ def test_a_run_is_scored_afterwards_as_it_was_in_training(
     assert not any(parameter.requires_grad for parameter in predictor.model.parameters())
 
 
+@pytest.mark.slow
 def test_weights_that_were_trained_in_fp32_answer_in_bf16(trained: Callable[..., Any]) -> None:
     """Half the memory; up to rounding what the run computed."""
     run, metrics = trained("none", "bf16")

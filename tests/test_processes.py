@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 import tiny
 import vlmtune
+from grids import sampled
 from vlmtune.config.schema import BackendConfig
 from vlmtune.errors import ConfigError, VlmtuneError
 from vlmtune.launch import processes
@@ -83,6 +84,7 @@ assert store.get(f"from {1 - int(rank)}") == str(1 - int(rank)).encode()
 """
 
 
+@pytest.mark.slow
 def test_they_find_each_other() -> None:
     """Through a store that lives in the process that starts them."""
     assert processes.run(python(MEETING), 2) == 0
@@ -113,6 +115,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "PATIENCE", 1.5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("impatient")
 def test_one_that_fails_ends_the_others(capfd: pytest.CaptureFixture[str]) -> None:
     began = time.monotonic()
@@ -127,6 +130,7 @@ def test_one_that_is_killed_is_named_with_its_output(capfd: pytest.CaptureFixtur
     assert "rank 1: killed by SIGKILL\nrank 1 was here" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("impatient")
 def test_one_that_does_not_listen_is_killed() -> None:
     assert processes.run(python(STUBBORN), 2) == 128 + signal.SIGKILL
@@ -189,7 +193,7 @@ def pids(folder: Path) -> list[int]:
     raise AssertionError("they did not start")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", sampled([signal.SIGINT, signal.SIGTERM, signal.SIGKILL], [signal.SIGKILL]))
 def test_they_end_with_the_process_that_started_them(tmp_path: Path, number: signal.Signals) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(["src", os.environ.get("PYTHONPATH", "")])}
     parent = subprocess.Popen([*python(PARENT), *python(WAITING), str(tmp_path)], env=environment)

@@ -445,6 +445,7 @@ def test_the_same_command_starts_resumes_and_then_has_nothing_to_do(overrides: O
     assert {path: path.read_bytes() for path in files} == files
 
 
+@pytest.mark.slow
 def test_a_run_without_a_checkpoint_starts_again(overrides: Overrides, tmp_path: Path) -> None:
     run = tmp_path / "run"
     words = overrides("resume=auto", "trainer.log_every=1")
@@ -457,6 +458,7 @@ def test_a_run_without_a_checkpoint_starts_again(overrides: Overrides, tmp_path:
     assert vlmtune.train(words)["steps"] == 4
 
 
+@pytest.mark.slow
 def test_a_run_that_keeps_no_checkpoints_is_started_again_after_a_kill(overrides: Overrides, tmp_path: Path) -> None:
     """Killed in its last evaluation, after the model was saved."""
     words = overrides("resume=auto", "trainer.save_every=null")
@@ -465,6 +467,7 @@ def test_a_run_that_keeps_no_checkpoints_is_started_again_after_a_kill(overrides
     assert vlmtune.train(words)["status"] == "completed"
 
 
+@pytest.mark.slow
 def test_another_run_is_no_restart(overrides: Overrides, tmp_path: Path) -> None:
     words = overrides("resume=auto", "trainer.save_every=null")
     vlmtune.train(words)

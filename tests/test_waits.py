@@ -160,6 +160,7 @@ def test_a_batch_is_counted_once(encoder_of: Callable[[str], Encoder]) -> None:
     assert counter.found == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
 def test_what_stays_on_the_cpu_is_enough(
     family: str,
