@@ -16,9 +16,7 @@ from grids import sampled
 from vlmtune.batching.layout import padded
 from vlmtune.errors import ConfigError
 from vlmtune.launch import session
-from vlmtune.models.parts import find_parts
 from vlmtune.training import loop
-from vlmtune.training.optim import build_optimizer
 from vlmtune.training.schedule import Schedule
 
 CONSTANT = tiny.CONSTANT
@@ -261,13 +259,13 @@ def test_a_rate_of_its_own_for_each_part(folder: Path) -> None:
     assert {run.parts.of(name) for name in before.keys() - changed} == {"vision"}
 
 
-def test_a_rate_for_a_part_that_does_not_train_is_refused(model_of: Any, folder: Path) -> None:
+def test_a_rate_for_a_part_that_does_not_train_is_refused(folder: Path) -> None:
     config = tiny.config(folder, learning_rate_of={"vision": 1e-3}, adapter=tiny.LORA)
     with pytest.raises(ConfigError, match=r"learning_rate_of\.vision: this part has no trainable weight"):
         tiny.assemble(config, tiny.records(4))
-    model = model_of("qwen2_vl").requires_grad_(False)
-    with pytest.raises(ConfigError, match="nothing is trainable"):
-        build_optimizer(model, find_parts(model), config.trainer, config.optimizer, session.engine(config))
+    whole = tiny.config(folder, model={"freeze": ["vision", "projector", "language", "head"]})
+    with pytest.raises(ConfigError, match=r"model\.freeze: covers the whole model"):
+        tiny.assemble(whole, tiny.records(4))
 
 
 @pytest.mark.parametrize("adapter", [None, tiny.LORA])

@@ -29,15 +29,7 @@ def adapt(model: Any, config: Config, parts: Parts) -> Any:
     """
     bits = quantized_bits(model)
     if not config.uses_adapter:
-        if bits is not None:
-            raise ConfigError(
-                f"adapter=none: the weights of {config.model.path} are stored in {bits} bits, which can't be trained "
-                "themselves; add an adapter, for instance adapter=lora, or start from the whole checkpoint"
-            )
-        check_parts(model, parts, config.model.freeze, "model.freeze")
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(parts.of(name) not in config.model.freeze)
-        return model
+        return _without_adapter(model, config, parts, bits)
     from peft import get_peft_model
 
     method, scope = str(config.adapter.method), config.adapter.parts
@@ -61,6 +53,21 @@ def adapt(model: Any, config: Config, parts: Parts) -> Any:
         train_in_full(adapted)
     check_saved(adapted)
     return with_lora_in_one_step(adapted, config.model.rewrites)
+
+
+def _without_adapter(model: Any, config: Config, parts: Parts, bits: int | None) -> Any:
+    """The model minus `model.freeze` trains. Raises ConfigError where that is nothing, or is stored in `bits` bits."""
+    if bits is not None:
+        raise ConfigError(
+            f"adapter=none: the weights of {config.model.path} are stored in {bits} bits, which can't be trained "
+            "themselves; add an adapter, for instance adapter=lora, or start from the whole checkpoint"
+        )
+    check_parts(model, parts, config.model.freeze, "model.freeze")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parts.of(name) not in config.model.freeze)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError("model.freeze: covers the whole model, so nothing would train")
+    return model
 
 
 def check(config: Config) -> None:

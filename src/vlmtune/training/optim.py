@@ -23,7 +23,7 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """An optimizer over every trainable weight, grouped by learning rate and weight decay.
 
-    Raises ConfigError if nothing is trainable, if a learning rate is set for a part without trainable weights, or if
+    Raises ConfigError if a learning rate is set for a part without trainable weights, or if
     this optimizer can't train these weights on this machine.
     """
     groups = parameter_groups(model, parts, trainer, optimizer)
@@ -102,8 +102,6 @@ def parameter_groups(
             faster = ratio != 1 and ("lora_B" in name or "lora_embedding_B" in name)
             group = (parts.of(name), parameter.dim() > 1, name in hidden, faster)
             groups.setdefault(group, []).append(parameter)
-    if not groups:
-        raise ConfigError("nothing is trainable: model.freeze covers the whole model")
     unused = sorted(set(trainer.learning_rate_of) - {part for part, *_ in groups})
     if unused:
         raise ConfigError([f"trainer.learning_rate_of.{part}: this part has no trainable weight" for part in unused])
