@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -317,9 +318,10 @@ def test_ranks_keep_equal_weights_with_and_without_views_of_the_buckets(folder: 
     """A rank that rounded otherwise would train another model; gradients as views of DDP's buckets are the same."""
     (tmp_path / "rank.py").write_text(RANK)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     for view in (True, False):
         words = [*torchrun, str(tmp_path / "rank.py"), str(folder), str(view), str(tmp_path)]
-        done = subprocess.run(words, capture_output=True, text=True, timeout=600, check=False)
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=600, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
     first, *others = [torch.load(tmp_path / f"{view}_{rank}.pt") for view in (True, False) for rank in (0, 1)]
     for other in others:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
 import pickle
 import subprocess
 import sys
@@ -259,6 +260,7 @@ def test_full_shared_memory_ends_the_run(checkpoint_of: Callable[[str], Path]) -
     run = f'{mount} && exec "$0" -W ignore -c "$1" "$2"'
     done = subprocess.run(
         ["unshare", "-m", "sh", "-c", run, sys.executable, FULL, str(checkpoint_of("llava"))],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
         timeout=300,
