@@ -442,6 +442,7 @@ def test_the_same_command_starts_resumes_and_then_has_nothing_to_do(overrides: O
     ).read_bytes()
     files = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "train.log"}
     assert vlmtune.train(words) == again
+    assert "this run is complete, nothing is left to do" in (run / "train.log").read_text()
     assert {path: path.read_bytes() for path in files} == files
 
 

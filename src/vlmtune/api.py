@@ -69,6 +69,7 @@ def run_in(folder: Path, config: Config, world: World = ALONE) -> dict[str, Any]
         with guard.held(folder, config, world):
             complete = guard.own_result(folder, config)
             if complete is not None and world.is_alone:
+                log.info("%s: this run is complete, nothing is left to do", folder)
                 return complete
             result = _run_held(folder, config)
             return complete or result
