@@ -14,10 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import vlmtune
+from vlmtune.batching.layout import Layout
 from vlmtune.data import table
 from vlmtune.evaluation.evaluate import evaluate
 from vlmtune.evaluation.generate import generate
-from vlmtune.models.features import Features
+from vlmtune.models.features import FeatureStore
 from vlmtune.models.parts import find_parts
 from vlmtune.prompt.image_cache import STORES
 
@@ -40,8 +41,9 @@ def main() -> None:
 
     def evaluated() -> list[str]:
         STORES.clear()  # each round computes its features
-        keeping = encoder.keeping(Features(model, find_parts(model), encoder.processor, data, engine))
-        return evaluate(model, keeping, rows, config, engine, title="", share=True, share_answers=True).predictions
+        keeping = encoder.keeping(FeatureStore(model, find_parts(model), encoder.processor, data, engine))
+        layout = Layout(share=True, share_answers=True)
+        return evaluate(model, keeping, rows, config, engine, title="", layout=layout).predictions
 
     ways: dict[str, Callable[[], list[str]]] = {
         "generate, row by row": lambda: generated(1, False),
