@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vlmtune import errors
 from vlmtune.config.schema import Config
-from vlmtune.errors import ConfigError, memory_advice
+from vlmtune.errors import ConfigError, memory_advice, of_kind
 from vlmtune.launch import processes
 from vlmtune.launch.world import ALONE, World
 from vlmtune.predict.predictor import Predictor
@@ -46,7 +45,7 @@ def _in_processes(overrides: Sequence[str], folder: Path, count: int) -> dict[st
     result = read_result(folder)
     if result is None or result["status"] == "failed" or code not in (0, 128 + result.get("signal", 0)):
         found = (result or {}).get("error") or {"type": "", "message": f"exit code {code}; see the output above"}
-        raise errors.of_kind(found["type"], [found["message"]])
+        raise of_kind(found["type"], [found["message"]])
     return result
 
 

@@ -87,16 +87,8 @@ SAVERS = {
     "model": "a smaller model",
 }
 """What a run needs less memory with, by config key."""
-ON_DEVICE = (
-    "trainer.batch_size",
-    "trainer.batch_tokens",
-    "trainer.eval_batch_size",
-    "trainer.gradient_checkpointing",
-    "model.image.max_tokens",
-    "adapter",
-    "quantization",
-    "model",
-)
+NOT_ON_DEVICE = ("trainer.num_workers", "data.cache_features")
+"""Of these, what needs none of a GPU's memory."""
 TRAINING = ("trainer.batch_size", "trainer.batch_tokens", "trainer.gradient_checkpointing", "adapter")
 """Of these, what only training needs less memory with."""
 SHARED_MEMORY = "a larger /dev/shm (Docker: --shm-size=16g or --ipc=host) or a smaller trainer.batch_size"
@@ -140,8 +132,8 @@ def memory_advice(useless: Collection[str] = ("trainer.batch_tokens",)) -> Itera
 def memory_error(useless: Collection[str] = ("trainer.batch_tokens",), *, on_device: bool = False) -> TrainingError:
     """The error of a run that is out of memory, with what needs less."""
     machine = "out of memory: the machine, or a limit on this process (ulimit -v, a container's), refuses more"
-    keys = ON_DEVICE if on_device else SAVERS
-    advice = [SAVERS[key] for key in keys if key not in useless]
+    useless = {*useless, *(NOT_ON_DEVICE if on_device else ())}
+    advice = [text for key, text in SAVERS.items() if key not in useless]
     place = "out of device memory" if on_device else machine
     return TrainingError(f"{place}. Less is needed with {', '.join(advice[:-1])} or {advice[-1]}")
 

@@ -16,7 +16,7 @@ def model_inputs(model: Any, batch: Batch) -> dict[str, Any]:
     inputs = {"input_ids": batch.input_ids, "use_cache": False, **batch.inputs}
     if batch.branches is None:
         return {**inputs, "attention_mask": batch.attention_mask}
-    decoder = base_of(getattr(model, "module", model)).get_decoder()
+    decoder = base_of(model).get_decoder()
     if not takes_masks(decoder):
         raise ValueError(f"{decoder.config._attn_implementation} only knows padding, and no mask of branches")
     if "position_ids" not in inputs:
@@ -27,7 +27,7 @@ def model_inputs(model: Any, batch: Batch) -> dict[str, Any]:
 
 def inner_of(model: Any) -> Any:
     """The part of a model that computes positions: transformers' model without the output embedding."""
-    return getattr(base_of(getattr(model, "module", model)), "model", None)
+    return getattr(base_of(model), "model", None)
 
 
 def shared_positions(inner: Any, batch: Batch) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vlmtune.batching.inputs import inner_of, own_positions, shared_positions
 from vlmtune.batching.layout import Batch
 from vlmtune.launch.engine import Engine
+from vlmtune.launch.session import DTYPES
 from vlmtune.models.parts import base_of
 
 GRIDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
@@ -34,7 +35,6 @@ CASTS = (
     "smolvlm_vision",
 )
 """`model_type` of the vision towers that compute nothing with pixels before their first product, which casts them."""
-COMPUTE = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,14 @@ class Preparation:
     @classmethod
     def of(cls, model: Any, engine: Engine) -> Preparation:
         """What can be prepared for this model, under the run's precision."""
-        inner, config = inner_of(model), base_of(getattr(model, "module", model)).config
+        inner, config = inner_of(model), base_of(model).config
         known = config.model_type in GRIDS
         casts = getattr(getattr(config, "vision_config", None), "model_type", None) in CASTS
         return cls(
             inner=_without_weights(inner) if known else None,
             counts=not hasattr(inner, "get_rope_index"),
             tower=Tower.of(inner.visual) if known else None,
-            pixels=COMPUTE.get(engine.mixed_precision) if casts else None,
+            pixels=DTYPES.get(engine.mixed_precision) if casts else None,
         )
 
     def __call__(self, batch: Batch) -> Batch:

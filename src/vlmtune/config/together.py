@@ -169,19 +169,20 @@ def of_quantization(config: Config) -> Iterator[str]:
 
 def _attention(model: ModelConfig) -> Iterator[str]:
     name = model.attention
+    if name == "auto":
+        return
     if "/" not in name:
-        known = ["auto", *known_fields.methods("attention", name, ())] if name != "auto" else ["auto"]
+        known = ["auto", *known_fields.methods("attention", name, ())]
         if name not in known:
             yield f"model.attention={name}: {nearest(name, known)}"
         return
-    kernel = re.fullmatch(r"[^/:@]+/[^/:@]+@([0-9a-f]{40})(:[^/:@]+)?", name)
-    if kernel is None:
+    if not re.fullmatch(r"[^/:@]+/[^/:@]+@[0-9a-f]{40}(:[^/:@]+)?", name):
         yield (
             f"model.attention={name}: code from a repository only runs at a pinned commit; give OWNER/NAME@COMMIT with "
             "the 40 characters of a commit that you trust"
         )
     if not model.trust_remote_code:
-        yield (f"model.attention={name}: is compiled code from the hub; to run it, set model.trust_remote_code=true")
+        yield f"model.attention={name}: is compiled code from the hub; to run it, set model.trust_remote_code=true"
 
 
 def is_commit(revision: str | None) -> bool:

@@ -15,8 +15,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
-from vlmtune import errors
-from vlmtune.errors import VlmtuneError, memory_advice, storage_advice
+from vlmtune.errors import VlmtuneError, memory_advice, of_kind, storage_advice
 from vlmtune.launch.world import World
 
 log = logging.getLogger("vlmtune")
@@ -107,4 +106,4 @@ def reported(world: World) -> VlmtuneError | None:
         found = json.loads(store.get(FIRST))
     except RuntimeError:
         return None
-    return errors.of_kind(found["kind"], found["problems"])
+    return of_kind(found["kind"], found["problems"])

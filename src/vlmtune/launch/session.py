@@ -179,10 +179,10 @@ def use_tf32(trainer: TrainerConfig, engine: Engine) -> None:
     """Compute float32 runs on a GPU in TF32 by `trainer.tf32`, until the run ends. The checks before compare in full
     float32, as TF32's rounding would hide, or look like, a difference.
     """
-    if not trainer.tf32 or engine.mixed_precision != "no" or engine.device.type != "cuda":
-        tf32.use(False)
-    elif torch.cuda.is_tf32_supported():
-        tf32.use(True)
+    in_fp32 = engine.mixed_precision == "no" and engine.device.type == "cuda"
+    used = trainer.tf32 and in_fp32 and torch.cuda.is_tf32_supported()
+    tf32.use(used)
+    if used:
         log.info("float32 products are computed in TF32 (10 bits of precision); trainer.tf32=false: in full")
 
 
@@ -199,8 +199,9 @@ class Complete(Exception):
 
 
 def agree_on_folder(folder: Path | None, config: Config, engine: Engine) -> Path:
-    """The first rank's run folder, on every rank, and its `config.resume`: only it looks at the folder. Raises
-    Complete on all of them.
+    """The first rank's run folder, on every rank, which all take over its `config.resume`: only it looks at the folder.
+
+    Raises Complete, on all of them, if it found the run complete.
     """
     from accelerate.utils import broadcast_object_list
 

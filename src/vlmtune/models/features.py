@@ -19,6 +19,7 @@ from vlmtune.launch.engine import Engine
 from vlmtune.models.chance import varies
 from vlmtune.models.parts import Parts, base_of
 from vlmtune.prompt.cache_folder import Entry
+from vlmtune.prompt.families import Processed
 from vlmtune.prompt.image_cache import PixelStore, joined, pixels_mark
 
 FROZEN = ("vision", "projector")
@@ -36,7 +37,7 @@ class FeatureStore(PixelStore):
         """Whether so many images of a shape come out together as they do alone, bit by bit."""
         super().__init__(fingerprint(self.model, parts, processor, engine, config.fast_jpeg), config)
 
-    def compute(self, processed: Sequence[tuple[dict[str, Any], list[str]]]) -> list[Entry]:
+    def compute(self, processed: Sequence[Processed]) -> list[Entry]:
         """Entries from the processor's tensors and expansions of each group, those of equal shapes together."""
         alike: dict[Any, list[int]] = {}
         for n, (inputs, _) in enumerate(processed):
@@ -48,7 +49,7 @@ class FeatureStore(PixelStore):
                 made |= zip(part, self._alike(shape, [processed[n] for n in part]), strict=True)
         return [made[n] for n in range(len(processed))]
 
-    def _alike(self, shape: Any, images: Sequence[tuple[dict[str, Any], list[str]]]) -> list[Entry]:
+    def _alike(self, shape: Any, images: Sequence[Processed]) -> list[Entry]:
         """Encode images of one shape together, if the first try with so many was bit-equal to one by one."""
         kind = (shape, len(images))
         if len(images) == 1 or self.exact.get(kind):
@@ -62,7 +63,7 @@ class FeatureStore(PixelStore):
         return alone
 
     @torch.no_grad()
-    def _encoded(self, images: Sequence[tuple[dict[str, Any], list[str]]]) -> list[Entry]:
+    def _encoded(self, images: Sequence[Processed]) -> list[Entry]:
         """Entries of images of one shape from one call of the encoder."""
         encode = self.model.base_model.get_image_features
         taken = inspect.signature(encode).parameters

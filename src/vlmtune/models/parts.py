@@ -69,7 +69,8 @@ def _ancestors(name: str) -> set[str]:
 
 
 def base_of(model: Any) -> Any:
-    """The transformers model inside a PEFT model, or the model itself."""
+    """The transformers model inside the wrapper of several ranks and a PEFT model, or the model itself."""
+    model = getattr(model, "module", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 

@@ -29,7 +29,7 @@ def summed_loss(model: Any, batch: Batch) -> Tensor:
     """
     if batch.supervised == 0:
         return _nothing(model, batch)
-    base = base_of(getattr(model, "module", model))
+    base = base_of(model)
     width = base.get_output_embeddings().weight.shape[0]
     if batch.supervised * width > MOST_LOGITS and not _after_the_head(base.config):
         return _in_chunks(model, batch, MOST_LOGITS // width or 1)
@@ -56,7 +56,7 @@ def _nothing(model: Any, batch: Batch) -> Tensor:
 def _in_chunks(model: Any, batch: Batch, size: int) -> Tensor:
     """The summed loss with logits for `size` tokens at a time; the backward pass computes them again."""
     unused, hidden = _logits_at(model, batch, batch.places, most=1)
-    head = base_of(getattr(model, "module", model)).get_output_embeddings()
+    head = base_of(model).get_output_embeddings()
 
     def part(states: Tensor, wanted: Tensor) -> Tensor:
         return F.cross_entropy(head(states).float(), wanted, reduction="sum")
@@ -71,7 +71,7 @@ def logits_in_pieces(model: Any, batch: Batch) -> Iterator[tuple[Tensor, Tensor]
 
     Families that change logits after the output embedding compute all of them at once.
     """
-    base = base_of(getattr(model, "module", model))
+    base = base_of(model)
     head = base.get_output_embeddings()
     size = MOST_LOGITS // head.weight.shape[0] or 1
     if batch.supervised <= size or _after_the_head(base.config):
@@ -91,7 +91,7 @@ def _logits_at(model: Any, batch: Batch, places: Tensor, most: int | None = None
     """Logits [N, V] of the positions `places` [N], of the first `most` of them, and what the output embedding gets for
     all of them [N, D].
     """
-    head = base_of(getattr(model, "module", model)).get_output_embeddings()
+    head = base_of(model).get_output_embeddings()
     hidden: list[Tensor] = []
 
     def select(_: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -134,7 +134,7 @@ def _serving_only(model: Any, places: Tensor) -> AbstractContextManager[None]:
         return whole.view(rows, length, -1)
 
     handles = []
-    for module in last_token_wise(base_of(getattr(model, "module", model))):
+    for module in last_token_wise(base_of(model)):
         handles += [module.register_forward_pre_hook(narrow), module.register_forward_hook(widen)]
     return _hooked(*handles)
 

@@ -7,7 +7,7 @@ both directions, and separates it from the answer by token types.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,12 @@ from vlmtune.errors import ModelError
 
 TEXT_SIDE = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels"}
 """A processor's outputs for text; all other outputs belong to images."""
+Processed = tuple[dict[str, Any], list[str]]
+"""The tensors of images, and the text for each image in a prompt."""
+Process = Callable[[list[list[Any]]], Processed]
+"""Makes them from opened images, nested by prompt, as `Family.images` does."""
+Shown = Sequence[tuple[Sequence[Any], Sequence[Callable[[], Any]]]]
+"""Images by prompt: their sources, and the functions that open them."""
 
 
 class Family:
@@ -44,7 +50,7 @@ class Family:
             getattr(tokenizer, "image_token", None) or tokenizer.convert_ids_to_tokens(self.processor.image_token_id)
         )
 
-    def images(self, pictures: list[list[Any]]) -> tuple[dict[str, Any], list[str]]:
+    def images(self, pictures: list[list[Any]]) -> Processed:
         """The tensors of all images, which are nested by prompt, and the text for each image in a prompt.
 
         Calls the processor itself with prompts that only contain placeholders, since families differ in what they
@@ -96,7 +102,7 @@ class Idefics(Family):
         super().__init__(processor)
         self.image_token = "<image>"
 
-    def images(self, pictures: list[list[Any]]) -> tuple[dict[str, Any], list[str]]:
+    def images(self, pictures: list[list[Any]]) -> Processed:
         flat = [picture for group in pictures for picture in group]
         return {"pixel_values": self.processor.image_processor(flat, return_tensors="pt")}, ["<image>"] * len(flat)
 
@@ -128,7 +134,7 @@ class PaliGemma(Family):
     needs_image = True
     shares_prefix = False
 
-    def images(self, pictures: list[list[Any]]) -> tuple[dict[str, Any], list[str]]:
+    def images(self, pictures: list[list[Any]]) -> Processed:
         """One prompt per image: the processor only accepts prompts of equal length."""
         return super().images([[picture] for group in pictures for picture in group])
 

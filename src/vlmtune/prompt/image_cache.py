@@ -24,6 +24,7 @@ from torch import Tensor
 from vlmtune.config.schema import DataConfig
 from vlmtune.data.images import content_key
 from vlmtune.prompt.cache_folder import CacheFolder, Entry
+from vlmtune.prompt.families import Process, Processed, Shown
 
 
 class EncoderOutputs(dict[str, Any]):
@@ -44,7 +45,7 @@ class EncoderOutputs(dict[str, Any]):
         )
 
 
-def joined(entries: Sequence[Entry]) -> tuple[dict[str, Any], list[str]]:
+def joined(entries: Sequence[Entry]) -> Processed:
     """Model inputs and expansions of several entries, as `Family.images` returns them for all images at once."""
     if not entries:
         return {}, []
@@ -120,14 +121,8 @@ class PixelStore:
         self.store = STORES[mark, folder]
         self.computed, self.found, self.seconds = 0, 0, 0.0
 
-    def of(
-        self,
-        shown: Sequence[tuple[Sequence[Any], Sequence[Callable[[], Any]]]],
-        images: Callable[[list[list[Any]]], tuple[dict[str, Any], list[str]]],
-    ) -> tuple[dict[str, Any], list[str]]:
-        """Inputs and expansions of images, grouped by prompt and given by their sources and functions that open them.
-        `images` computes the processor's tensors for opened groups.
-        """
+    def of(self, shown: Shown, images: Process) -> Processed:
+        """Inputs and expansions of the images `shown`."""
         found: dict[str, Entry] = {}
         missing: dict[str, Sequence[Callable[[], Any]]] = {}
         keys = [_group_key(sources, opened) for sources, opened in shown]
@@ -147,7 +142,7 @@ class PixelStore:
         self.found += len(keys) - len(missing)
         return joined([found[key] for key in keys])
 
-    def compute(self, processed: Sequence[tuple[dict[str, Any], list[str]]]) -> list[Entry]:
+    def compute(self, processed: Sequence[Processed]) -> list[Entry]:
         """Make entries from the processor's tensors and expansions of each group."""
         return [Entry(*each) for each in processed]
 

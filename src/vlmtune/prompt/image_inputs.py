@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -14,20 +14,14 @@ from vlmtune.data.images import NeededSize, image_size, open_image
 from vlmtune.data.records import Record
 from vlmtune.errors import DataError
 from vlmtune.memo import Memo
-from vlmtune.prompt.families import Family
+from vlmtune.prompt.families import Family, Process, Processed, Shown
 
 
 class ImageCache(Protocol):
     """Keeps what is computed for images: the processor's tensors, or features."""
 
-    def of(
-        self,
-        shown: Sequence[tuple[Sequence[Any], Sequence[Callable[[], Any]]]],
-        images: Callable[[list[list[Any]]], tuple[dict[str, Any], list[str]]],
-    ) -> tuple[dict[str, Any], list[str]]:
-        """Inputs and expansions of images, grouped by prompt and given by their sources and functions that open them.
-        `images` computes the processor's tensors for opened groups.
-        """
+    def of(self, shown: Shown, images: Process) -> Processed:
+        """Inputs and expansions of the images `shown`."""
 
 
 class ImageInputs(NamedTuple):

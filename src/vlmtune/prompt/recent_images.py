@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from vlmtune.prompt.cache_folder import Entry
+from vlmtune.prompt.families import Process, Processed, Shown
 from vlmtune.prompt.image_cache import joined
 
 KEPT_BYTES = 2**28
@@ -29,12 +30,8 @@ class RecentImages:
         self.kept: dict[Hashable, Kept] = {}
         """The most recently used last."""
 
-    def of(
-        self,
-        shown: Sequence[tuple[Sequence[Any], Sequence[Callable[[], Any]]]],
-        images: Callable[[list[list[Any]]], tuple[dict[str, Any], list[str]]],
-    ) -> tuple[dict[str, Any], list[str]]:
-        """As `PixelStore.of`."""
+    def of(self, shown: Shown, images: Process) -> Processed:
+        """Inputs and expansions of the images `shown`."""
         for sources, opened in shown:
             entry = self.get(sources) or Entry(*images([[each() for each in opened]]))
             self.put(sources, entry)

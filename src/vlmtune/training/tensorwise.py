@@ -147,7 +147,5 @@ def round_to_bf16(tensor: Tensor, generator: torch.Generator) -> None:
     """
     for piece in tensor.view(-1).view(torch.int32).split(AT_ONCE):
         noise = torch.empty_like(piece).random_(0, 2**16, generator=generator)
-        noise.masked_fill_(
-            piece.view(torch.float32).isnan(), 0
-        )  # a GPU's NaN has all lower bits set: it would become 0
+        noise.masked_fill_(piece.view(torch.float32).isnan(), 0)  # all bits of a GPU's NaN are set: it would become 0
         piece.add_(noise).bitwise_and_(-(2**16))
