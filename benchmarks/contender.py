@@ -92,7 +92,7 @@ def rows_of(options: argparse.Namespace) -> list[dict[str, str]]:
     with (options.folder / f"{options.table}.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     groups = [row["image_path"] for row in rows]
-    order = Order(groups, Cut(options.batch, options.accumulation), seed=0, by_group=options.grouped)
+    order = Order(groups, Cut(options.batch, options.batch * options.accumulation), seed=0, by_group=options.grouped)
     return [rows[number] for step in range(options.steps) for number in order.step(step)]
 
 

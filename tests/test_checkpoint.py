@@ -21,7 +21,6 @@ from vlmtune.batching.inputs import model_inputs
 from vlmtune.batching.layout import padded
 from vlmtune.config.schema import Config
 from vlmtune.errors import CheckpointError
-from vlmtune.launch import surroundings
 from vlmtune.models.load import load_trained
 from vlmtune.models.quantization import keep_trainable_on_cpu
 from vlmtune.prompt.encode import Encoder
@@ -40,14 +39,13 @@ def folder(checkpoint_of: Callable[[str], Path]) -> Path:
 
 
 def save(run: tiny.Run, root: Path, *, keep: int = 2) -> Path:
-    identity, states = run.loader.identity, [surroundings.random_state()]
-    return save_checkpoint(root, run.model, run.optimizer, None, run.progress, identity, states, keep=keep)
+    return save_checkpoint(root, run.model, run.optimizer, None, run.progress, run.loader.identity, keep=keep)
 
 
 def resume(config: Config, rows: Any, at: Path) -> tiny.Run:
     """A new run resumed from the checkpoint `at`, as `Saving` does it."""
     run = tiny.assemble(config, rows)
-    run.progress = load_checkpoint(at, run.model, run.optimizer, None, run.loader.identity, 0)
+    run.progress = load_checkpoint(at, run.model, run.optimizer, None, run.loader.identity)
     for _ in range(run.progress.step):
         run.scheduler.step()
     return run

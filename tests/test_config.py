@@ -235,6 +235,8 @@ def test_a_wrong_value_is_named_with_its_key(override: str, problem: str) -> Non
         (["optimizer=paged_adamw", "optimizer.offload=true"], "optimizer.offload: the state of a paged optimizer"),
         (["optimizer=paged_adamw_8bit", "optimizer.offload=true"], "optimizer.offload: the state of a paged"),
         (["optimizer=muon", "optimizer.offload=true"], "optimizer.offload: its matrix products"),
+        (["trainer.rows_per_step=8", "trainer.batch_tokens=99"], "trainer.rows_per_step: the rows of a step vary"),
+        (["trainer.passes_per_step=8"], "trainer.passes_per_step: is for trainer.batch_tokens"),
     ],
 )
 def test_an_impossible_combination_is_refused(overrides: list[str], starts: str) -> None:
@@ -246,6 +248,7 @@ def test_an_impossible_combination_is_refused(overrides: list[str], starts: str)
     [
         ("trainer.max_grad_norm=1", "too late for clipping; set trainer.max_grad_norm=null"),
         ("trainer.gradient_accumulation_steps=2", "set trainer.gradient_accumulation_steps=1"),
+        ("trainer.rows_per_step=99", "leave out trainer.rows_per_step"),
         ("trainer.nonfinite=skip", "too late to skip it; set trainer.nonfinite=stop"),
         ("trainer.precision=fp16", "use trainer.precision=bf16 or fp32"),
         ("adapter=adalora", "AdaLoRA ranks its directions by the gradients of the whole step"),

@@ -233,15 +233,17 @@ def test_accelerators_that_are_not_used_are_named(
 
 @pytest.mark.parametrize("rank", [0, 1, 2])
 def test_each_rank_drops_for_itself(rank: int) -> None:
-    """The first goes on with what it drew for new weights, as a process alone does."""
-    with surroundings.kept():
-        torch.manual_seed(7)
-        torch.rand(3)
-        alone = torch.get_rng_state()
+    """In each step anew, whatever was drawn before."""
+
+    def draws(seed: int, rank: int, step: int) -> list[float]:
         engine: Any = SimpleNamespace(process_index=rank)
-        session.own_dropout(7, engine)
-        wanted = torch.Generator().manual_seed(7 + rank).get_state() if rank else alone
-        assert torch.equal(torch.get_rng_state(), wanted)
+        session.seed_step(seed, engine, step)
+        return torch.rand(3).tolist()
+
+    with surroundings.kept():
+        own = draws(7, rank, 5)
+        assert draws(7, rank, 5) == own
+        assert own not in (draws(7, rank + 1, 5), draws(7, rank, 6), draws(8, rank, 5))
 
 
 # ---------------------------------------------------------------- bitsandbytes

@@ -24,6 +24,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 import tiny
@@ -305,6 +306,34 @@ def test_rows_per_forward_pass_and_passes_per_step(train: Train, forwards: Any, 
     out = train({"trainer.batch_size": size, "trainer.gradient_accumulation_steps": accumulation})
     assert [forward.rows for forward in forwards["training"]] == [size] * accumulation * 2
     assert out.result["examples"] == 12
+
+
+def test_rows_per_step_are_cut_into_forward_passes(train: Train, forwards: Any) -> None:
+    out = train({"trainer.rows_per_step": 5, "trainer.batch_size": 2, "trainer.gradient_accumulation_steps": 7})
+    assert [forward.rows for forward in forwards["training"]] == [2, 2, 1] * 2
+    assert out.result["examples"] == 10
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({}, (4, None)),
+        ({"trainer.gradient_accumulation_steps": 2}, (8, None)),
+        ({"trainer.batch_tokens": 200, "trainer.gradient_accumulation_steps": 2}, (None, 2)),
+        ({"trainer.batch_tokens": 200, "trainer.passes_per_step": 3}, (None, 3)),
+    ],
+)
+def test_the_size_of_a_step_is_written_into_the_run(train: Train, changes: Any, wanted: tuple[Any, Any]) -> None:
+    out = train({**changes, "trainer.max_steps": 1, "trainer.save_every": 1})
+    trainer = yaml.safe_load(out.read("config.yaml"))["trainer"]
+    assert (trainer["rows_per_step"], trainer["passes_per_step"]) == wanted
+    identity = json.loads(out.read("checkpoints/step_000001/state.json"))["identity"]
+    assert (identity.get("rows per step"), identity.get("passes per step")) == wanted
+
+
+def test_passes_per_step(train: Train, forwards: Any) -> None:
+    train({"trainer.batch_tokens": 120, "trainer.passes_per_step": 3, "trainer.max_steps": 1})
+    assert len(forwards["training"]) == 3
 
 
 @pytest.mark.parametrize(("size", "wanted"), [(2, [2, 1])])

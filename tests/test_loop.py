@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,10 +15,13 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 
 import tiny
-from grids import sampled
+from grids import sampled, thinned
 from vlmtune.batching.layout import padded
+from vlmtune.batching.loader import Loader
+from vlmtune.batching.order import ByTokens, Plan
 from vlmtune.errors import ConfigError
 from vlmtune.launch import session
+from vlmtune.objectives.next_token import summed_loss
 from vlmtune.training import loop
 from vlmtune.training.schedule import Schedule
 
@@ -49,6 +55,46 @@ def test_cutting_a_step_changes_nothing(folder: Path, share: str) -> None:
     for run in cut:
         assert run.losses == pytest.approx(whole.losses, rel=1e-6)
         assert_equal(run.weights(), whole.weights(), 1e-6)
+
+
+def loader_of(run: tiny.Run, rank: int, processes: int) -> Loader:
+    """The loader of one of several ranks."""
+    engine: Any = SimpleNamespace(
+        process_index=rank, num_processes=processes, device=torch.device("cpu"), mixed_precision="no"
+    )
+    own, order = run.loader, copy.copy(run.loader.order)
+    if isinstance(order, ByTokens):
+        order.processes = processes
+    else:
+        order.cut = replace(order.cut, processes=processes)
+    plan = Plan(order, own.total_steps, own.by_group)
+    return Loader(run.encoder, own.records, plan, own.layout, run.config.trainer, engine, run.model)
+
+
+@pytest.mark.parametrize("size", [{"batch_size": 2, "rows_per_step": 7}, {"batch_tokens": 300, "passes_per_step": 3}])
+@pytest.mark.parametrize("share", thinned(["on", "off"], 1))
+def test_any_number_of_ranks_takes_the_same_steps(folder: Path, size: dict[str, int], share: str) -> None:
+    """The losses of 1, 2 and 5 ranks add up to the same; those with fewer rows run passes without labels."""
+    config = tiny.config(folder, max_steps=4, share_prefix=share, **size)
+    run = tiny.assemble(config, tiny.records(16, per_image=3))
+
+    def steps(processes: int) -> list[tuple[int, int, Any]]:
+        """Rows, supervised tokens and summed loss of each step."""
+        ranks = [[*loader_of(run, rank, processes).micro_batches()] for rank in range(processes)]
+        found, rows, tokens, loss = [], 0, 0, 0.0
+        for batches in zip(*ranks, strict=True):
+            rows, tokens = rows + sum(b.rows for b in batches), tokens + sum(b.supervised for b in batches)
+            loss += sum(summed_loss(run.model, batch).item() for batch in batches)
+            assert len({batch.ends_step for batch in batches}) == 1
+            if batches[0].ends_step:
+                found.append((rows, tokens, pytest.approx(loss, rel=1e-5)))
+                rows, tokens, loss = 0, 0, 0.0
+        return found
+
+    alone = steps(1)
+    assert len(alone) == 4
+    assert steps(2) == alone
+    assert steps(5) == alone
 
 
 def test_one_step_is_the_mean_over_tokens(folder: Path) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from vlmtune.batching.order import ByTokens, Cut, Order
+from vlmtune.batching.order import ByTokens, Cut, InOrder, Order
 
 GROUPS = ["a", "b", None, "a", "c", None, "a", "b", "c", "c", "d"]
 
 
 def order(*, by_group: bool = False, seed: int = 0, rows_per_step: int = 4) -> Order:
-    return Order(GROUPS, Cut(rows_per_step, 1), seed=seed, by_group=by_group)
+    return Order(GROUPS, Cut(rows_per_step, rows_per_step), seed=seed, by_group=by_group)
 
 
 def epoch(rows: Order, number: int) -> list[int]:
@@ -47,15 +47,37 @@ def test_rows_of_a_group_stay_together_in_a_new_order() -> None:
 
 def test_micro_batches_divide_a_step_between_processes() -> None:
     rows = list(range(12))
-    cut = Cut(batch_size=2, accumulation=2, processes=3)
-    assert cut.rows_per_step == 12
+    cut = Cut(batch_size=2, rows_per_step=12, processes=3)
     parts = [part for process in range(3) for part in cut.passes(rows, process)]
     assert parts == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [10, 11]]
 
 
-def test_a_short_last_step_loses_no_row() -> None:
-    cut = Cut(batch_size=2, accumulation=2, processes=3)
-    assert [cut.passes([7, 8, 9], process) for process in range(3)] == [[[7, 8], [9]], [], []]
+@pytest.mark.parametrize("processes", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_any_number_of_processes_shares_the_same_rows_evenly(processes: int, batch_size: int) -> None:
+    """With as many passes on each: none waits for another's."""
+    cut = Cut(batch_size, 10, processes)
+    for count in range(1, 11):
+        rows = list(range(100, 100 + count))
+        parts = [cut.passes(rows, process) for process in range(processes)]
+        assert [row for own in parts for part in own for row in part] == rows
+        sizes = [sum(map(len, own)) for own in parts]
+        assert max(sizes) - min(sizes) <= 1
+        assert {len(own) for own in parts} == {-(-max(sizes) // batch_size)}
+        assert max(len(part) for own in parts for part in own) <= batch_size
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 4])
+def test_any_number_of_processes_reads_the_same_rows_of_a_stream(processes: int) -> None:
+    stream = InOrder(Cut(2, 6, processes))
+    for step in range(4):
+        parts = [stream.passes(step, process) for process in range(processes)]
+        rows = [row * processes + rank for rank, own in enumerate(parts) for part in own for row in part]
+        assert sorted(rows) == stream.step(step) == list(range(6 * step, 6 * step + 6))
+        assert len({len(own) for own in parts}) == 1
+    for rank in range(processes):
+        read = [row for step in range(4) for part in stream.passes(step, rank) for row in part]
+        assert read == list(range(len(read))), "each process reads its part in order"
 
 
 # ---------------------------------------------------------------- by tokens
@@ -66,7 +88,7 @@ SHOWN = [row // 3 for row in range(300)]
 
 def by_tokens(*, by_group: bool, seed: int = 0, processes: int = 1, batch_tokens: int = 300) -> ByTokens:
     return ByTokens(
-        LENGTHS, SHOWN, batch_tokens=batch_tokens, accumulation=2, processes=processes, seed=seed, by_group=by_group
+        LENGTHS, SHOWN, batch_tokens=batch_tokens, passes_per_step=4, processes=processes, seed=seed, by_group=by_group
     )
 
 
@@ -104,11 +126,13 @@ def test_steps_by_tokens_count_on_over_epochs() -> None:
     assert order.steps_in(0.5) == -(-len(order.epoch(0)) // 2)
 
 
-def test_passes_by_tokens_are_divided_between_processes() -> None:
-    order = by_tokens(by_group=False, processes=2)
+@pytest.mark.parametrize("processes", [2, 3, 8])
+def test_passes_by_tokens_are_shared_by_processes(processes: int) -> None:
+    order, alone = by_tokens(by_group=False, processes=processes), by_tokens(by_group=False)
     for step in range(order.steps_in(1)):
-        parts = [rows for rank in range(2) for rows in order.passes(step, rank)]
-        assert [row for rows in parts for row in rows] == order.step(step)
+        parts = [order.passes(step, rank) for rank in range(processes)]
+        assert len({len(own) for own in parts}) == 1
+        assert [rows for own in parts for rows in own if rows] == alone.passes(step, 0)
 
 
 def test_a_group_longer_than_the_tokens_goes_in_pieces_and_a_row_alone() -> None:

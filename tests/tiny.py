@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from vlmtune.config.schema import (
 )
 from vlmtune.data.records import Record, Turn
 from vlmtune.data.splits import RecordList, Split
+from vlmtune.launch import session
 from vlmtune.models.parts import Parts
 from vlmtune.models.peft_config import peft_config
 from vlmtune.models.targets import narrow
@@ -363,7 +365,12 @@ class Run(Setup):
             expected_tokens=self.loader.expected_tokens,
             max_grad_norm=trainer.max_grad_norm,
             skip_nonfinite=trainer.nonfinite == "skip",
-            hooks=loop.Hooks(after_step=(self.reports.append,), stop=lambda: self.progress.step == stop_after, **hooks),
+            hooks=loop.Hooks(
+                before_step=partial(session.seed_step, trainer.seed, self.engine),
+                after_step=(self.reports.append,),
+                stop=lambda: self.progress.step == stop_after,
+                **hooks,
+            ),
         )
         return self
 

@@ -73,6 +73,7 @@ def fit(run: setup.Setup) -> dict[str, Any]:
             best = Best(scoring, saving)
             scoring.measure_baseline()
             hooks = loop.Hooks(
+                before_step=partial(session.seed_step, run.config.trainer.seed, run.engine),
                 after_step=(journal.after_step, best.after_step, saving.after_step),
                 before_zero_grad=partial(adapters.after_step, run.model),
                 penalty=partial(adapters.penalty, run.model),

@@ -21,6 +21,7 @@ from vlmtune.data.splits import Records
 from vlmtune.errors import VlmtuneError
 from vlmtune.launch.engine import Engine
 from vlmtune.launch.signals import SIGNALS
+from vlmtune.launch.steps import step_size
 from vlmtune.prompt.encode import Encoder
 
 FAULTS = (VlmtuneError, OSError, MemoryError)
@@ -75,26 +76,27 @@ class Loader:
     def _micro_batch_numbers(self, first_step: int) -> Iterator[tuple[int, int]]:
         """(step, index of the micro-batch in the step) of all micro-batches to make."""
         for step in range(first_step, self.total_steps):
-            count = len(self.order.passes(step, self.process))
-            yield from ((step, number) for number in range(max(count, 1)))
+            yield from ((step, number) for number in range(len(self.order.passes(step, self.process))))
 
     def make(self, step: int, number: int) -> Batch:
-        """Micro-batch `number` of a step. A process without rows in this step gets one row without labels, because the
-        others wait for its gradients.
-        """
+        """Micro-batch `number` of a step. An empty one is a row without labels: the others wait for its gradients."""
         parts = self.order.passes(step, self.process)
-        rows = parts[number] if parts else self.order.step(step)[:1]
-        batch = self._lay_out([self.own[row] for row in rows])
-        batch = dataclasses.replace(batch, ends_step=number + 1 >= len(parts))
-        return batch if parts else batch.without_labels()
+        rows = parts[number] or self._any_row(step)
+        batch = dataclasses.replace(self._lay_out([self.own[row] for row in rows]), ends_step=number + 1 == len(parts))
+        return batch if parts[number] else batch.without_labels()
+
+    def _any_row(self, step: int) -> list[int]:
+        """A row of the step; of a stream one that this process has read, or will read next."""
+        return [self.order.step(step)[0] // (self.processes if self.records.streamed else 1)]
 
     @cached_property
     def expected_tokens(self) -> float:
         """Estimate of the supervised tokens in one process's step, from the first rows."""
-        if self.trainer.gradient_accumulation_steps == 1:
+        parts = self.order.passes(0, 0)
+        if len(parts) == 1:
             return 1.0  # each micro-batch is a whole step, whose count is known
         rows = self._first_rows()
-        return self._lay_out(rows).supervised / len(rows) * sum(map(len, self.order.passes(0, 0)))
+        return self._lay_out(rows).supervised / len(rows) * sum(map(len, parts))
 
     def due(self, every: int | str | None, step: int) -> bool:
         """Whether something that happens every N steps, or every `epoch`, is due after `step` steps."""
@@ -121,7 +123,7 @@ class Loader:
         """What must be equal for a resumed run to see the same rows as an uninterrupted one."""
         trainer = self.trainer
         return {
-            "rows per step": trainer.batch_size * trainer.gradient_accumulation_steps * self.processes,
+            "passes per step" if trainer.batch_tokens else "rows per step": step_size(trainer, self.processes),
             "tokens per forward pass": trainer.batch_tokens,
             "training rows": len(self.records),
             "data fingerprint": self.fingerprint,

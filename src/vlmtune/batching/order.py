@@ -1,6 +1,7 @@
 """Which rows each optimizer step takes: a pure function of seed and step, so a resumed run only needs the step number.
 
-A step is split into forward passes, `passes_per_step` over all processes. `passes` are those of one process.
+A step's rows are the same on any number of processes, which share them evenly. `passes` are the forward passes of one
+process: as many on each, so that none waits for another. Where rows are too few for that, a pass is empty.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ import bisect
 import math
 import sys
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -17,7 +19,17 @@ from vlmtune.config.schema import TrainerConfig
 from vlmtune.data.records import Record
 from vlmtune.data.splits import Records
 from vlmtune.errors import ConfigError
+from vlmtune.launch.steps import step_size
 from vlmtune.memo import Memo
+
+T = TypeVar("T")
+
+
+def share(items: list[T], process: int, processes: int) -> list[T]:
+    """What one of several processes takes of `items`: neighbours, and on each the same number or one more."""
+    least, more = divmod(len(items), processes)
+    start = process * least + min(process, more)
+    return items[start : start + least + (process < more)]
 
 
 @dataclass(frozen=True)
@@ -25,20 +37,20 @@ class Cut:
     """How a step's rows are split into forward passes."""
 
     batch_size: int
-    """Rows per forward pass."""
-    accumulation: int
-    """Forward passes of one process per step."""
+    """The most rows of a forward pass."""
+    rows_per_step: int
+    """Of all processes together."""
     processes: int = 1
 
-    @property
-    def rows_per_step(self) -> int:
-        return self.batch_size * self.accumulation * self.processes
-
     def passes(self, rows: list[int], process: int) -> list[list[int]]:
-        """The rows of each forward pass of one process. If an epoch ends within a step there are fewer, or none."""
+        """The rows of each forward pass of one process in a step of these rows."""
+        return self.parts(share(rows, process, self.processes), len(rows))
+
+    def parts(self, own: list[int], count: int) -> list[list[int]]:
+        """One process's rows of a step of `count` rows, by forward pass."""
         size = self.batch_size
-        numbers = range(process * self.accumulation, (process + 1) * self.accumulation)
-        return [part for n in numbers if (part := rows[n * size : (n + 1) * size])]
+        passes = math.ceil(math.ceil(count / self.processes) / size)  # of the process with the most rows
+        return [own[n * size : (n + 1) * size] for n in range(passes)]
 
 
 class Order:
@@ -68,7 +80,7 @@ class Order:
         return self.epoch(epoch)[start : start + self.cut.rows_per_step].tolist()
 
     def passes(self, number: int, process: int) -> list[list[int]]:
-        """Rows of each forward pass of `process` in step `number`; none where an epoch's last step has too few."""
+        """Rows of each forward pass of `process` in step `number`."""
         return self.cut.passes(self.step(number), process)
 
     def step_of(self, row: int) -> int:
@@ -101,14 +113,14 @@ class ByTokens:
         groups: Sequence[Hashable],
         *,
         batch_tokens: int,
-        accumulation: int,
+        passes_per_step: int,
         processes: int = 1,
         seed: int,
         by_group: bool,
     ):
-        """`lengths`: tokens of each row's images, and of its text. `accumulation`: as in `Cut`."""
-        self.batch_tokens, self.accumulation, self.seed = batch_tokens, accumulation, seed
-        self.passes_per_step = accumulation * processes
+        """`lengths`: tokens of each row's images, and of its text. `passes_per_step`: of all processes together."""
+        self.batch_tokens, self.passes_per_step, self.processes = batch_tokens, passes_per_step, processes
+        self.seed = seed
         self.lengths = lengths
         members = _members(groups) if by_group else [np.array([row]) for row in range(len(lengths))]
         self.units = [part for rows in members for part in self._pieces(rows.tolist())]
@@ -166,9 +178,11 @@ class ByTokens:
         return [row for rows in self.epoch(epoch)[place] for row in rows]
 
     def passes(self, number: int, process: int) -> list[list[int]]:
-        """Rows of each forward pass of `process` in step `number`; none where an epoch's last step has too few."""
+        """Rows of each forward pass of `process` in step `number`."""
         epoch, place = self._place(number)
-        return self.epoch(epoch)[place][process * self.accumulation : (process + 1) * self.accumulation]
+        parts = self.epoch(epoch)[place]
+        own = share(parts, process, self.processes)
+        return own + [[]] * (math.ceil(len(parts) / self.processes) - len(own))
 
     def step_of(self, row: int) -> int:
         """The step of the first epoch that has this row."""
@@ -186,7 +200,7 @@ class ByTokens:
 
 
 class InOrder:
-    """Rows of a stream in their order, without epochs. Each process reads and numbers its own rows."""
+    """Rows of a stream in order, without epochs. Each of n processes reads every n-th row, and numbers its own."""
 
     steps_per_epoch = sys.maxsize
 
@@ -199,9 +213,9 @@ class InOrder:
 
     def passes(self, number: int, process: int) -> list[list[int]]:
         """Rows of each forward pass of a process in step `number`, numbered within its own part of the stream."""
-        alone = replace(self.cut, processes=1)
-        first = number * alone.rows_per_step
-        return alone.passes(list(range(first, first + alone.rows_per_step)), 0)
+        processes = self.cut.processes
+        own = [row // processes for row in self.step(number) if row % processes == process]
+        return self.cut.parts(own, self.cut.rows_per_step)
 
     def step_of(self, row: int) -> int:
         raise ValueError("the rows of a stream are not known in advance")
@@ -244,7 +258,8 @@ def plan(
     `lengths`: as in `ByTokens`, only needed with `trainer.batch_tokens`. Raises ConfigError if that is set for a
     stream.
     """
-    cut = Cut(trainer.batch_size, trainer.gradient_accumulation_steps, processes)
+    size = step_size(trainer, processes)
+    cut = Cut(trainer.batch_size, size, processes)
     if trainer.batch_tokens and streamed:
         raise ConfigError("trainer.batch_tokens: a stream has no known row lengths; use trainer.batch_size")
     order: Order | ByTokens | InOrder
@@ -255,7 +270,7 @@ def plan(
             lengths,
             groups,
             batch_tokens=trainer.batch_tokens,
-            accumulation=cut.accumulation,
+            passes_per_step=size,
             processes=processes,
             seed=trainer.seed,
             by_group=by_group,
@@ -272,5 +287,5 @@ def first_rows(records: Records, trainer: TrainerConfig, *, most: int) -> list[R
     count = min(most, trainer.batch_size)
     if records.streamed:
         return [records[row] for row in range(count)]
-    epoch = Order(range(len(records)), Cut(count, 1), seed=trainer.seed, by_group=False)
+    epoch = Order(range(len(records)), Cut(count, count), seed=trainer.seed, by_group=False)
     return [records[row] for row in epoch.step(0)]

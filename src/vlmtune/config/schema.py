@@ -103,7 +103,14 @@ class TrainerConfig:
     """Maximum tokens per forward pass on each process, including padding; replaces `batch_size`. Rows of similar length
     are batched together, as many as fit."""
     gradient_accumulation_steps: int = number(1, least=1)
-    """Forward passes per optimizer step on each process."""
+    """Forward passes per optimizer step on each process, when a run first starts."""
+    rows_per_step: int | None = number(None, least=1)
+    """Rows per optimizer step, shared by all processes, which compute them in forward passes of at most `batch_size`;
+    overrides `gradient_accumulation_steps`. null: `batch_size` x `gradient_accumulation_steps` x processes when the run
+    first starts. It belongs to the run from then on, whatever the number of processes."""
+    passes_per_step: int | None = number(None, least=1)
+    """The same with `batch_tokens`: forward passes per optimizer step, shared by all processes. null:
+    `gradient_accumulation_steps` x processes when the run first starts."""
     eval_batch_size: int = number(8, least=1)
     """Rows per forward pass in evaluation and prediction."""
     learning_rate: float = number(2e-4, least=0)

@@ -69,6 +69,10 @@ def of_trainer(config: Config) -> Iterator[str]:
             yield "trainer.best_metric: also needs trainer.eval_every, or there are no checkpoints to choose from"
     if trainer.share_prefix == "on" and config.model.attention.startswith("flash_attention"):
         yield f"trainer.share_prefix=on: {config.model.attention} only knows padding, and no mask of branches; use auto"
+    if trainer.rows_per_step and trainer.batch_tokens:
+        yield "trainer.rows_per_step: the rows of a step vary with trainer.batch_tokens; set trainer.passes_per_step"
+    if trainer.passes_per_step and not trainer.batch_tokens:
+        yield "trainer.passes_per_step: is for trainer.batch_tokens; set trainer.rows_per_step"
     if trainer.precision == "fp16" and config.model.dtype == "bf16":
         yield "trainer.precision=fp16: can't be combined with model.dtype=bf16; use precision=bf16 or dtype=auto"
 
@@ -130,8 +134,12 @@ def _of_step_in_backward(config: Config) -> Iterator[str]:
     trainer = config.trainer
     if trainer.max_grad_norm is not None:
         yield "the norm of all gradients is known at the end, too late for clipping; set trainer.max_grad_norm=null"
-    if trainer.gradient_accumulation_steps > 1:
-        yield "a gradient is complete after one forward pass; set trainer.gradient_accumulation_steps=1"
+    several = trainer.gradient_accumulation_steps > 1 or (trainer.passes_per_step or 1) > 1
+    if several or (trainer.rows_per_step or 1) > trainer.batch_size:
+        yield (
+            "a gradient is complete after one forward pass; set trainer.gradient_accumulation_steps=1, and leave out "
+            "trainer.rows_per_step and passes_per_step"
+        )
     if trainer.nonfinite == "skip":
         yield "that a step is not finite is known at its end, too late to skip it; set trainer.nonfinite=stop"
     if trainer.precision == "fp16":

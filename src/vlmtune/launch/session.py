@@ -11,13 +11,14 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from vlmtune import display
 from vlmtune.config.schema import AUTO, Config, TrainerConfig
 from vlmtune.errors import ConfigError, VlmtuneError
-from vlmtune.launch import surroundings, tf32
+from vlmtune.launch import steps, surroundings, tf32
 from vlmtune.launch.engine import Engine
 from vlmtune.launch.world import World
 from vlmtune.packages import import_bitsandbytes
@@ -169,10 +170,12 @@ def prepared(model: Any, optimizer: Any, engine: Engine, *, same_buffers: bool) 
     return wrapped, optimizer
 
 
-def own_dropout(seed: int, engine: Engine) -> None:
-    """Have each rank draw its own dropout: up to here all drew the same, as new weights must be the same on each."""
-    if engine.process_index:  # the first one goes on as a process alone does
-        torch.manual_seed(seed + engine.process_index)
+def seed_step(seed: int, engine: Engine, step: int) -> None:
+    """Have the random numbers from here on follow from seed, steps done and rank: a step's dropout, or the answers that
+    an evaluation draws. So a resumed run draws what it would have drawn, and each rank its own.
+    """
+    words = np.random.SeedSequence([seed, step, engine.process_index]).generate_state(1, np.uint64)
+    torch.manual_seed(int(words[0]))
 
 
 def use_tf32(trainer: TrainerConfig, engine: Engine) -> None:
@@ -199,19 +202,22 @@ class Complete(Exception):
 
 
 def agree_on_folder(folder: Path | None, config: Config, engine: Engine) -> Path:
-    """The first rank's run folder, on every rank, which all take over its `config.resume`: only it looks at the folder.
+    """The first rank's run folder, on every rank: only that one looks at the folder. All take over what it found there,
+    `config.resume` and the step size.
 
     Raises Complete, on all of them, if it found the run complete.
     """
     from accelerate.utils import broadcast_object_list
 
-    agreed = [str(folder), config.resume]
+    trainer = config.trainer
+    steps.fix(trainer, engine.num_processes)
+    agreed: list[Any] = [str(folder), config.resume, trainer.rows_per_step, trainer.passes_per_step]
     if engine.num_processes > 1:
         broadcast_object_list(agreed)
-    if agreed[1] == AUTO:  # else it is a folder by now, or null
+    place, config.resume, trainer.rows_per_step, trainer.passes_per_step = agreed
+    if config.resume == AUTO:  # else it is a folder by now, or null
         raise Complete
-    config.resume = agreed[1]
-    return Path(str(agreed[0]))
+    return Path(place)
 
 
 def decided_by_first(decide: Callable[[], Any], engine: Engine) -> Any:

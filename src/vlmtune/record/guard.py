@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,7 +13,7 @@ from vlmtune.config import saved
 from vlmtune.config.schema import AUTO, Config, plain
 from vlmtune.config.strict import strict
 from vlmtune.errors import ConfigError, TrainingError, VlmtuneError, memory_advice, storage_advice
-from vlmtune.launch import lock, ranks, signals
+from vlmtune.launch import lock, ranks, signals, steps
 from vlmtune.launch.world import World
 
 
@@ -48,13 +49,13 @@ def held(folder: Path, config: Config, world: World) -> Iterator[None]:
             saved.refuse_links(folder)
         folder.mkdir(parents=True, exist_ok=True)
         with lock.held(folder):
-            _prepare(folder, config)
+            _prepare(folder, config, world)
             with display.logging_to(folder), signals.ending_at_once(), failure_written(folder, world):
                 yield
 
 
-def _prepare(folder: Path, config: Config) -> None:
-    """Finish what a killed process left half done, and decide what `resume=auto` means here.
+def _prepare(folder: Path, config: Config, world: World) -> None:
+    """Finish what a killed process left half done, decide what `resume=auto` means here, and fix the step size.
 
     A new run starts in a clean folder.
     """
@@ -63,10 +64,9 @@ def _prepare(folder: Path, config: Config) -> None:
     for parent in (folder, folder / "checkpoints"):
         durable.repair_all(parent)
     if config.resume == AUTO and own_result(folder, config) is None:
-        saved_steps = [name for name in durable.names(folder / "checkpoints") if name.removeprefix("step_").isdigit()]
-        config.resume = str(folder) if saved_steps else None
-        if not saved_steps and not _is_of(folder, config):
-            _refuse_another(folder)
+        _resume_or_start(folder, config)
+    if config.resume != AUTO:  # else nothing is left to do
+        steps.fix(config.trainer, world.processes)
     if config.resume:  # the files of a resumed run are touched once it is known to be the same run
         return
     if (folder / "base").exists():  # of a start that failed, perhaps with another seed
@@ -74,6 +74,17 @@ def _prepare(folder: Path, config: Config) -> None:
     runfolder.write_config(folder / "config.yaml", config)
     for left_over in ("quarantine.csv", "result.json"):
         (folder / left_over).unlink(missing_ok=True)
+
+
+def _resume_or_start(folder: Path, config: Config) -> None:
+    """Set `config.resume` to the folder if it has a checkpoint, else to null. Raises ConfigError for another run's."""
+    saved_steps = [name for name in durable.names(folder / "checkpoints") if name.removeprefix("step_").isdigit()]
+    own = _is_of(folder, config)
+    config.resume = str(folder) if saved_steps else None
+    if own or saved_steps:
+        steps.keep(config.trainer, _config_in(folder).trainer)
+    else:
+        _refuse_another(folder)
 
 
 def own_result(folder: Path, config: Config) -> dict[str, Any] | None:
@@ -85,13 +96,19 @@ def own_result(folder: Path, config: Config) -> dict[str, Any] | None:
 
 
 def _is_of(folder: Path, config: Config) -> bool:
-    """Whether the folder holds a run of this config."""
+    """Whether the folder holds a run of this config, which may leave the step size open."""
     from vlmtune.record.runfolder import absolute
 
     if not (folder / "config.yaml").exists():
         return False
-    before, now = plain(strict(saved.read(folder / "config.yaml"))), plain(absolute(config))
-    return {**before, "resume": None} == {**now, "resume": None}
+    before, now = _config_in(folder), copy.deepcopy(absolute(config))
+    steps.keep(now.trainer, before.trainer)
+    free = {"resume": None, "backend": None}  # neither decides what is computed
+    return {**plain(before), **free} == {**plain(now), **free}
+
+
+def _config_in(folder: Path) -> Config:
+    return strict(saved.read(folder / "config.yaml"))
 
 
 @contextmanager

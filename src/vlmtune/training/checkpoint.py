@@ -1,7 +1,7 @@
 """A run's state on disk: written completely or not at all.
 
-A checkpoint holds the trainable weights, the optimizer's state, the random state of each rank and the progress, all in
-safetensors and JSON, so loading one never runs code.
+A checkpoint holds the trainable weights, the optimizer's state and the progress, all in safetensors and JSON, so that
+loading one never runs code. Random numbers follow from seed, step and rank: nothing of them is saved.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from torch import Tensor
 from vlmtune import durable
 from vlmtune.durable import whole
 from vlmtune.errors import CheckpointError
-from vlmtune.launch import surroundings
 from vlmtune.record.progress import Progress
 from vlmtune.training import resume
 
@@ -89,7 +88,6 @@ def save_checkpoint(
     scaler: Any,
     progress: Progress,
     identity: dict[str, Any],
-    random_states: list[dict[str, Tensor]],
     *,
     keep: int,
 ) -> Path:
@@ -99,14 +97,12 @@ def save_checkpoint(
     """
     folder = root / f"step_{progress.step:06d}"
     tensors, rest = split_state(optimizer.state_dict())
-    rng = {f"{rank}.{name}": t for rank, state in enumerate(random_states) for name, t in state.items()}
     state = {"progress": dataclasses.asdict(progress), "identity": identity, "optimizer": rest}
     if scaler is not None:
         state["scaler"] = scaler.state_dict()
     with whole(folder) as partial:
         save_file(_plain(trained_tensors(model)), partial / "model.safetensors")
         save_file(_plain(tensors), partial / "optimizer.safetensors")
-        save_file(_plain(rng), partial / "random.safetensors")
         (partial / "state.json").write_text(json.dumps(state, indent=1))
     for old in all_checkpoints(root)[:-keep]:
         if progress.best_step is None or old.name != f"step_{progress.best_step:06d}":
@@ -155,7 +151,7 @@ def check(folder: Path) -> None:
     """Raise CheckpointError if a file of a checkpoint is missing or damaged, naming the file."""
     durable.verify(folder)
     _read_state(folder)
-    for name in ("model", "optimizer", "random"):
+    for name in ("model", "optimizer"):
         file = folder / f"{name}.safetensors"
         with _explained(file), safe_open(file, "pt"):  # also finds truncated files in checkpoints without checksums
             pass
@@ -218,7 +214,7 @@ def load_weights(folder: Path, model: torch.nn.Module) -> None:
 
 
 def load_checkpoint(
-    folder: Path, model: torch.nn.Module, optimizer: Any, scaler: Any, identity: dict[str, Any], rank: int
+    folder: Path, model: torch.nn.Module, optimizer: Any, scaler: Any, identity: dict[str, Any]
 ) -> Progress:
     """Restore everything, so that the next step is the one that would have followed.
 
@@ -231,12 +227,6 @@ def load_checkpoint(
     _load_optimizer(folder, optimizer, state["optimizer"])
     if scaler is not None and "scaler" in state:
         scaler.load_state_dict(state["scaler"])
-    rng = _read(folder / "random.safetensors")
-    own = {kind: rng[f"{rank}.{kind}"] for kind in ("cpu", "cuda") if f"{rank}.{kind}" in rng}
-    if own:
-        surroundings.set_random_state(own)
-    else:
-        log.warning("process %d is new: its dropout starts from trainer.seed and its number", rank)
     return progress
 
 

@@ -38,6 +38,8 @@ class StepReport:
 class Hooks:
     """Functions called around steps; each is optional."""
 
+    before_step: Callable[[int], None] = lambda step: None
+    """Called with the number of steps done, before the step's first forward pass."""
     after_step: Sequence[Callable[[StepReport], None]] = ()
     """Called in order after each optimizer step: logging, evaluation, checkpoints."""
     before_zero_grad: Callable[[int], None] = lambda step: None
@@ -86,6 +88,7 @@ def fit(
     model.train()  # evaluation between steps restores this mode
     while True:
         began = time.perf_counter()
+        hooks.before_step(progress.step)
         passed = _forward_backward(model, iterator, parameters, engine, summed_loss, hooks.penalty, expected_tokens)
         if passed is None:
             return
@@ -130,8 +133,7 @@ def _forward_backward(
     expected_tokens: float,
 ) -> Passed | None:
     """Compute the gradient of one step's mean loss, in `parameters`. Returns None when no micro-batch is left."""
-    # the DDP wrapper's forward pass may wait for other ranks, which may have fewer micro-batches
-    alone = getattr(model, "module", model)
+    alone = getattr(model, "module", model)  # without the DDP wrapper, which exchanges at a step's last micro-batch
     own, waited = Counter[str](), 0.0
     total = torch.zeros((), device=engine.device)
     while True:

@@ -98,7 +98,7 @@ RULES: dict[str, Rule] = {
     "trainer.eval_baseline": Rule.FREE,
     "trainer.eval_batch_size": Rule.FREE,
     "trainer.eval_every": Rule.RECORDED,
-    "trainer.gradient_accumulation_steps": Rule.RECORDED,
+    "trainer.gradient_accumulation_steps": Rule.FIXED,
     "trainer.gradient_checkpointing": Rule.NEXT_STEP,
     "trainer.keep_checkpoints": Rule.FREE,
     "trainer.learning_rate": Rule.NEXT_STEP,
@@ -107,8 +107,10 @@ RULES: dict[str, Rule] = {
     "trainer.max_grad_norm": Rule.NEXT_STEP,
     "trainer.max_steps": Rule.RECORDED,
     "trainer.nonfinite": Rule.NEXT_STEP,
+    "trainer.passes_per_step": Rule.RECORDED,
     "trainer.num_workers": Rule.FREE,
     "trainer.precision": Rule.RECORDED,
+    "trainer.rows_per_step": Rule.RECORDED,
     "trainer.save_every": Rule.FREE,
     "trainer.scheduler": Rule.NEXT_STEP,
     "trainer.seed": Rule.RECORDED,
@@ -118,7 +120,8 @@ RULES: dict[str, Rule] = {
 """The rule of each key, or of all keys of a group that has one entry."""
 
 WAYS_OUT = {
-    "rows per step": "it is trainer.batch_size x trainer.gradient_accumulation_steps x processes",
+    "rows per step": "set trainer.rows_per_step={was}",
+    "passes per step": "set trainer.passes_per_step={was}",
     "tokens per forward pass": "set trainer.batch_tokens back to its earlier value",
     "training rows": "the rows differ from those that the run was trained on",
     "data fingerprint": "the rows differ from those that the run was trained on",
@@ -176,7 +179,8 @@ def changes(folder: Path, was: Mapping[str, Any], now: Mapping[str, Any], step: 
         if _may_change(name, now):
             found.append({"step": step, "key": name, "was": before, "now": value})
         else:
-            problems.append(f"{name} was {before}, now {value}: {_way_out(name, before, now)}")
+            way = WAYS_OUT.get(name, "this would be a different run").format(was=before)
+            problems.append(f"{name} was {before}, now {value}: {way}")
     done = step >= now.get("steps in all", step + 1)
     for key, before, value in _different_keys(was, now):
         if rule_of(key) is Rule.FIXED:
@@ -219,18 +223,6 @@ def _different_keys(was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[
 def _may_change(name: str, now: Mapping[str, Any]) -> bool:
     constant = now.get("config", {}).get("trainer.scheduler.name") == "constant"
     return name == "processes" or (name == "steps in all" and constant)
-
-
-def _way_out(name: str, was: Any, now: Mapping[str, Any]) -> str:
-    """What to do about a changed value of `name`."""
-    way, config = WAYS_OUT.get(name, "this would be a different run"), now.get("config", {})
-    if name != "rows per step" or not config:
-        return way
-    passes = config["trainer.gradient_accumulation_steps"] * now["processes"]
-    factors = f"{way}, now {config['trainer.batch_size']} x {passes // now['processes']} x {now['processes']}"
-    return factors + (
-        f"; set trainer.batch_size={was // passes}" if was % passes == 0 else f"; make their product {was}"
-    )
 
 
 def nothing_saved(run: Path) -> str:

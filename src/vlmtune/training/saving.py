@@ -6,7 +6,7 @@ import logging
 
 from vlmtune.data import fingerprint
 from vlmtune.errors import CheckpointError
-from vlmtune.launch import session, surroundings
+from vlmtune.launch import session
 from vlmtune.models.parts import base_of
 from vlmtune.record import runfolder
 from vlmtune.record.progress import Progress
@@ -32,9 +32,7 @@ class Saving:
         """Restore the newest checkpoint; returns its progress."""
         run, engine = self.run, self.run.engine
         found = session.decided_by_first(lambda: checkpoint.newest(run.folder), engine)
-        progress = checkpoint.load_checkpoint(
-            found, run.model, run.optimizer, engine.scaler, self.identity, engine.process_index
-        )
+        progress = checkpoint.load_checkpoint(found, run.model, run.optimizer, engine.scaler, self.identity)
         run.scheduler.go_to(progress.step)
         if run.writes:  # from here on the folder is this run's
             checkpoint.set_aside(found)
@@ -51,13 +49,8 @@ class Saving:
             self.save()
 
     def save(self) -> None:
-        """Write a checkpoint. Every process must call this: each contributes its random state."""
-        from accelerate.utils import gather_object
-
+        """Write a checkpoint. Every process must call this."""
         run = self.run
-        states = [surroundings.random_state()]
-        if run.engine.num_processes > 1:
-            states = gather_object(states)
         if run.writes:
             path = checkpoint.save_checkpoint(
                 run.folder / "checkpoints",
@@ -66,7 +59,6 @@ class Saving:
                 run.engine.scaler,
                 self.progress,
                 self.identity,
-                states,
                 keep=run.config.trainer.keep_checkpoints,
             )
             log.info("saved %s", path)

@@ -9,6 +9,7 @@ from vlmtune.data.images import open_image
 from vlmtune.data.records import Record
 from vlmtune.data.splits import Records
 from vlmtune.evaluation.evaluate import Evaluation, evaluate
+from vlmtune.launch import session
 from vlmtune.record.samples import Sample
 from vlmtune.training.journal import Journal
 from vlmtune.training.setup import Setup
@@ -41,6 +42,7 @@ class Scoring:
         """
         run, records = self.run, self.run.splits[split].records
         began = time.perf_counter()
+        session.seed_step(run.config.trainer.seed, run.engine, self.journal.progress.step)
         found = evaluate(
             run.model,
             run.encoder,

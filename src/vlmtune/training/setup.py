@@ -46,6 +46,5 @@ def ready(model: Any, optimizer: Any, trainer: TrainerConfig, engine: Engine) ->
     training does.
     """
     prepared, optimizer = session.prepared(model, optimizer, engine, same_buffers=not saved_buffers(model))
-    session.own_dropout(trainer.seed, engine)
     session.use_tf32(trainer, engine)
     return prepared, optimizer
