@@ -44,12 +44,11 @@ real, ready = loop.fit, []
 
 def noting(model, *rest, **options):
     parameters = b"".join(p.detach().numpy().tobytes() for p in model.parameters())
-    own = torch.Generator()
-    own.set_state(torch.get_rng_state())
+    options["hooks"].before_step(5)
     group = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
     ready.append({
         "weights": hashlib.sha256(parameters).hexdigest(),
-        "draws": torch.rand(4, generator=own).tolist(),
+        "draws": torch.rand(4).tolist(),
         "sends buffers": model.broadcast_buffers,
         "hours": group.options._timeout.total_seconds() / 3600,
     })
