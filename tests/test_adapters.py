@@ -17,8 +17,9 @@ from grids import thinned
 from vlmtune.batching.inputs import model_inputs
 from vlmtune.batching.layout import padded
 from vlmtune.errors import CheckpointError, ConfigError
-from vlmtune.models.adapters import adapt, load_adapter, set_total_steps
+from vlmtune.models.adapters import adapt, set_total_steps
 from vlmtune.models.parts import find_parts
+from vlmtune.models.saved_adapter import load_adapter
 from vlmtune.training.model_folder import save_model
 
 # PEFT 0.19 still asks transformers 5 for the property's old name

@@ -137,7 +137,8 @@ def change(config: Config, key: str, value: Any) -> None:
     """Set one key by its dotted name."""
     *groups, name = key.split(".")
     owner: Any = functools.reduce(getattr, groups, config)
-    value = tiny.method(value) if key in ("adapter", "quantization") else value
+    if key in ("adapter", "quantization"):
+        value = tiny.adapter_method(value) if key == "adapter" else tiny.method(value)
     if isinstance(owner, MethodConfig) and not hasattr(owner, name):
         owner = owner.fields
     if isinstance(owner, dict):

@@ -202,7 +202,7 @@ def test_a_script_answers_without_a_traceback(run: Path, tmp_path: Path) -> None
     ],
 )
 def test_an_adapter_folder_runs_no_code(tmp_path: Path, trap: Path, files: dict[str, str], expected: str) -> None:
-    from vlmtune.models.adapters import load_adapter
+    from vlmtune.models.saved_adapter import load_adapter
 
     for name, content in files.items():
         (tmp_path / name).write_text(content)

@@ -32,7 +32,7 @@ FOLDER = Path("runs/mine/checkpoints/step_000004")
 
 
 def a_config(**model: Any) -> Config:
-    return tiny.config("weights", adapter=tiny.LORA, quantization=tiny.QUANTIZED["nf4"], model=model)
+    return tiny.config("weights", adapter=tiny.LORA, quantization=tiny.QUANTIZED["nf4"], model=model, max_steps=None)
 
 
 def identity(**keys: Any) -> dict[str, Any]:
@@ -64,8 +64,7 @@ def test_another_value_of_what_the_run_is_gets_refused(key: str) -> None:
     with pytest.raises(CheckpointError) as caught:
         changes(FOLDER, was, now, 4)
     assert f"{key} was {was['config'][key]}, now another" in str(caught.value)
-    assert "a new hydra.run.dir" in str(caught.value)
-    assert "model.path=runs/mine/model" in str(caught.value)
+    assert "adapter.from=runs/mine" in str(caught.value)
 
 
 @pytest.mark.parametrize("key", [key for key in KEYS if rule_of(key) in (Rule.NEXT_STEP, Rule.RECORDED)])

@@ -23,6 +23,7 @@ from torch import nn
 
 from vlmtune import run
 from vlmtune.config.schema import (
+    AdapterConfig,
     Config,
     DataConfig,
     GenerationConfig,
@@ -318,6 +319,12 @@ def method(keys: dict[str, Any]) -> MethodConfig:
     return MethodConfig(keys.get("method"), list(keys.get("parts", ["language"])), rest)
 
 
+def adapter_method(keys: dict[str, Any]) -> AdapterConfig:
+    """`adapter` from its keys as YAML has them."""
+    own = {key: value for key, value in keys.items() if key != "from"}
+    return AdapterConfig(**vars(method(own)), from_=keys.get("from"))
+
+
 def config(
     path: Path | str | None,
     *,
@@ -333,7 +340,7 @@ def config(
     steps |= {"eval_every": None, "save_every": None, **trainer}
     return Config(
         ModelConfig(path=None if path is None else str(path), **(model or {})),
-        method(adapter or {}),
+        adapter_method(adapter or {}),
         method(quantization or {}),
         TrainerConfig(**steps),
         DataConfig(),

@@ -33,7 +33,7 @@ def job(composed: Any, world: World) -> int:
 
     from vlmtune.config.strict import strict
 
-    config = strict(compose.with_resume(composed, overrides_given("train")))
+    config = strict(compose.of_run(composed, overrides_given("train")))
     folder = Path(HydraConfig.get().runtime.output_dir) if HydraConfig.initialized() else Path()
     if (count := processes.to_start(config.backend, world)) > 1:
         place = f"hydra.run.dir={paths.quoted(str(folder.absolute()))}"

@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vlmtune.commands import PACKAGE, typed
 from vlmtune.config import paths, saved
+from vlmtune.config.adapter_source import with_source
 from vlmtune.config.paths import files_of
 from vlmtune.config.schema import AUTO, SCHEMA, Config, defaults, home
 from vlmtune.config.strict import strict, unreadable
@@ -114,8 +115,9 @@ def read(command: str, overrides: Sequence[str], *, multirun: bool = False) -> t
     if not multirun:
         problems += [_several(override.lstrip("+")) for override in usable if asks_for_several(override)]
     try:
-        composed = compose(command, [one_choice(override) for override in usable])
-        config = strict(with_resume(composed, usable))
+        chosen = [one_choice(override) for override in usable]
+        composed = compose(command, chosen)
+        config = strict(of_run(composed, chosen))
         problems += [MOVING_FOLDER] if config.resume == AUTO and not multirun and _moves(composed) else []
     except ConfigError as error:
         raise ConfigError([*problems, *error.problems]) from error
@@ -124,10 +126,14 @@ def read(command: str, overrides: Sequence[str], *, multirun: bool = False) -> t
     return config, composed
 
 
-def with_resume(composed: DictConfig, overrides: Sequence[str]) -> DictConfig:
-    """The values of a run: as composed, or those of the run that `resume` names with the overrides applied."""
+def of_run(composed: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """The values of a run: as composed, with the adapter that `adapter.from` names; or those of the run that `resume`
+    names, with the overrides applied.
+    """
     resumed = composed.get("resume")
-    return composed if resumed in (None, AUTO) else saved_config(resumed, overrides)
+    if resumed not in (None, AUTO):
+        return saved_config(resumed, overrides)
+    return with_source(composed, parse(overrides))
 
 
 MOVING_FOLDER = "resume=auto: the run needs the same folder at each start; add hydra.run.dir=FOLDER"

@@ -19,6 +19,7 @@ KEYS = (
     "data.image_name",
     "data.cache_folder",
     "model.path",
+    "adapter.from",
     "resume",
     "run",
     "output",

@@ -324,14 +324,21 @@ class MethodConfig:
 
 
 @dataclass
+class AdapterConfig(MethodConfig):
+    from_: str | None = None
+    """A run, or a folder that PEFT wrote, whose adapter this one starts from; `adapter.from` in YAML. Method, parts and
+    fields are then those of that adapter; other values are refused, but for a dropout."""
+
+
+@dataclass
 class Config:
     """One run."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     """The model to fine-tune."""
-    adapter: MethodConfig = field(default_factory=MethodConfig)
-    """`method`, a name in PEFT's registry or null for none; `parts` that it applies to; and the fields of its PEFT
-    config."""
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    """`method`, a name in PEFT's registry or null for none; `parts` that it applies to; `from`, an adapter to start
+    from; and the fields of its PEFT config."""
     quantization: MethodConfig = field(default_factory=MethodConfig)
     """`method`, a name in transformers' registry or null for none; `parts` to quantize; and the fields of its config
     class."""
@@ -393,7 +400,7 @@ SCHEMA = {f.name: f for f in dataclasses.fields(Config)}
 def nested_schema(spec: dataclasses.Field[Any]) -> type | None:
     """The config dataclass of a field, if it has one."""
     found = globals().get(str(spec.type))
-    ours = dataclasses.is_dataclass(found) and isinstance(found, type) and found is not MethodConfig
+    ours = dataclasses.is_dataclass(found) and isinstance(found, type) and not issubclass(found, MethodConfig)
     return found if ours else None
 
 
@@ -403,6 +410,8 @@ def plain(config: Any) -> dict[str, Any]:
     found = {name: plain(v) if dataclasses.is_dataclass(v) else copy.deepcopy(v) for name, v in values.items()}
     if isinstance(config, MethodConfig):
         found |= found.pop("fields")
+    if isinstance(config, AdapterConfig):
+        found["from"] = found.pop("from_")
     return found
 
 

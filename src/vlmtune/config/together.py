@@ -161,6 +161,8 @@ def of_adapter(config: Config) -> Iterator[str]:
     yield from _no_part("adapter.parts", config.adapter.parts)
     if config.resume and config.adapter.method == "adalora":
         yield "resume: not supported with AdaLoRA, which does not save part of its state"
+    if config.adapter.from_ and config.adapter.method == "adalora":
+        yield "adapter.from: not supported with AdaLoRA, whose ranks are final when its run ends"
     if config.uses_adapter:
         bits = {"bitsandbytes_4bit": 4, None: None}.get(config.quantization.method, 8)
         yield from peft_fields.problems(config.adapter, bits=bits)

@@ -1,22 +1,21 @@
-"""Put a PEFT adapter on the chosen parts. With `peft_fields` and `targets` the only module that imports peft."""
+"""Put a PEFT adapter on the chosen parts."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from vlmtune.config.peft_fields import quantized_problems
 from vlmtune.config.schema import Config, MethodConfig
-from vlmtune.errors import CheckpointError, ConfigError
+from vlmtune.errors import ConfigError
 from vlmtune.models.lora import in_one_step
 from vlmtune.models.parts import Parts, check_parts
 from vlmtune.models.peft_config import field_names, refusals
 from vlmtune.models.peft_config import peft_config as build_config
 from vlmtune.models.quantization import quantized_bits
 from vlmtune.models.rewrites import LORA, Fast
+from vlmtune.models.saved_adapter import check_base, check_source, source_of, start_from
 from vlmtune.models.targets import ALL_LINEAR, names_as_lists, narrow
 from vlmtune.packages import without_bitsandbytes
 
@@ -35,6 +34,9 @@ def adapt(model: Any, config: Config, parts: Parts) -> Any:
     method, scope = str(config.adapter.method), config.adapter.parts
     if found := quantized_problems(config.adapter, bits):
         raise ConfigError(found)
+    source = source_of(config)
+    if source is not None:
+        check_base(model, config, source)
     check_parts(model, parts, scope, "adapter.parts")
     on_cpu = next(model.parameters()).device.type == "cpu"
     if config.adapter.fields.get("use_dora") and bits == 8 and on_cpu:
@@ -51,6 +53,8 @@ def adapt(model: Any, config: Config, parts: Parts) -> Any:
     freeze_other_biases(adapted, parts, scope)
     if config.model.dtype != "bf16":
         train_in_full(adapted)
+    if source is not None:
+        start_from(adapted, source, parts, scope)
     check_saved(adapted)
     return with_lora_in_one_step(adapted, config.model.rewrites)
 
@@ -71,9 +75,12 @@ def _without_adapter(model: Any, config: Config, parts: Parts, bits: int | None)
 
 
 def check(config: Config) -> None:
-    """Raise ConfigError where PEFT refuses the values of `adapter`, before a model is loaded for them."""
+    """Raise ConfigError where PEFT refuses the values of `adapter`, and CheckpointError where the adapter to start from
+    can't be used, before a model is loaded for them.
+    """
     if config.uses_adapter:
         build_config(str(config.adapter.method), with_some_length(config.adapter))
+        check_source(config)
 
 
 def with_some_length(adapter: MethodConfig) -> dict[str, Any]:
@@ -173,45 +180,6 @@ def set_total_steps(model: Any, config: Config, steps: int) -> None:
     if allocator is not None and config.adapter.fields.get("total_step") is None:
         build_config("adalora", {**names_as_lists(config.adapter.fields), "total_step": steps})
         allocator.set_total_step(steps)
-
-
-@without_bitsandbytes()
-def load_adapter(model: Any, folder: Path) -> Any:
-    """The model with the adapter saved in `folder`.
-
-    Raises CheckpointError where a weight of the adapter finds no place in the model or the other way round: PEFT would
-    only warn, and leave a random adapter.
-    """
-    import warnings
-
-    from peft import PeftModel, get_peft_model_state_dict
-    from safetensors import safe_open
-
-    _refuse_code(folder)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*missing adapter keys.*")
-        try:
-            adapted = PeftModel.from_pretrained(model, folder)
-        except (Warning, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[-1].strip()
-            raise CheckpointError(f"{folder}: the adapter does not fit this model: {reason}") from error
-    with safe_open(Path(folder) / "adapter_model.safetensors", framework="pt") as file:
-        homeless = sorted(set(file.keys()) - set(get_peft_model_state_dict(adapted)))
-    if homeless:
-        raise CheckpointError(f"{folder}: the adapter does not fit this model: no place for {', '.join(homeless[:3])}")
-    return adapted
-
-
-def _refuse_code(folder: Path) -> None:
-    """PEFT would unpickle adapter_model.bin, and import the package that `megatron_core` names."""
-    if not (folder / "adapter_model.safetensors").is_file():
-        found = "; it has adapter_model.bin, which may carry code: save it again as safetensors"
-        raise CheckpointError(
-            f"{folder}: has no adapter_model.safetensors{found * (folder / 'adapter_model.bin').exists()}"
-        )
-    named = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("megatron_core")
-    if named not in (None, "megatron.core"):
-        raise CheckpointError(f"{folder}/adapter_config.json: megatron_core={named} would run code; remove that line")
 
 
 @without_bitsandbytes()

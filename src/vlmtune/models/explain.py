@@ -126,8 +126,7 @@ def adapter_error(path: str, base: str | None, run: str = "RUN") -> ModelError:
     return ModelError(
         f"model.path={path}: is an adapter{f' of {base}' if base else ''}, not a whole model. "
         f"To answer with it: {typed('predict')} run={run}. To train another one: model.path={whole}. "
-        "To train it further, merge it first: "
-        f"peft.PeftModel.from_pretrained(base, '{path}').merge_and_unload().save_pretrained('NEW')"
+        f"To train it further: model.path={whole} adapter.from={path}"
     )
 
 

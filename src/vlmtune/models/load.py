@@ -171,7 +171,8 @@ def load_trained(
 
     Raises CheckpointError where the run saved none.
     """
-    from vlmtune.models.adapters import load_adapter, with_lora_in_one_step
+    from vlmtune.models.adapters import with_lora_in_one_step
+    from vlmtune.models.saved_adapter import load_adapter
 
     saved = durable.existing(folder / "model")
     if not saved.is_dir():

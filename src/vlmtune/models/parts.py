@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from vlmtune.data import fingerprint
 from vlmtune.errors import ConfigError, ModelError
 
 INSIDE_TOWER = ("merger", "deepstack_merger_list")
@@ -72,6 +73,11 @@ def base_of(model: Any) -> Any:
     """The transformers model inside the wrapper of several ranks and a PEFT model, or the model itself."""
     model = getattr(model, "module", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def base_files(model: Any, path: str) -> str:
+    """What identifies the weights of the base model that was opened from `path`: a folder or the id of a hub."""
+    return fingerprint.model_files(path, getattr(base_of(model).config, "_commit_hash", None))
 
 
 def count(parameter: nn.Parameter) -> int:

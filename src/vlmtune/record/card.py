@@ -106,6 +106,7 @@ def _trained(config: Config) -> Pairs:
     if config.uses_adapter:
         what = [("adapter", shown(config.adapter.method)), ("parts", shown(config.adapter.parts))]
         what += [(name, shown(value)) for name, value in config.adapter.fields.items() if value is not None]
+        what += [("started from the adapter of", shown(config.adapter.from_))] if config.adapter.from_ else []
     else:
         what = [("weights", "all" if not config.model.freeze else f"all but {shown(config.model.freeze)}")]
     if config.is_quantized:

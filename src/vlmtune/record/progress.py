@@ -12,6 +12,8 @@ class Progress:
 
     step: int = 0
     """Optimizer steps done."""
+    first_total: int | None = None
+    """Optimizer steps in all when the run started: a resumed run may have more."""
     examples: int = 0
     """Rows trained on, over all ranks."""
     tokens: int = 0

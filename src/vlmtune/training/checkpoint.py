@@ -183,7 +183,8 @@ def _read_state(folder: Path) -> tuple[dict[str, Any], Progress]:
         if strange := state["progress"].keys() - {field.name for field in dataclasses.fields(Progress)}:
             raise ValueError(f"its progress has the unknown key {min(strange)!r}")
         progress = Progress(**state["progress"])
-        numbers = (progress.step, progress.examples, progress.tokens, progress.seconds, progress.skipped)
+        counts = (progress.step, progress.first_total or 0, progress.examples, progress.tokens, progress.skipped)
+        numbers = (*counts, progress.seconds)
         if not all(isinstance(number, int | float) for number in numbers):
             raise ValueError("its progress has a value that is not a number")
     except (OSError, ValueError, KeyError) as error:
@@ -222,7 +223,9 @@ def load_checkpoint(
     be a continuation of that one.
     """
     state, progress = _read_state(folder)
-    progress.changes += resume.changes(folder, state["identity"], identity, progress.step)
+    was = state["identity"]
+    progress.changes += resume.changes(folder, was, identity, progress.step, since_best=progress.since_best)
+    progress.first_total = progress.first_total or was.get("steps in all")  # an older version did not note it
     load_weights(folder, model)
     _load_optimizer(folder, optimizer, state["optimizer"])
     if scaler is not None and "scaler" in state:

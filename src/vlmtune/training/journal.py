@@ -12,6 +12,7 @@ from vlmtune import display
 from vlmtune.config.schema import plain
 from vlmtune.data import bad_rows
 from vlmtune.launch import signals
+from vlmtune.models.parts import base_files
 from vlmtune.record import environment, runfolder, tracking
 from vlmtune.record.metrics_file import MetricsFile
 from vlmtune.record.progress import Progress
@@ -57,6 +58,7 @@ class Journal:
             log.warning("skipped %d bad rows: %s", len(bad), folder / "quarantine.csv")
         described = environment.describe(run.config.trainer.seed, run.loader.fingerprint, run.processor)
         described |= {"image_fingerprint": run.loader.image_fingerprint, "changes": self.progress.changes}
+        described["base_model"] = base_files(run.model, str(run.config.model.path))
         runfolder.write_json(folder / "environment.json", described)
 
     @contextmanager

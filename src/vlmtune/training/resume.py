@@ -128,8 +128,6 @@ WAYS_OUT = {
     "image content": "the images differ from those that the run was trained on",
     "seed": "set trainer.seed back to its earlier value",
     "share_prefix": "set trainer.share_prefix back to its earlier value (True is on, False off)",
-    "steps in all": "the learning rate schedule ends at the last step, so the length of a run can't change unless "
-    "trainer.scheduler.name=constant",
     "model files": "the base model is a different one; set model.path and model.revision to the one that was trained",
     "compute type": "set trainer.precision back to its earlier value (no: fp32), on a device that supports it",
 }
@@ -167,31 +165,33 @@ def rule_of(key: str) -> Rule:
     return RULES[key] if key in RULES or "." not in key else rule_of(key.rpartition(".")[0])
 
 
-def changes(folder: Path, was: Mapping[str, Any], now: Mapping[str, Any], step: int) -> list[dict[str, Any]]:
+def changes(
+    folder: Path, was: Mapping[str, Any], now: Mapping[str, Any], step: int, *, since_best: int = 0
+) -> list[dict[str, Any]]:
     """What a run changes that resumes from the checkpoint `folder` at `step`; the changes are logged.
 
-    `was`, `now`: identities. Raises CheckpointError with all differences that would make it a different run.
+    `was`, `now`: identities. `since_best`: evaluations since the best one. Raises CheckpointError with all differences
+    that would make it a different run.
     """
     found, problems = [], []
     if missing := sorted(now.keys() - was.keys()):
         log.warning("%s: written by an older version; not compared: %s", folder, ", ".join(missing))
     for name, before, value in _differences(was, now):
-        if _may_change(name, now):
-            found.append({"step": step, "key": name, "was": before, "now": value})
+        length = _of_length(before, value, now, step, since_best) if name == "steps in all" else None
+        way = WAYS_OUT.get(name, "this would be a different run").format(was=before)
+        if reason := length if name in ("processes", "steps in all") else way:
+            problems.append(f"{name} was {before}, now {value}: {reason}")
         else:
-            way = WAYS_OUT.get(name, "this would be a different run").format(was=before)
-            problems.append(f"{name} was {before}, now {value}: {way}")
-    done = step >= now.get("steps in all", step + 1)
+            found.append({"step": step, "key": name, "was": before, "now": value})
     for key, before, value in _different_keys(was, now):
-        if rule_of(key) is Rule.FIXED:
-            problems.append(f"{key} was {before}, now {value}: it can't change on resume")
-        elif rule_of(key) is Rule.NEXT_STEP and done:
-            problems.append(f"{key} was {before}, now {value}: all {step} steps are done, so it would change nothing")
+        if reason := _of_key(key, now, step):
+            problems.append(f"{key} was {before}, now {value}: {reason}")
         elif rule_of(key) is not Rule.FREE:
             found.append({"step": step, "key": key, "was": before, "now": value})
     if problems:
-        model = folder.parent.parent / "model"
-        problems[-1] += f". For a different run choose a new hydra.run.dir; model.path={model} starts from this model"
+        adapter = now.get("config", {}).get("adapter.method") is not None
+        start = started_from(folder.parent.parent, adapter)
+        problems[-1] += f". For a different run choose a new hydra.run.dir; {start} starts it from this one's model"
         raise CheckpointError([f"{folder}: {problem}" for problem in problems])
     for change in found:
         log.info("changed on resume: %s %s -> %s", change["key"], change["was"], change["now"])
@@ -220,18 +220,49 @@ def _different_keys(was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[
             yield key, before.get(key), after.get(key)
 
 
-def _may_change(name: str, now: Mapping[str, Any]) -> bool:
-    constant = now.get("config", {}).get("trainer.scheduler.name") == "constant"
-    return name == "processes" or (name == "steps in all" and constant)
+def _of_key(key: str, now: Mapping[str, Any], step: int) -> str | None:
+    """Why a key can't have another value now, after `step`; None where it can."""
+    if key == "trainer.epochs" and (most := now["config"]["trainer.max_steps"]) is not None:
+        return f"trainer.max_steps={most} overrides it; set that one, or set it to null"
+    if rule_of(key) is Rule.FIXED:
+        return "it can't change on resume"
+    if rule_of(key) is Rule.NEXT_STEP and step >= now.get("steps in all", step + 1):
+        return f"all {step} steps are done, so it would change nothing"
+    return None
+
+
+def _of_length(before: int, value: int, now: Mapping[str, Any], step: int, since_best: int) -> str | None:
+    """Why a run of `before` steps in all can't have `value` now, after `step`; None where it can."""
+    config = now.get("config", {})
+    schedule, patience = config.get("trainer.scheduler.name"), config.get("trainer.early_stopping_patience")
+    if value < step:
+        return f"{step} steps are done already; a smaller trainer.max_steps or trainer.epochs can't undo them"
+    if schedule != "constant":
+        return (
+            f"the {schedule} schedule is spread over all steps, so their number can't change. To go on at "
+            f"trainer.learning_rate={config.get('trainer.learning_rate')} add trainer.scheduler.name=constant"
+        )
+    if value > before and patience is not None and since_best >= patience:
+        return (
+            f"the run stopped early, since {since_best} evaluations in a row were not better. To go on add "
+            "trainer.early_stopping_patience=null, or a larger number"
+        )
+    return None
+
+
+def started_from(run: Path, adapter: bool) -> str:
+    """The keys of a new run that starts from the model of `run`: an adapter, or a whole model."""
+    return f"adapter.from={run}" if adapter else f"model=auto model.path={run / 'model'}"
 
 
 def nothing_saved(run: Path) -> str:
     """Why a run without a checkpoint can't be resumed, and what to do instead."""
     result = runfolder.read_result(run)
     if result is not None and result["status"] == "completed":
+        adapter = (run / "model" / "adapter_config.json").exists()
         return (
-            f"resume={run}: the run is complete and has no checkpoint to resume from; to train its model further, "
-            f"start a new run from it: model.path={run / 'model'}"
+            f"resume={run}: the run is complete and has no checkpoint to resume from. To train its model further, "
+            f"start a new run: {started_from(run, adapter)}"
         )
     return (
         f"resume={run}: has no checkpoint; it stopped before the first one was saved. Start it again with the same "

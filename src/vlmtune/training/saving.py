@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 
-from vlmtune.data import fingerprint
 from vlmtune.errors import CheckpointError
 from vlmtune.launch import session
-from vlmtune.models.parts import base_of
+from vlmtune.models.parts import base_files
 from vlmtune.record import runfolder
 from vlmtune.record.progress import Progress
 from vlmtune.training import checkpoint, resume
@@ -23,17 +22,16 @@ class Saving:
 
     def __init__(self, run: Setup, stopping: Stopping):
         self.run, self.stopping = run, stopping
-        commit = getattr(base_of(run.model).config, "_commit_hash", None)
-        files = fingerprint.model_files(str(run.config.model.path), commit)
+        files = base_files(run.model, str(run.config.model.path))
         self.identity = resume.identity(run.config, run.loader, run.engine, files)
-        self.progress = self._resumed() if run.config.resume else Progress()
+        self.progress = self._resumed() if run.config.resume else Progress(first_total=run.loader.total_steps)
 
     def _resumed(self) -> Progress:
         """Restore the newest checkpoint; returns its progress."""
         run, engine = self.run, self.run.engine
         found = session.decided_by_first(lambda: checkpoint.newest(run.folder), engine)
         progress = checkpoint.load_checkpoint(found, run.model, run.optimizer, engine.scaler, self.identity)
-        run.scheduler.go_to(progress.step)
+        run.scheduler.resume(progress.step, progress.first_total or run.loader.total_steps)
         if run.writes:  # from here on the folder is this run's
             checkpoint.set_aside(found)
             runfolder.write_config(run.folder / "config.yaml", run.config)

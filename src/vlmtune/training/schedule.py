@@ -10,16 +10,17 @@ from vlmtune.config.schema import TrainerConfig
 
 
 class Schedule:
-    """Sets the learning rate of each step: linear warmup, then the chosen shape down to 0 at `total_steps`.
+    """Sets the learning rate of each step: linear warmup, then the chosen shape, a decay down to 0 at `total_steps`.
 
-    Its only state is the number of completed steps, so a resumed run needs only that number.
+    Its only state is the number of completed steps, and the length of the warmup if the run has got longer since its
+    start.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, trainer: TrainerConfig, total_steps: int):
         self.optimizer, self.name, self.total_steps = optimizer, trainer.scheduler.name, total_steps
-        self.warmup_steps = round(trainer.scheduler.warmup_fraction * total_steps)
+        self.warmup_fraction = trainer.scheduler.warmup_fraction
         self.peaks = [float(group["lr"]) for group in optimizer.param_groups]
-        self.go_to(0)
+        self.resume(0, total_steps)
 
     def factor(self, done: int) -> float:
         """The factor on the peak learning rates in the step after `done` completed steps."""
@@ -31,6 +32,13 @@ class Schedule:
         if self.name == "linear":
             return max(0.0, left / all_left)
         return max(0.0, 0.5 * (1.0 + math.cos(math.pi * ((done - self.warmup_steps) / all_left))))
+
+    def resume(self, done: int, first_total: int) -> None:
+        """Go on after `done` completed steps. `first_total`: steps in all when the run started: its warmup is a
+        fraction of these, and stays as it was if the run gets longer.
+        """
+        self.warmup_steps = round(self.warmup_fraction * first_total)
+        self.go_to(done)
 
     def go_to(self, done: int) -> None:
         """Set the learning rates for the step after `done` completed steps."""
