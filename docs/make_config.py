@@ -113,15 +113,17 @@ def written(value: Any) -> str:
 
 
 def open_group(name: str) -> str:
-    """adapter or quantization: two keys of ours, and the options with their defaults."""
+    """adapter or quantization: the keys of ours, and the options with their defaults."""
     composed = compose.compose("train", [])[name]
-    two = [
+    ours = [
         ("`method`", "the name in the package's own registry; null: none"),
         ("`parts`", f"the parts it goes on: {', '.join(config.PARTS)}"),
     ]
+    if name == "adapter":
+        ours.append(("`from`", sentences(config.AdapterConfig)["from_"]))
     options = ", ".join(f"`{option}`" for option in compose.groups()[name])
     default = ", ".join(f"`{key}={written(value)}`" for key, value in composed.items())
-    text = "\n".join(f"- {key}: {meaning}" for key, meaning in two)
+    text = "\n".join(f"- {key}: {meaning}" for key, meaning in ours)
     return f"## {name}\n\n{text}\n- {OPEN[name]}\n\nOptions: {options}. By default {default}.\n"
 
 

@@ -105,7 +105,7 @@ def make_targets() -> set[str]:
 def check_overrides(command: str, words: list[str]) -> None:
     """Read the config that a script would be given, with a run folder in place of the one that the command names."""
     for word in words:
-        if word.startswith(("run=", "resume=")):
+        if word.startswith(("run=", "resume=", "adapter.from=")):
             write_run(Path(word.split("=", 1)[1]))
     overrides = [word for word in words if word != "-m"]
     if command == "train":
@@ -116,7 +116,8 @@ def check_overrides(command: str, words: list[str]) -> None:
 
 def write_run(folder: Path) -> None:
     found, _ = compose.read("train", [])
-    folder.mkdir(parents=True)
+    (folder / "model").mkdir(parents=True)
+    (folder / "model" / "adapter_config.json").touch()
     (folder / "config.yaml").write_text(yaml.safe_dump(config.plain(found)))
 
 
@@ -161,7 +162,7 @@ def key_exists(key: str) -> bool:
     group, *rest = key.split(".")
     if group in config.OPEN_GROUPS:
         known = {field for fields in known_fields.known(group).values() for field in fields}
-        return rest[0] in known | {"method", "parts"}
+        return rest[0] in known | {"method", "parts", *(["from"] if group == "adapter" else [])}
     schema = config.nested_schema(config.SCHEMA[group])
     for name in rest:
         field = next((f for f in dataclasses.fields(schema) if f.name == name), None) if schema else None

@@ -73,7 +73,7 @@ def test_an_adapter_is_no_model(model_of: Any, encoder_of: Any, tmp_path: Path, 
     base = json.loads((tmp_path / "model" / "adapter_config.json").read_text())["base_model_name_or_path"]
     assert f"is an adapter of {base}, not a whole model" in text
     assert f"model.path={base}" in text
-    assert "merge_and_unload" in text
+    assert f"To train it further: model.path={base} adapter.from={tmp_path}" in text
     assert "To answer with it: vlmtune predict run=" in text
 
 

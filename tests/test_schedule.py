@@ -50,6 +50,14 @@ def test_each_learning_rate_is_that_of_transformers_to_the_bit(name: str, warmup
         wanted.step()
 
 
+def test_the_warmup_keeps_its_length_if_the_run_gets_longer() -> None:
+    made = schedule("constant", 0.5, peak=1.0, steps=20)
+    made.resume(3, 8)
+    assert made.get_last_lr() == [0.75]
+    made.step()
+    assert made.get_last_lr() == [1.0]
+
+
 @pytest.mark.parametrize("name", ["cosine", "linear", "constant"])
 def test_the_learning_rate_of_a_step_does_not_depend_on_how_it_was_reached(name: str) -> None:
     straight = schedule(name, 0.3, peak=0.3, steps=10)

@@ -35,7 +35,7 @@ def with_source(composed: DictConfig, overrides: Sequence[Any]) -> DictConfig:
     folder = Path(str(place)).expanduser().absolute()
     own = described(folder_of(folder))
     problems, kept = [], {}
-    for key, (value, words) in _asked(overrides).items():
+    for key, (value, words) in _asked(overrides, own).items():
         free = "dropout" in key or (key == "parts" and "parts" not in own)
         if free and words == f"adapter.{key}":
             kept[key] = value
@@ -49,12 +49,16 @@ def with_source(composed: DictConfig, overrides: Sequence[Any]) -> DictConfig:
     return changed
 
 
-def _asked(overrides: Sequence[Any]) -> dict[str, tuple[Any, str]]:
-    """Each key of `adapter` that the command sets, by itself or with an option: its value, and how to name it."""
+def _asked(overrides: Sequence[Any], own: dict[str, Any]) -> dict[str, tuple[Any, str]]:
+    """Each key of `adapter` that the command sets, by itself or with an option: its value, and how to name it.
+
+    An option leaves the fields that only `own` sets as PEFT has them.
+    """
     found: dict[str, tuple[Any, str]] = {}
     for name in [str(o.value()) for o in overrides if o.key_or_group == "adapter"]:
         option: Any = OmegaConf.to_container(OmegaConf.load(home() / "conf" / "adapter" / f"{name}.yaml"))
-        found |= {key: (value, f"adapter={name} sets adapter.{key}") for key, value in option.items()}
+        keys = [key for key in {**option, **own} if key != "parts"]
+        found |= {key: (option.get(key), f"adapter={name} sets adapter.{key}") for key in keys}
     single = {o.key_or_group: o.value() for o in overrides if o.key_or_group.startswith("adapter.")}
     found |= {key.removeprefix("adapter."): (value, key) for key, value in single.items() if key != "adapter.from"}
     return found

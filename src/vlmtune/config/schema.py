@@ -88,7 +88,8 @@ class SchedulerConfig:
     name: str = one_of("cosine", "linear", "constant")
     """Learning rate schedule after the warmup."""
     warmup_fraction: float = number(0.03, least=0, most=1)
-    """Fraction of all optimizer steps during which the learning rate rises from 0."""
+    """Fraction of all optimizer steps during which the learning rate rises from 0. A run keeps its warmup if it is
+    resumed with more steps."""
 
 
 @dataclass
@@ -326,8 +327,8 @@ class MethodConfig:
 @dataclass
 class AdapterConfig(MethodConfig):
     from_: str | None = None
-    """A run, or a folder that PEFT wrote, whose adapter this one starts from; `adapter.from` in YAML. Method, parts and
-    fields are then those of that adapter; other values are refused, but for a dropout."""
+    """a run, or a folder that PEFT wrote, whose adapter this run starts from, with its method, parts and fields; other
+    values are refused, except a dropout"""
 
 
 @dataclass
