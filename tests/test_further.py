@@ -94,6 +94,7 @@ def cut_back(run: Path, step: int) -> None:
 # ---------------------------------------------------------------- more epochs
 
 
+@pytest.mark.slow
 def test_more_epochs_are_those_of_a_run_that_had_them_from_its_start(overrides: Overrides, folder: Path) -> None:
     """Bit for bit: extended when it was complete, and killed and resumed on its way. Its warmup keeps its three steps,
     which are a third of the straight run's.
@@ -123,6 +124,7 @@ def test_more_epochs_are_those_of_a_run_that_had_them_from_its_start(overrides: 
     assert yaml.safe_load((run / "config.yaml").read_text())["trainer"]["epochs"] == 3
 
 
+@pytest.mark.slow
 def test_a_schedule_that_is_spread_over_all_steps_says_how_to_go_on(overrides: Overrides, folder: Path) -> None:
     run = folder / "decayed"
     vlmtune.train(overrides("decayed", "trainer.epochs=1"))
@@ -135,6 +137,7 @@ def test_a_schedule_that_is_spread_over_all_steps_says_how_to_go_on(overrides: O
     assert [row["train/learning_rate"] for row in logged(run, "train/loss")][3:] == [1e-2] * 3
 
 
+@pytest.mark.slow
 def test_a_run_that_is_to_end_before_the_step_it_has_reached_is_refused(overrides: Overrides, folder: Path) -> None:
     run = folder / "shorter"
     vlmtune.train(overrides("shorter", CONSTANT, "trainer.epochs=2", "trainer.save_every=2"))
@@ -148,6 +151,7 @@ def test_a_run_that_is_to_end_before_the_step_it_has_reached_is_refused(override
         vlmtune.train([f"resume={run}", "trainer.epochs=9"])
 
 
+@pytest.mark.slow
 def test_a_run_that_stopped_early_says_how_to_go_on(overrides: Overrides, folder: Path) -> None:
     run = folder / "early"
     early = ("trainer.best_metric=eval/loss", "trainer.early_stopping_patience=1", "trainer.eval_every=1")
@@ -157,16 +161,6 @@ def test_a_run_that_stopped_early_says_how_to_go_on(overrides: Overrides, folder
         vlmtune.train([f"resume={run}", "trainer.epochs=5"])
     went_on = vlmtune.train([f"resume={run}", "trainer.epochs=5", "trainer.early_stopping_patience=null"])
     assert went_on["steps"] == 15
-
-
-def test_a_complete_run_without_checkpoints_names_the_way(overrides: Overrides, folder: Path) -> None:
-    vlmtune.train(overrides("bare", "trainer.max_steps=1", "trainer.save_every=null"))
-    with pytest.raises(CheckpointError, match=rf"start a new run: adapter\.from={folder / 'bare'}$"):
-        vlmtune.train([f"resume={folder / 'bare'}", "trainer.max_steps=2"])
-    vlmtune.train(overrides("whole", "adapter=none", "trainer.max_steps=1", "trainer.save_every=null"))
-    whole = folder / "whole"
-    with pytest.raises(CheckpointError, match=rf"start a new run: model=auto model\.path={whole / 'model'}$"):
-        vlmtune.train([f"resume={whole}", "trainer.max_steps=2"])
 
 
 # ---------------------------------------------------------------- another run's adapter

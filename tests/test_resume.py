@@ -103,6 +103,28 @@ def test_other_steps_in_all_need_a_constant_learning_rate() -> None:
     assert named == ["steps in all", "trainer.epochs", "trainer.scheduler.name"]
 
 
+def test_a_run_that_stopped_early_does_not_go_on_unasked() -> None:
+    early = {"trainer__scheduler__name": "constant", "trainer__early_stopping_patience": 2}
+    was, longer = identity(**early), identity(**early, trainer__epochs=2.0) | {"steps in all": 18}
+    with pytest.raises(CheckpointError, match=r"2 evaluations in a row.*add trainer\.early_stopping_patience=null"):
+        changes(FOLDER, was, longer, 4, since_best=2)
+    assert changes(FOLDER, was, longer, 4, since_best=1)
+    longer["config"]["trainer.early_stopping_patience"] = None
+    assert changes(FOLDER, was, longer, 4, since_best=2)
+
+
+def test_a_run_can_end_at_the_step_it_has_reached_but_not_before() -> None:
+    constant = identity(trainer__scheduler__name="constant")
+    with pytest.raises(CheckpointError, match="steps in all was 9, now 3: 4 steps are done already"):
+        changes(FOLDER, constant, constant | {"steps in all": 3}, 4)
+    assert changes(FOLDER, constant, constant | {"steps in all": 4}, 4)
+
+
+def test_epochs_that_max_steps_overrides_are_refused() -> None:
+    with pytest.raises(CheckpointError, match=r"trainer\.epochs was 1\.0, now 2\.0: trainer\.max_steps=9 overrides it"):
+        changes(FOLDER, identity(trainer__max_steps=9), identity(trainer__max_steps=9, trainer__epochs=2.0), 4)
+
+
 def test_what_would_change_nothing_any_more_is_refused() -> None:
     with pytest.raises(CheckpointError, match=r"learning_rate.*all 9 steps are done"):
         changes(FOLDER, identity(), identity(trainer__learning_rate=1.0), 9)
@@ -377,11 +399,21 @@ def test_the_base_of_a_failed_start_is_not_taken_over(tmp_path: Path) -> None:
     assert not (run / "base").exists()
 
 
-@pytest.mark.parametrize(("status", "way"), [("completed", "model.path="), ("failed", "hydra.run.dir=")])
-def test_a_run_without_a_checkpoint_says_what_to_do_instead(tmp_path: Path, status: str, way: str) -> None:
+@pytest.mark.parametrize(
+    ("status", "model", "way"),
+    [
+        ("completed", "config.json", "start a new run: model=auto model.path={run}/model"),
+        ("completed", "adapter_config.json", "start a new run: adapter.from={run}"),
+        ("failed", "config.json", "hydra.run.dir={run}"),
+    ],
+)
+def test_a_run_without_a_checkpoint_says_what_to_do_instead(tmp_path: Path, status: str, model: str, way: str) -> None:
     (tmp_path / "result.json").write_text(f'{{"status": "{status}"}}')
-    with pytest.raises(CheckpointError, match=way):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / model).touch()
+    with pytest.raises(CheckpointError) as caught:
         checkpoint.newest(tmp_path)
+    assert str(caught.value).endswith(way.format(run=tmp_path))
 
 
 def test_a_start_killed_in_its_first_save_can_be_started_again(overrides: Overrides, tmp_path: Path) -> None:
