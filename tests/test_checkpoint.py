@@ -29,7 +29,7 @@ from vlmtune.training import checkpoint
 from vlmtune.training.checkpoint import all_checkpoints, load_checkpoint, load_weights, save_checkpoint, whole
 from vlmtune.training.model_folder import save_model
 
-PROGRESS = Progress(step=3, examples=24, tokens=999, skipped=1, best=0.5, best_step=2, since_best=1)
+PROGRESS = Progress(step=3, first_total=9, examples=24, tokens=999, skipped=1, best=0.5, best_step=2, since_best=1)
 DROPOUT = {**tiny.LORA, "lora_dropout": 0.1}
 
 

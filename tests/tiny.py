@@ -392,4 +392,5 @@ class Run(Setup):
 
 def assemble(config: Config, rows: Sequence[Record]) -> Run:
     """Build everything that training `rows` under `config` needs."""
-    return Run(**vars(run.build(config, {"train": Split(RecordList(rows))}, None)))
+    made = run.build(config, {"train": Split(RecordList(rows))}, None)
+    return Run(**vars(made), progress=Progress(first_total=made.loader.total_steps))

@@ -327,8 +327,8 @@ class MethodConfig:
 @dataclass
 class AdapterConfig(MethodConfig):
     from_: str | None = None
-    """a run, or a folder that PEFT wrote, whose adapter this run starts from, with its method, parts and fields; other
-    values are refused, except a dropout"""
+    """A run, or a folder that PEFT wrote, whose adapter this run starts from, with its method, parts and fields; other
+    values are refused, except a dropout."""
 
 
 @dataclass
