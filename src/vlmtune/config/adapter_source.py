@@ -97,9 +97,8 @@ def described(folder: Path) -> dict[str, Any]:
         config = saved.read(run)
         if problems := unreadable(config):
             raise CheckpointError([f"{run}: {problem}" for problem in problems])
-        own: Any = OmegaConf.to_container(config.adapter)
-        own.pop("from", None)
-        return own
+        own: Any = OmegaConf.to_container(config)
+        return {key: value for key, value in (own.get("adapter") or {}).items() if key != "from"}
     values = read_json(folder / CONFIG)
     fields = {k: v for k, v in values.items() if v not in (None, {}) and k not in NOT_FOR_USERS | WITHOUT_EFFECT}
     return literal({"method": str(values.get("peft_type")).lower(), **fields})

@@ -128,13 +128,16 @@ def _annotations(schema: type) -> dict[str, Any]:
 
 def _read_open(group: str, raw: dict[Any, Any], problems: list[str]) -> MethodConfig:
     """Check an `adapter` or `quantization` group against the config class that defines its method."""
-    ours = {"method", "parts", "from"} if group == "adapter" else {"method", "parts"}
-    fields = {str(key): value for key, value in raw.items() if key not in ours}
+    fields = {str(key): value for key, value in raw.items() if key not in ("method", "parts")}
+    source = fields.pop("from", None) if group == "adapter" else None
+    if not (source is None or _is_name(source)):
+        problems.append(f"adapter.from={source}: must be a folder")
     method, parts = raw.get("method"), raw.get("parts", ["language"])
     if not isinstance(parts, list):
         problems.append(f"{group}.parts={parts}: must be a list, for instance [language]")
     if method is None:
-        problems += [f"{group}.{key}: has no effect with {group}=none" for key in fields]
+        useless = [*fields] if source is None else [*fields, "from"]
+        problems += [f"{group}.{key}: has no effect with {group}=none" for key in useless]
         return AdapterConfig(None, parts) if group == "adapter" else MethodConfig(None, parts)
     methods = known_fields.methods(group, str(method), fields)
     if str(method) not in methods:
@@ -143,12 +146,9 @@ def _read_open(group: str, raw: dict[Any, Any], problems: list[str]) -> MethodCo
         allowed = methods[str(method)]
         wrong = [key for key in fields if key not in allowed]
         problems += [f"{group}.{key}: {method} has no such field; {_meant(key, allowed)}" for key in wrong]
-    if group != "adapter":
-        return MethodConfig(str(method), parts, fields)
-    source = raw.get("from")
-    if not (source is None or _is_name(source)):
-        problems.append(f"adapter.from={source}: must be a folder")
-    return AdapterConfig(str(method), parts, fields, source)
+    if group == "adapter":
+        return AdapterConfig(str(method), parts, fields, source)
+    return MethodConfig(str(method), parts, fields)
 
 
 def _meant(field: str, allowed: list[str]) -> str:

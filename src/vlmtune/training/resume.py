@@ -244,7 +244,7 @@ def _of_length(before: int, value: int, now: Mapping[str, Any], step: int, since
         )
     if value > before and patience is not None and since_best >= patience:
         return (
-            f"the run stopped early, since {since_best} evaluations in a row were not better. To go on add "
+            f"the run stopped early ({since_best} evaluations in a row without a better one). To go on add "
             "trainer.early_stopping_patience=null, or a larger number"
         )
     return None
