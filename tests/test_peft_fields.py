@@ -19,7 +19,7 @@ from grids import thinned
 from vlmtune.config import fields as known_fields
 from vlmtune.config import peft_fields
 from vlmtune.errors import ConfigError
-from vlmtune.models import adapters, peft_config
+from vlmtune.models import adapters, peft_config, saved_adapter
 from vlmtune.models.parts import find_parts
 from vlmtune.training.model_folder import save_model
 
@@ -241,7 +241,7 @@ def test_every_method_steps_and_is_saved_as_plain_peft(
 
 def check_saved(model: Any, model_of: Any, encoder_of: Any, batch: dict[str, torch.Tensor], folder: Path) -> None:
     save_model(model, encoder_of("qwen2_vl").processor, folder / "model")
-    again = adapters.load_adapter(model_of("qwen2_vl"), folder / "model").eval()
+    again = saved_adapter.load_adapter(model_of("qwen2_vl"), folder / "model").eval()
     with torch.no_grad():
         assert torch.equal(again(**batch).logits, model.eval()(**batch).logits)
 
