@@ -25,8 +25,8 @@ from vlmtune.models.load import load_trained
 from vlmtune.models.quantization import keep_trainable_on_cpu
 from vlmtune.prompt.encode import Encoder
 from vlmtune.record.progress import Progress
-from vlmtune.training import checkpoint
-from vlmtune.training.checkpoint import all_checkpoints, load_checkpoint, load_weights, save_checkpoint, whole
+from vlmtune.training import checkpoint, snapshot
+from vlmtune.training.checkpoint import all_checkpoints, load_checkpoint, load_weights, whole
 from vlmtune.training.model_folder import save_model
 
 PROGRESS = Progress(step=3, examples=24, tokens=999, skipped=1, best=0.5, best_step=2, since_best=1)
@@ -39,7 +39,8 @@ def folder(checkpoint_of: Callable[[str], Path]) -> Path:
 
 
 def save(run: tiny.Run, root: Path, *, keep: int = 2) -> Path:
-    return save_checkpoint(root, run.model, run.optimizer, None, run.progress, run.loader.identity, keep=keep)
+    taken = snapshot.take(run.model, run.optimizer, None, run.progress, run.loader.identity)
+    return checkpoint.write(root, taken, keep=keep)
 
 
 def resume(config: Config, rows: Any, at: Path) -> tiny.Run:
@@ -100,7 +101,7 @@ def test_8_bit_optimizer_state_comes_back(folder: Path, tmp_path: Path) -> None:
     run = tiny.assemble(config, tiny.records(8)).fit()
     again = resume(config, tiny.records(8), save(run, tmp_path))
     wanted, found = run.optimizer.state_dict()["state"], again.optimizer.state_dict()["state"]
-    saved, others = dict(checkpoint._leaves(wanted)), dict(checkpoint._leaves(found))
+    saved, others = dict(snapshot._leaves(wanted)), dict(snapshot._leaves(found))
     assert torch.uint8 in {v.dtype for v in saved.values() if torch.is_tensor(v)}, "some matrix is stored in 8 bits"
     assert saved.keys() == others.keys()
     for path, value in saved.items():

@@ -20,7 +20,8 @@ import torch
 from vlmtune import durable
 from vlmtune.errors import CheckpointError
 from vlmtune.record.progress import Progress
-from vlmtune.training.checkpoint import all_checkpoints, check, load_checkpoint, newest, save_checkpoint, set_aside
+from vlmtune.training import snapshot
+from vlmtune.training.checkpoint import all_checkpoints, check, load_checkpoint, newest, set_aside, write
 
 CALLS = ("mkdir", "rename", "replace", "fsync", "unlink", "rmdir", "open")
 """Of `os`: a kill falls in front of one of them."""
@@ -38,7 +39,8 @@ def small() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
 def save(root: Path, step: int, *, examples: int = 0, keep: int = 2) -> Path:
     model, optimizer = small()
     progress = Progress(step=step, examples=examples)
-    return save_checkpoint(root, model, optimizer, None, progress, {}, keep=keep)
+    taken = snapshot.take(model, optimizer, None, progress, {})
+    return write(root, taken, keep=keep)
 
 
 def load(folder: Path) -> Progress:

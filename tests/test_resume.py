@@ -24,8 +24,8 @@ from vlmtune.data import fingerprint
 from vlmtune.data.records import Record, Turn
 from vlmtune.errors import CheckpointError, ConfigError
 from vlmtune.launch import lock
-from vlmtune.training import checkpoint
-from vlmtune.training.checkpoint import load_checkpoint, save_checkpoint
+from vlmtune.training import checkpoint, snapshot
+from vlmtune.training.checkpoint import load_checkpoint
 from vlmtune.training.resume import RULES, Rule, changes, rule_of, values
 
 FOLDER = Path("runs/mine/checkpoints/step_000004")
@@ -154,7 +154,8 @@ def test_hyper_parameters_are_those_of_the_resumed_config(weights: Path, tmp_pat
         return tiny.assemble(config, tiny.records(8))
 
     first = run().fit(stop_after=2)
-    saved = save_checkpoint(tmp_path, first.model, first.optimizer, None, first.progress, {}, keep=1)
+    taken = snapshot.take(first.model, first.optimizer, None, first.progress, {})
+    saved = checkpoint.write(tmp_path, taken, keep=1)
     second = run(weight_decay=0.5, beta2=0.9)
     second.config.trainer.learning_rate = 7e-3
     load_checkpoint(saved, second.model, second.optimizer, None, {})

@@ -65,6 +65,7 @@ class Finish:
                 final = self.best.evaluate()
         if self.stopping.signal is not None or trainer.save_every:
             self.saving.save()
+            self.saving.wait()
         return None if self.stopping.signal is None and self.saving.restore_best() else final
 
     def _score(self, final: Evaluation | None) -> tuple[dict[str, float], Evaluation | None]:
@@ -81,6 +82,7 @@ class Finish:
                 metrics |= {f"test/{name}": value for name, value in tested.metrics.items()}
         if self.stopping.signal is not None and not trainer.save_every and not trainer.best_metric:
             self.saving.save()  # for `resume=` to evaluate
+            self.saving.wait()
         return metrics, final
 
     def _write(self, result: dict[str, Any], final: Evaluation | None) -> None:
