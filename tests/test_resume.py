@@ -465,6 +465,24 @@ def test_another_run_is_no_restart(overrides: Overrides, tmp_path: Path) -> None
         vlmtune.train(overrides("resume=auto", "adapter.r=3", name="saved"))
 
 
+@pytest.mark.slow
+def test_a_run_with_damaged_checkpoints_alone_is_not_started_anew(overrides: Overrides, tmp_path: Path) -> None:
+    """It may be the work of days; the error says how it is started anew."""
+    run, words = tmp_path / "run", overrides("resume=auto")
+    vlmtune.train(words)
+    (run / "result.json").unlink()
+    for folder in checkpoint.all_checkpoints(run / "checkpoints"):
+        (folder / "model.safetensors").unlink()
+    own = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "train.log"}
+    named = r"delete .*checkpoints and start[\s\S]*step_000004[\s\S]*step_000002"
+    for _ in range(2):  # what a scheduler does
+        with pytest.raises(CheckpointError, match=named):
+            vlmtune.train(words)
+    assert {path: path.read_bytes() for path in own} == own
+    shutil.rmtree(run / "checkpoints")
+    assert vlmtune.train(words)["status"] == "completed"
+
+
 def test_a_folder_that_is_new_at_each_start_is_refused(overrides: Overrides) -> None:
     words = [word for word in overrides("resume=auto") if not word.startswith("hydra")]
     with pytest.raises(ConfigError, match="the same folder at each start"):

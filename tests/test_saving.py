@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -136,24 +136,41 @@ def test_a_failed_write_is_raised_by_whatever_comes_next(run: tiny.Run, disk: Di
         later()
 
 
+def ended_by_nan(run: tiny.Run, *, then: Callable[[], Any]) -> None:
+    """A run that fails while a checkpoint is being written; `then` comes before that."""
+    run.fit(stop_after=1)
+    with saving_of(run) as saving:
+        saving.save()
+        then()
+        raise NonFinite("loss nan")
+
+
 def test_another_error_waits_for_the_write(run: tiny.Run, disk: Disk, tmp_path: Path) -> None:
     """A checkpoint that was copied is worth having."""
-    run.fit(stop_after=1)
-    with pytest.raises(NonFinite), saving_of(run) as saving:
-        saving.save()
-        threading.Timer(0.1, disk.free.set).start()
-        raise NonFinite("loss nan")
+    with pytest.raises(NonFinite):
+        ended_by_nan(run, then=threading.Timer(0.1, disk.free.set).start)
     assert names(tmp_path) == ["step_000001"]
 
 
 def test_another_error_comes_first(run: tiny.Run, disk: Disk, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.WARNING, "vlmtune")
     disk.error = FULL
-    disk.free.set()
-    with pytest.raises(NonFinite), saving_of(run) as saving:
-        saving.save()
-        raise NonFinite("loss nan")
+    with pytest.raises(NonFinite):
+        ended_by_nan(run, then=disk.free.set)
     assert "the last checkpoint was not written: the disk is full" in caplog.text
+
+
+def test_a_damaged_best_one_leaves_the_last_weights(run: tiny.Run, caplog: pytest.LogCaptureFixture) -> None:
+    with saving_of(run) as saving:
+        run.fit(stop_after=1)
+        run.progress.best_step = 1
+        saving.save()
+        run.fit(stop_after=2)
+        saving.wait()
+        wanted = run.weights()
+        os.truncate(run.folder / "checkpoints" / "step_000001" / "model.safetensors", 99)
+        assert not saving.restore_best()
+    assert "can't use the best checkpoint, so the final model is that of the last step" in caplog.text
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in run.weights().items())
 
 
 # ---------------------------------------------------------------- whole runs

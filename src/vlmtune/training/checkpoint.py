@@ -69,7 +69,7 @@ def newest(run: Path) -> Path:
     known, problems = all_checkpoints(root), []
     for stray in sorted({*root.glob("step_*")} - {*known}):
         if not stray.name.endswith(DAMAGED):
-            log.warning("%s: does not have the name of a checkpoint; ignored", stray)
+            log.warning("%s: is no folder with the name of a checkpoint; ignored", stray)
     for folder in reversed(known):
         try:
             check(folder)
@@ -78,7 +78,10 @@ def newest(run: Path) -> Path:
             problems += error.problems
         else:
             return folder
-    raise CheckpointError([f"{run}: no usable checkpoint", *problems] if problems else resume.nothing_saved(run))
+    if not problems:
+        raise CheckpointError(resume.nothing_saved(run))
+    way = f"put a sound copy of one back, or delete {root} and start the same command again with resume=auto"
+    raise CheckpointError([f"{run}: no usable checkpoint: {way}", *problems])
 
 
 def set_aside(damaged_since: Path) -> None:
@@ -93,7 +96,7 @@ def set_aside(damaged_since: Path) -> None:
 
 def check(folder: Path) -> None:
     """Raise CheckpointError if a file of a checkpoint is missing or damaged, naming the file."""
-    durable.verify(folder)
+    durable.verify(folder, needed=("model.safetensors", "optimizer.safetensors", "state.json"))
     _read_state(folder)
     for name in ("model", "optimizer"):
         file = folder / f"{name}.safetensors"
@@ -130,7 +133,7 @@ def _read_state(folder: Path) -> tuple[dict[str, Any], Progress]:
         numbers = (progress.step, progress.examples, progress.tokens, progress.seconds, progress.skipped)
         if not all(isinstance(number, int | float) for number in numbers):
             raise ValueError("its progress has a value that is not a number")
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RecursionError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(f"{folder}: is not a checkpoint: state.json: {reason}") from error
     if progress.step != _step(folder):
