@@ -81,7 +81,7 @@ def test_what_is_written_is_the_step_that_was_copied(run: tiny.Run, disk: Disk, 
         disk.free.set()
     assert names(tmp_path) == ["step_000002"]
     found = checkpoint.load_checkpoint(
-        tmp_path / "checkpoints" / "step_000002", run.model, run.optimizer, None, saving.identity, 0
+        tmp_path / "checkpoints" / "step_000002", run.model, run.optimizer, None, saving.identity
     )
     assert (found.step, found.changes) == (2, [{"key": "before"}])
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in run.weights().items())
