@@ -86,18 +86,19 @@ class Finish:
         return metrics, final
 
     def _write(self, result: dict[str, Any], final: Evaluation | None) -> None:
+        """result.json comes last of the files: a run that is killed before that is gone on with, and has them all."""
         run, folder = self.run, self.run.folder
-        runfolder.write_json(folder / "result.json", result)
         with _optional("predictions.csv"):
             if final is not None:
                 metric, rows = run.config.task.metrics[0], run.splits["validation"]
                 runfolder.write_predictions(folder / "predictions.csv", rows, final, metric)
         with _optional("model/README.md"):
             card.write(folder, run.config, result, {name: len(split) for name, split in run.splits.items()})
+        with _optional("report.html"):
+            report.write(folder, result, self._image, self._texts)
+        runfolder.write_json(folder / "result.json", result)
         with _optional("the tracker's result"):
             self.journal.tracker.finish(result)
-        with _optional("report.html"):
-            report.write(folder, self._image, self._texts)
         if isinstance(cache := run.encoder.image_cache, PixelStore):
             log.info(cache.report())
         log.info(runfolder.closing_table(folder, result))
@@ -113,7 +114,7 @@ class Finish:
 
 @contextmanager
 def _optional(what: str) -> Iterator[None]:
-    """Turn a failure inside the context into a warning that `what` is missing: the result itself is already written."""
+    """Turn a failure inside the context into a warning that `what` is missing: the result itself is written anyway."""
     try:
         yield
     except Exception as error:
