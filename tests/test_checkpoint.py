@@ -6,6 +6,7 @@ import errno
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +74,36 @@ def resume(config: Config, rows: Any, at: Path) -> tiny.Run:
     ids=["lora", "accumulation", "8-bit optimizer", "nf4", "muon", "full", "bf16 weights", "bf16, 8-bit optimizer"],
 )
 def test_a_resumed_run_is_the_straight_one(folder: Path, tmp_path: Path, choice: dict[str, Any]) -> None:
+    assert_resumes(tiny.config(folder, max_steps=8, **choice), tmp_path)
+
+
+FREEZE = {"freeze": ["vision", "projector"]}
+
+
+@pytest.mark.parametrize(
+    ("weights", "features", "share", "size", "workers"),
+    thinned(
+        product(
+            [{"adapter": tiny.LORA}, {"adapter": DROPOUT}, {"model": FREEZE}],
+            ["memory", "off"],
+            ["on", "off"],
+            [{"batch_size": 4}, {"batch_tokens": 150}],
+            [0, 2],
+        ),
+        5,
+    ),
+)
+def test_a_resumed_run_is_the_straight_one_however_its_rows_come(
+    folder: Path, tmp_path: Path, weights: dict[str, Any], features: str, share: str, size: dict[str, int], workers: int
+) -> None:
+    config = tiny.config(folder, max_steps=8, share_prefix=share, num_workers=workers, **weights, **size)
+    config.data.cache_features = features
+    run = assert_resumes(config, tmp_path)
+    assert (run.encoder.image_cache is not None) == (features == "memory")
+
+
+def assert_resumes(config: Config, tmp_path: Path) -> tiny.Run:
     """Losses, weights and order, from the middle of the second epoch; dropout shows a lost random state."""
-    config = tiny.config(folder, max_steps=8, **choice)
     rows = tiny.records(14, per_image=2)
     straight = tiny.assemble(config, rows).fit()
 
@@ -87,6 +116,7 @@ def test_a_resumed_run_is_the_straight_one(folder: Path, tmp_path: Path, choice:
     wanted = straight.weights()
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in second.weights().items())
     assert [r.learning_rate for r in second.reports] == [r.learning_rate for r in straight.reports[5:]]
+    return second
 
 
 def test_loading_for_the_next_step_draws_no_random_number(folder: Path) -> None:
