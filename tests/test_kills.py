@@ -89,6 +89,49 @@ def test_ten_kills_lose_nothing_and_change_nothing(
     assert all(hits[name] for name in ("saving", "evaluating", "exporting")), hits
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_ranks_of_which_one_or_both_are_killed_end_as_those_that_were_not(
+    overrides: Callable[..., Any], tmp_path: Path, kind: str
+) -> None:
+    more = [*KINDS[kind], "backend=accelerate", "backend.num_processes=2", "trainer.rows_per_step=4"]
+    with started(overrides(tmp_path / "straight", *more)) as process:
+        assert process.wait() == 0
+    run = tmp_path / "run"
+    for step, killed in ((2, {0}), (4, {1}), (6, {0, 1})):
+        with started(overrides(run, *more)) as process:
+            while f"step_{step:06d}" not in [path.name for path in checkpoint.all_checkpoints(run / "checkpoints")]:
+                assert process.poll() is None
+                time.sleep(0.001)
+            for rank, pid in ranks_of(process.pid).items():
+                if rank in killed:
+                    os.kill(pid, signal.SIGKILL)
+            assert process.wait() != 0
+        assert_nothing_lost(run)
+    with started(overrides(run, *more)) as process:
+        assert process.wait() == 0
+    assert_equal(run, tmp_path / "straight")
+
+
+@contextmanager
+def started(words: list[str]) -> Iterator[subprocess.Popen[bytes]]:
+    program = [sys.executable, "src/train.py", *words]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    quiet = subprocess.DEVNULL
+    with subprocess.Popen(program, env=environment, start_new_session=True, stdout=quiet, stderr=quiet) as process:
+        try:
+            yield process
+        finally:
+            process.terminate()  # a SIGKILL would leave its ranks behind
+
+
+def ranks_of(launcher: int) -> dict[int, int]:
+    """The processes that a launcher started, by rank."""
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    found = {pid: Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in children}
+    return {int(word[5:]): int(pid) for pid, own in found.items() for word in own if word.startswith(b"RANK=")}
+
+
 def survived(kills: Sequence[Kill], starter: Starter, words: Callable[[Path], list[str]], folder: Path) -> Counter[str]:
     """Kill runs in all these places, each one `IN_A_RUN` times before it may end. Returns what they did when they were
     killed.
