@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,8 @@ def survived(kills: Sequence[Kill], starter: Starter, words: Callable[[Path], li
         for _ in range(min(IN_A_RUN, len(left))):
             ended = starter.run(words(run), left[-1])
             assert ended.code in (0, -signal.SIGKILL), starter.output()
-            if ended.code == 0:  # it was too fast: this kill is for the next run
+            if ended.code == 0:  # it was too fast: the next run is killed earlier
+                left[-1] = replace(left[-1], share=left[-1].share / 2)
                 break
             left.pop()
             hits.update([name for name in ended.now if name != "training"] or ended.now or ["starting or ending"])
