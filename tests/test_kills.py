@@ -31,7 +31,7 @@ PLACES = [
     *(Kill("exporting", f"os.{name}") for name in ("mkdir", "fsync", "rename")),
     *(Kill("evaluating", f"vlmtune.evaluation.evaluate.{name}") for name in ("dealt", "_over_ranks", "score")),
 ]
-QUICK = [*PLACES[1:6:2], *PLACES[7:9], *PLACES[10:], Kill("training", share=0.5)]
+QUICK = [*PLACES[1:6:2], *PLACES[7:9], *PLACES[10:], Kill("training", share=0.2)]
 """A kill in each kind of work; two more come at random moments."""
 IN_A_RUN = 5
 """Kills of a run, before it is let to its end."""
@@ -73,7 +73,7 @@ def test_fifty_kills_lose_nothing_and_change_nothing(
     kills = [*PLACES]
     for name in ("saving", "evaluating", "exporting"):
         kills += [Kill(name, count=1 + number % 2, share=chance.uniform(0, 0.9)) for number in range(8)]
-    kills += [Kill(share=chance.uniform(0.05, 1)) for _ in range(50 - len(kills))]
+    kills += [Kill(share=chance.uniform(0.05, 0.8)) for _ in range(50 - len(kills))]
     chance.shuffle(kills)
     hits = survived(kills, starter, lambda folder: overrides(folder, *KINDS[kind]), tmp_path)
     print(*(f"{kind}: killed while {name}: {count}" for name, count in hits.items()), sep="\n")
@@ -84,7 +84,7 @@ def test_ten_kills_lose_nothing_and_change_nothing(
     starter: Starter, overrides: Callable[..., Any], tmp_path: Path
 ) -> None:
     chance = random.Random(0)
-    kills = [*QUICK, *(Kill(share=chance.uniform(0.3, 1)) for _ in range(10 - len(QUICK)))]
+    kills = [*QUICK, *(Kill(share=chance.uniform(0.2, 0.7)) for _ in range(10 - len(QUICK)))]
     chance.shuffle(kills)
     hits = survived(kills, starter, lambda folder: overrides(folder, *KINDS["lora"]), tmp_path)
     assert all(hits[name] for name in ("saving", "evaluating", "exporting")), hits
@@ -151,7 +151,8 @@ def survived(kills: Sequence[Kill], starter: Starter, words: Callable[[Path], li
             left.pop()
             hits.update([name for name in ended.now if name != "training"] or ended.now or ["starting or ending"])
             assert_nothing_lost(run)
-        assert starter.run(words(run)).code == 0, starter.output()
+        else:
+            assert starter.run(words(run)).code == 0, starter.output()
         assert_equal(run, straight)
         if not left:
             break
