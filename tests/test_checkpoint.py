@@ -6,6 +6,7 @@ import errno
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,8 @@ from vlmtune.models.load import load_trained
 from vlmtune.models.quantization import keep_trainable_on_cpu
 from vlmtune.prompt.encode import Encoder
 from vlmtune.record.progress import Progress
-from vlmtune.training import checkpoint
-from vlmtune.training.checkpoint import all_checkpoints, load_checkpoint, load_weights, save_checkpoint, whole
+from vlmtune.training import checkpoint, snapshot
+from vlmtune.training.checkpoint import all_checkpoints, load_checkpoint, load_weights, whole
 from vlmtune.training.model_folder import save_model
 
 PROGRESS = Progress(step=3, first_total=9, examples=24, tokens=999, skipped=1, best=0.5, best_step=2, since_best=1)
@@ -39,7 +40,8 @@ def folder(checkpoint_of: Callable[[str], Path]) -> Path:
 
 
 def save(run: tiny.Run, root: Path, *, keep: int = 2) -> Path:
-    return save_checkpoint(root, run.model, run.optimizer, None, run.progress, run.loader.identity, keep=keep)
+    taken = snapshot.take(run.model, run.optimizer, None, run.progress, run.loader.identity)
+    return checkpoint.write(root, taken, keep=keep)
 
 
 def resume(config: Config, rows: Any, at: Path) -> tiny.Run:
@@ -72,8 +74,36 @@ def resume(config: Config, rows: Any, at: Path) -> tiny.Run:
     ids=["lora", "accumulation", "8-bit optimizer", "nf4", "muon", "full", "bf16 weights", "bf16, 8-bit optimizer"],
 )
 def test_a_resumed_run_is_the_straight_one(folder: Path, tmp_path: Path, choice: dict[str, Any]) -> None:
+    assert_resumes(tiny.config(folder, max_steps=8, **choice), tmp_path)
+
+
+FREEZE = {"freeze": ["vision", "projector"]}
+
+
+@pytest.mark.parametrize(
+    ("weights", "features", "share", "size", "workers"),
+    thinned(
+        product(
+            [{"adapter": tiny.LORA}, {"adapter": DROPOUT}, {"model": FREEZE}],
+            ["memory", "off"],
+            ["on", "off"],
+            [{"batch_size": 4}, {"batch_tokens": 150}],
+            [0, 2],
+        ),
+        5,
+    ),
+)
+def test_a_resumed_run_is_the_straight_one_however_its_rows_come(
+    folder: Path, tmp_path: Path, weights: dict[str, Any], features: str, share: str, size: dict[str, int], workers: int
+) -> None:
+    config = tiny.config(folder, max_steps=8, share_prefix=share, num_workers=workers, **weights, **size)
+    config.data.cache_features = features
+    run = assert_resumes(config, tmp_path)
+    assert (run.encoder.image_cache is not None) == (features == "memory")
+
+
+def assert_resumes(config: Config, tmp_path: Path) -> tiny.Run:
     """Losses, weights and order, from the middle of the second epoch; dropout shows a lost random state."""
-    config = tiny.config(folder, max_steps=8, **choice)
     rows = tiny.records(14, per_image=2)
     straight = tiny.assemble(config, rows).fit()
 
@@ -86,6 +116,7 @@ def test_a_resumed_run_is_the_straight_one(folder: Path, tmp_path: Path, choice:
     wanted = straight.weights()
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in second.weights().items())
     assert [r.learning_rate for r in second.reports] == [r.learning_rate for r in straight.reports[5:]]
+    return second
 
 
 def test_loading_for_the_next_step_draws_no_random_number(folder: Path) -> None:
@@ -100,7 +131,7 @@ def test_8_bit_optimizer_state_comes_back(folder: Path, tmp_path: Path) -> None:
     run = tiny.assemble(config, tiny.records(8)).fit()
     again = resume(config, tiny.records(8), save(run, tmp_path))
     wanted, found = run.optimizer.state_dict()["state"], again.optimizer.state_dict()["state"]
-    saved, others = dict(checkpoint._leaves(wanted)), dict(checkpoint._leaves(found))
+    saved, others = dict(snapshot._leaves(wanted)), dict(snapshot._leaves(found))
     assert torch.uint8 in {v.dtype for v in saved.values() if torch.is_tensor(v)}, "some matrix is stored in 8 bits"
     assert saved.keys() == others.keys()
     for path, value in saved.items():

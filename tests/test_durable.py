@@ -20,7 +20,8 @@ import torch
 from vlmtune import durable
 from vlmtune.errors import CheckpointError
 from vlmtune.record.progress import Progress
-from vlmtune.training.checkpoint import all_checkpoints, check, load_checkpoint, newest, save_checkpoint, set_aside
+from vlmtune.training import snapshot
+from vlmtune.training.checkpoint import all_checkpoints, check, load_checkpoint, newest, set_aside, write
 
 CALLS = ("mkdir", "rename", "replace", "fsync", "unlink", "rmdir", "open")
 """Of `os`: a kill falls in front of one of them."""
@@ -38,7 +39,8 @@ def small() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
 def save(root: Path, step: int, *, examples: int = 0, keep: int = 2) -> Path:
     model, optimizer = small()
     progress = Progress(step=step, examples=examples)
-    return save_checkpoint(root, model, optimizer, None, progress, {}, keep=keep)
+    taken = snapshot.take(model, optimizer, None, progress, {})
+    return write(root, taken, keep=keep)
 
 
 def load(folder: Path) -> Progress:
@@ -151,10 +153,20 @@ def test_the_checksums_are_those_of_sha256sum(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- damaged ones are passed over
 
 
-def flip(file: Path) -> None:
+def flip(file: Path, at: int = -1) -> None:
     content = bytearray(file.read_bytes())
-    content[-1] ^= 1
+    content[at] ^= 1
     file.write_bytes(content)
+
+
+def in_place_of(name: str, make: Callable[[Path], Any]) -> Callable[[Path], None]:
+    """`make` something of this name, where a file was."""
+
+    def damage(folder: Path) -> None:
+        (folder / name).unlink()
+        make(folder / name)
+
+    return damage
 
 
 def edited(**changes: Any) -> Callable[[Path], None]:
@@ -185,6 +197,13 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "an empty file": (lambda f: os.truncate(f / "model.safetensors", 0), "checksum differs"),
     "checksums of nothing": (lambda f: os.truncate(f / durable.SUMS, 0), "SHA256SUMS is empty"),
     "checksums that are no text": (lambda f: (f / durable.SUMS).write_bytes(b"\xff\xfe"), "SHA256SUMS is damaged"),
+    "a flipped bit in the checksums": (lambda f: flip(f / durable.SUMS, at=0), "checksum differs"),
+    "checksums cut after a line": (lambda f: os.truncate(f / durable.SUMS, 64 + 2 + 18), "SUMS does not list opt"),
+    "a folder in the place of the checksums": (in_place_of(durable.SUMS, Path.mkdir), "can't be read: Is a directory"),
+    "a folder in the place of a file": (in_place_of("state.json", Path.mkdir), r"state\.json is missing"),
+    "a link to nothing": (in_place_of("model.safetensors", lambda f: f.symlink_to("gone")), "model.* is missing"),
+    "a link to itself": (in_place_of(durable.SUMS, lambda f: f.symlink_to(f)), "can't be read: Too many levels"),
+    "nested too deep": (content(b"[" * 100_000), "is not a checkpoint"),
     "an empty folder": (lambda f: [file.unlink() for file in f.iterdir()], r"state\.json"),
     "{}": (content(b"{}"), "has no 'progress'"),
     "[]": (content(b"[]"), "it does not hold a JSON object"),
@@ -212,9 +231,49 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
         check(root / "step_000004")
     assert "skipped a damaged checkpoint" in caplog.text
     assert "step_000004" in caplog.text
-    shutil.rmtree(root / "step_000002")
-    with pytest.raises(CheckpointError, match=r"no usable checkpoint[\s\S]*step_000004"):
+
+
+def test_where_none_is_sound_each_is_named_with_what_to_do(tmp_path: Path) -> None:
+    root = tmp_path / "checkpoints"
+    flip(save(root, 2) / "state.json")
+    (save(root, 4) / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError) as caught:
         newest(tmp_path)
+    first, *others = caught.value.problems
+    assert f"no usable checkpoint: put a sound copy of one back, or delete {root}" in first
+    assert len(others) == 2
+    assert "step_000004: model.safetensors is missing" in others[0]
+    assert "step_000002: state.json is not as it was written" in others[1]
+
+
+def test_one_that_must_not_be_read_is_passed_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path / "checkpoints", 2)
+    refused = save(tmp_path / "checkpoints", 4)
+    real = Path.read_text
+
+    def read_text(path: Path, *rest: Any, **options: Any) -> str:  # root may read everything, so no chmod
+        if path.parent == refused:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *rest, **options)
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    assert newest(tmp_path).name == "step_000002"
+    assert "step_000004: can't be read: Permission denied" in caplog.text
+
+
+def test_a_link_to_nothing_is_ignored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save(tmp_path / "checkpoints", 2)
+    (tmp_path / "checkpoints" / "step_000004").symlink_to("gone")
+    assert newest(tmp_path).name == "step_000002"
+    assert "step_000004: is no folder with the name of a checkpoint" in caplog.text
+
+
+def test_what_was_just_written_is_never_deleted(tmp_path: Path) -> None:
+    """Not even where a damaged one counts as newer."""
+    flip(save(tmp_path, 4) / "state.json")
+    assert check(save(tmp_path, 3, keep=1)) is None
 
 
 @pytest.mark.parametrize("name", ["step_abc", "step_", "step_4", "step_000004 (copy)", "step_000004.zip"])
@@ -223,7 +282,7 @@ def test_a_stray_name_is_left_alone_and_said(tmp_path: Path, caplog: pytest.LogC
     save(root, 2)
     (root / name).mkdir()
     assert newest(tmp_path).name == "step_000002"
-    assert f"{name}: does not have the name of a checkpoint" in caplog.text
+    assert f"{name}: is no folder with the name of a checkpoint" in caplog.text
     save(root, 3, keep=1)
     assert (root / name).is_dir()
 

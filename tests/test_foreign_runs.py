@@ -227,12 +227,12 @@ def test_the_report_shows_foreign_text_as_text(tmp_path: Path) -> None:
     from vlmtune.record.report import write
 
     evil = '<script>alert(1)</script>"><img src=x onerror=alert(2)>'
-    runfolder.write_json(tmp_path / "result.json", {"metrics": {f"eval/{evil}": 0.5}, "error": None, "status": evil})
+    result = {"metrics": {f"eval/{evil}": 0.5}, "error": None, "status": evil}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"data": {"columns": {"question": "q"}}, "evil": evil}))
     table = {"q": [evil], "answer": [evil], "answer_predictions": [evil], "score": [0.0]}
     pd = pytest.importorskip("pandas")
     pd.DataFrame(table).to_csv(tmp_path / "predictions.csv", index=False)
-    page = write(tmp_path).read_text()
+    page = write(tmp_path, result).read_text()
     assert "alert(1)" in page
     assert "<script>alert" not in page
     assert "<img src=x" not in page

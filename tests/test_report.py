@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from PIL import Image, ImageDraw
 
+from vlmtune.record import report
 from vlmtune.record.metrics_file import MetricsFile
-from vlmtune.record.report import chart, ticks, write
+from vlmtune.record.report import chart, ticks
 
 RESULT: dict[str, Any] = {
     "status": "completed",
@@ -50,6 +51,12 @@ def run_folder(tmp_path: Path) -> Path:
         writer.writerow(["image_path", "q", "a", "answer_predictions", "score"])
         writer.writerows(ROWS)
     return tmp_path
+
+
+def write(folder: Path, images: Any = None) -> Path:
+    """The report of what lies in the folder."""
+    path = folder / "result.json"
+    return report.write(folder, json.loads(path.read_text()) if path.exists() else {}, images)
 
 
 def picture(row: int) -> Image.Image | None:

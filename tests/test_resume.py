@@ -24,8 +24,8 @@ from vlmtune.data import fingerprint
 from vlmtune.data.records import Record, Turn
 from vlmtune.errors import CheckpointError, ConfigError
 from vlmtune.launch import lock
-from vlmtune.training import checkpoint
-from vlmtune.training.checkpoint import load_checkpoint, save_checkpoint
+from vlmtune.training import checkpoint, snapshot
+from vlmtune.training.checkpoint import load_checkpoint
 from vlmtune.training.resume import RULES, Rule, changes, rule_of, values
 
 FOLDER = Path("runs/mine/checkpoints/step_000004")
@@ -175,7 +175,8 @@ def test_hyper_parameters_are_those_of_the_resumed_config(weights: Path, tmp_pat
         return tiny.assemble(config, tiny.records(8))
 
     first = run().fit(stop_after=2)
-    saved = save_checkpoint(tmp_path, first.model, first.optimizer, None, first.progress, {}, keep=1)
+    taken = snapshot.take(first.model, first.optimizer, None, first.progress, {})
+    saved = checkpoint.write(tmp_path, taken, keep=1)
     second = run(weight_decay=0.5, beta2=0.9)
     second.config.trainer.learning_rate = 7e-3
     load_checkpoint(saved, second.model, second.optimizer, None, {})
@@ -493,6 +494,24 @@ def test_another_run_is_no_restart(overrides: Overrides, tmp_path: Path) -> None
     vlmtune.train(overrides("resume=auto", name="saved"))
     with pytest.raises(CheckpointError, match=r"adapter\.r was \d+, now 3"):
         vlmtune.train(overrides("resume=auto", "adapter.r=3", name="saved"))
+
+
+@pytest.mark.slow
+def test_a_run_with_damaged_checkpoints_alone_is_not_started_anew(overrides: Overrides, tmp_path: Path) -> None:
+    """It may be the work of days; the error says how it is started anew."""
+    run, words = tmp_path / "run", overrides("resume=auto")
+    vlmtune.train(words)
+    (run / "result.json").unlink()
+    for folder in checkpoint.all_checkpoints(run / "checkpoints"):
+        (folder / "model.safetensors").unlink()
+    own = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "train.log"}
+    named = r"delete .*checkpoints and start[\s\S]*step_000004[\s\S]*step_000002"
+    for _ in range(2):  # what a scheduler does
+        with pytest.raises(CheckpointError, match=named):
+            vlmtune.train(words)
+    assert {path: path.read_bytes() for path in own} == own
+    shutil.rmtree(run / "checkpoints")
+    assert vlmtune.train(words)["status"] == "completed"
 
 
 def test_a_folder_that_is_new_at_each_start_is_refused(overrides: Overrides) -> None:

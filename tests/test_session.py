@@ -77,7 +77,7 @@ BUFFERS = """
 import json, os, sys, torch
 from vlmtune.launch import ranks, session
 from vlmtune.launch.world import World
-from vlmtune.training.checkpoint import saved_buffers
+from vlmtune.training.snapshot import saved_buffers
 import tiny
 
 class Scaled(torch.nn.Linear):  # with a buffer that is made, not saved, as rotary frequencies are

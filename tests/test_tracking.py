@@ -93,6 +93,21 @@ def test_wandb_offline_has_the_sample_table_with_pictures_inside_the_run_folder(
     assert sorted(picture.size for picture in pictures) == [(8, 8), (512, 171)]
 
 
+@pytest.mark.slow
+def test_a_resumed_run_goes_on_under_its_id_in_one_curve(tmp_path: Path) -> None:
+    """Resumed from step 2 after it came to step 3, which is logged twice."""
+    for resumed, steps in ((False, (1, 2, 3)), (True, (3, 4))):
+        tracker = build(TrackerConfig(name="wandb", project="p"), CONFIG, tmp_path, resumed=resumed)
+        for step in steps:
+            tracker.log({"train/loss": 1 / step}, step)
+        tracker.finish(RESULT)
+    parts = [wandb_offline.read(log) for log in sorted(tmp_path.rglob("offline-run-*"))]
+    assert len(parts) == 2
+    assert parts[0]["id"] == parts[1]["id"] != ""
+    rows = [(row["_step"], row["step"], row["train/loss"]) for part in parts for row in part["history"]]
+    assert rows == [(step, step, 1 / step) for step in (1, 2, 3, 3, 4)], "W&B counts a step once"
+
+
 def test_wandb_marks_a_failed_run(tmp_path: Path) -> None:
     build(TrackerConfig(), {}, tmp_path).finish({"status": "failed"})
     assert wandb_offline.read(tmp_path)["exit_code"] == 1

@@ -23,9 +23,9 @@ FULL, FIRST, LAST = 1, 2, 4
 def read(folder: Path) -> dict[str, Any]:
     """Read the one offline run below `folder`, for instance a run folder.
 
-    history: one dict per `log` call, media entries as `samples/path` and the like; config, summary: dicts by top-level
-    name; files: paths in the run's `files` folder; images: path in the sample table's artifact -> where the picture
-    lies until it is uploaded; metrics: `define_metric` calls as (name or glob, x axis); exit_code.
+    id: of the run; history: one dict per `log` call, media entries as `samples/path` and the like; config, summary:
+    dicts by top-level name; files: paths in the run's `files` folder; images: path in the sample table's artifact ->
+    where the picture lies until it is uploaded; metrics: `define_metric` calls as (name or glob, x axis); exit_code.
     """
     (log,) = folder.rglob("run-*.wandb")
     _wait_until_finished(log)
@@ -33,6 +33,7 @@ def read(folder: Path) -> dict[str, Any]:
     for record in records(log):
         kind = record.WhichOneof("record_type")
         if kind == "run":
+            found["id"] = record.run.run_id
             found["config"] |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
         elif kind == "history":
             found["history"].append(_values(record.history.item))

@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,6 +21,7 @@ log = logging.getLogger("vlmtune")
 
 SUMS = "SHA256SUMS"
 """As `sha256sum --check` reads it."""
+UNSEALED = f"has no {SUMS}"
 LEFTOVER = re.compile(r"\.(.+)\.(partial|old|deleted)")
 
 
@@ -102,33 +103,39 @@ def names(parent: Path) -> list[str]:
     return sorted(visible | {name for name in leftovers if existing(parent / name).exists()})
 
 
-def fault(folder: Path) -> str | None:
-    """What is wrong with the files of a folder that `whole` wrote; None where each is there as it was written."""
+def fault(folder: Path, needed: Collection[str] = ()) -> str | None:
+    """What is wrong with the files of a folder that `whole` wrote; None where each is there as it was written.
+
+    `needed`: files that the checksums have to cover.
+    """
     try:
         lines = (folder / SUMS).read_text().splitlines()
-        sums = [line.split("  ", 1) for line in lines]
-        for checksum, name in sums:
+        sums = {name: checksum for checksum, name in (line.split("  ", 1) for line in lines)}
+        for name, checksum in sums.items():
             if not (folder / name).is_file():
                 return f"{name} is missing"
             if _checksum(folder / name) != checksum:
                 return f"{name} is not as it was written (its checksum differs)"
     except FileNotFoundError:
-        return f"has no {SUMS}"
+        return UNSEALED
     except OSError as error:
-        return str(error)
+        return f"can't be read: {error.strerror}"
     except ValueError:  # no text, or no line of two words
         return f"{SUMS} is damaged"
-    return None if sums else f"{SUMS} is empty"
+    if not sums:
+        return f"{SUMS} is empty"
+    return next((f"{SUMS} does not list {name}" for name in needed if name not in sums), None)
 
 
-def verify(folder: Path) -> None:
-    """Raise CheckpointError where a file of `folder` is not as it was written.
+def verify(folder: Path, needed: Collection[str] = ()) -> None:
+    """Raise CheckpointError where a file of `folder` is not as it was written, or not among the checksums but `needed`.
 
     Folders of older versions have no checksums; the log says so.
     """
-    if not (folder / SUMS).exists():
+    problem = fault(folder, needed)
+    if problem == UNSEALED:
         log.warning("%s: has no %s, so its files are not checked for damage", folder, SUMS)
-    elif (problem := fault(folder)) is not None:
+    elif problem is not None:
         way = f"copy it again, or delete {SUMS} if it was changed on purpose"
         raise CheckpointError(f"{folder}: {problem}; {way}")
 

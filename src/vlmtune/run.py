@@ -66,31 +66,29 @@ def build(config: Config, splits: dict[str, Split], folder: Path | None) -> setu
 def fit(run: setup.Setup) -> dict[str, Any]:
     """Train the run that `build` made and write its result to the run folder. Returns the content of result.json."""
     stopping = Stopping(run.engine)
-    with stopping.watching():
-        saving = Saving(run, stopping)
-        with Journal(run, saving.progress) as journal:
-            scoring = Scoring(run, journal, stopping)
-            best = Best(scoring, saving)
-            scoring.measure_baseline()
-            hooks = loop.Hooks(
-                before_step=partial(session.seed_step, run.config.trainer.seed, run.engine),
-                after_step=(journal.after_step, best.after_step, saving.after_step),
-                before_zero_grad=partial(adapters.after_step, run.model),
-                penalty=partial(adapters.penalty, run.model),
-                stop=lambda: stopping.asked() or best.exhausted,
+    with stopping.watching(), Saving(run, stopping) as saving, Journal(run, saving.progress) as journal:
+        scoring = Scoring(run, journal, stopping)
+        best = Best(scoring, saving)
+        scoring.measure_baseline()
+        hooks = loop.Hooks(
+            before_step=partial(session.seed_step, run.config.trainer.seed, run.engine),
+            after_step=(journal.after_step, best.after_step, saving.after_step),
+            before_zero_grad=partial(adapters.after_step, run.model),
+            penalty=partial(adapters.penalty, run.model),
+            stop=lambda: stopping.asked() or best.exhausted,
+        )
+        with journal.training():
+            loop.fit(
+                run.prepared,
+                () if best.exhausted else run.loader.micro_batches(saving.progress.step),
+                run.optimizer,
+                run.scheduler,
+                run.engine,
+                summed_loss,
+                saving.progress,
+                expected_tokens=run.loader.expected_tokens,
+                max_grad_norm=run.config.trainer.max_grad_norm,
+                skip_nonfinite=run.config.trainer.nonfinite == "skip",
+                hooks=hooks,
             )
-            with journal.training():
-                loop.fit(
-                    run.prepared,
-                    () if best.exhausted else run.loader.micro_batches(saving.progress.step),
-                    run.optimizer,
-                    run.scheduler,
-                    run.engine,
-                    summed_loss,
-                    saving.progress,
-                    expected_tokens=run.loader.expected_tokens,
-                    max_grad_norm=run.config.trainer.max_grad_norm,
-                    skip_nonfinite=run.config.trainer.nonfinite == "skip",
-                    hooks=hooks,
-                )
-            return Finish(run, journal, best)()
+        return Finish(run, journal, best)()

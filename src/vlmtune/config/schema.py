@@ -137,7 +137,9 @@ class TrainerConfig:
     eval_baseline: bool = True
     """Evaluate the model before training."""
     save_every: Any = 500
-    """Write a checkpoint every N optimizer steps, or every `epoch`; null: never. The final model is always saved."""
+    """Write a checkpoint every N optimizer steps, or every `epoch`; null: never. The final model is always saved. A
+    checkpoint is copied to main memory and written while training goes on; the copy takes 12 bytes per trained weight
+    with AdamW in fp32, 4 with bf16 weights and adamw_8bit."""
     keep_checkpoints: int = number(2, least=1)
     """Number of newest checkpoints to keep; the best one is kept as well."""
     best_metric: str | None = None

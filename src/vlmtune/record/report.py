@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import csv
 import io
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from vlmtune.record.metrics_file import read_metrics
+from vlmtune.record.runfolder import write_whole
 from vlmtune.record.samples import thumbnail
 
 if TYPE_CHECKING:
@@ -55,15 +55,14 @@ class Chart:
     """Dashed lines: height in pixels, title, colour."""
 
 
-def write(folder: Path, images: ImageOf | None = None, texts: TextsOf | None = None) -> Path:
-    """Write `folder`/report.html from metrics.jsonl, result.json, config.yaml, predictions.csv: those that exist.
+def write(folder: Path, result: dict[str, Any], images: ImageOf | None = None, texts: TextsOf | None = None) -> Path:
+    """Write `folder`/report.html from the result and metrics.jsonl, config.yaml, predictions.csv: those that exist.
 
     `images` gives the picture of a row of predictions.csv, counted from 0, or None where there is none; `texts` its
     question and reference, which are otherwise read from the columns of the config.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    result = json.loads(_text(folder / "result.json") or "{}")
     metrics = result.get("metrics") or {}
     config = _text(folder / "config.yaml")
     history = read_metrics(folder / "metrics.jsonl")
@@ -84,7 +83,7 @@ def write(folder: Path, images: ImageOf | None = None, texts: TextsOf | None = N
         plot=(LEFT, TOP, WIDTH - RIGHT, HEIGHT - BOTTOM),
     )
     path = folder / "report.html"
-    path.write_text(page, encoding="utf-8")
+    write_whole(path, page)
     return path
 
 

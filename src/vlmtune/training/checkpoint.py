@@ -25,6 +25,7 @@ from vlmtune.durable import whole
 from vlmtune.errors import CheckpointError
 from vlmtune.record.progress import Progress
 from vlmtune.training import resume
+from vlmtune.training.snapshot import Snapshot, join_state, trained_tensors
 
 log = logging.getLogger("vlmtune")
 
@@ -33,81 +34,24 @@ DAMAGED = ".damaged"
 """Suffix for the name of a damaged checkpoint that was skipped."""
 
 
-def trained_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Everything in a model that training changes: trainable weights and saved buffers."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad} | saved_buffers(model)
-
-
-def saved_buffers(model: torch.nn.Module) -> dict[str, Tensor]:
-    """The buffers that a model saves with its weights, such as a batch norm's averages: training may change them."""
-    saved = set()
-    for prefix, module in model.named_modules():
-        own = set(module._buffers) - module._non_persistent_buffers_set
-        saved |= {f"{prefix}.{name}" if prefix else name for name in own}
-    return {name: buffer for name, buffer in model.named_buffers() if name in saved}
-
-
-def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-
-
-def split_state(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Split an optimizer's state dict into tensors and the rest, which JSON can hold. Keys are paths, since
-    bitsandbytes nests its state.
-    """
-    flat = dict(_leaves(state["state"]))
-    tensors = {path: value for path, value in flat.items() if isinstance(value, Tensor)}
-    rest = {path: value for path, value in flat.items() if path not in tensors}
-    return tensors, {"values": rest, "param_groups": state["param_groups"]}
-
-
-def _leaves(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def join_state(tensors: dict[str, Tensor], rest: dict[str, Any]) -> dict[str, Any]:
-    """Inverse of `split_state`."""
-    state: dict[int, dict[str, Any]] = {}
-    for path, value in [*tensors.items(), *rest["values"].items()]:
-        index, *inner, name = path.split(".")
-        place = state.setdefault(int(index), {})
-        for key in inner:
-            place = place.setdefault(key, {})
-        place[name] = value
-    return {"state": state, "param_groups": rest["param_groups"]}
-
-
-def save_checkpoint(
-    root: Path,
-    model: torch.nn.Module,
-    optimizer: Any,
-    scaler: Any,
-    progress: Progress,
-    identity: dict[str, Any],
-    *,
-    keep: int,
-) -> Path:
-    """Write `root/step_000123`, then delete all but the `keep` newest checkpoints and the best one.
-
-    `identity`: what a run that resumes from here is compared with (`resume.identity`).
-    """
-    folder = root / f"step_{progress.step:06d}"
-    tensors, rest = split_state(optimizer.state_dict())
-    state = {"progress": dataclasses.asdict(progress), "identity": identity, "optimizer": rest}
-    if scaler is not None:
-        state["scaler"] = scaler.state_dict()
+def write(root: Path, snapshot: Snapshot, *, keep: int) -> Path:
+    """Write `root/step_000123`, then delete all but the `keep` newest checkpoints and the best one."""
+    folder = _of_step(root, snapshot.step)
     with whole(folder) as partial:
-        save_file(_plain(trained_tensors(model)), partial / "model.safetensors")
-        save_file(_plain(tensors), partial / "optimizer.safetensors")
-        (partial / "state.json").write_text(json.dumps(state, indent=1))
-    for old in all_checkpoints(root)[:-keep]:
-        if progress.best_step is None or old.name != f"step_{progress.best_step:06d}":
+        for file, tensors in snapshot.tensors.items():
+            save_file(tensors, partial / f"{file}.safetensors")
+        (partial / "state.json").write_text(snapshot.state)
+    kept = {folder, *all_checkpoints(root)[-keep:]}
+    if snapshot.best_step is not None:
+        kept.add(_of_step(root, snapshot.best_step))
+    for old in all_checkpoints(root):
+        if old not in kept:
             durable.remove(old)
     return folder
+
+
+def _of_step(root: Path, step: int) -> Path:
+    return root / f"step_{step:06d}"
 
 
 def all_checkpoints(root: Path) -> list[Path]:
@@ -125,7 +69,7 @@ def newest(run: Path) -> Path:
     known, problems = all_checkpoints(root), []
     for stray in sorted({*root.glob("step_*")} - {*known}):
         if not stray.name.endswith(DAMAGED):
-            log.warning("%s: does not have the name of a checkpoint; ignored", stray)
+            log.warning("%s: is no folder with the name of a checkpoint; ignored", stray)
     for folder in reversed(known):
         try:
             check(folder)
@@ -134,7 +78,10 @@ def newest(run: Path) -> Path:
             problems += error.problems
         else:
             return folder
-    raise CheckpointError([f"{run}: no usable checkpoint", *problems] if problems else resume.nothing_saved(run))
+    if not problems:
+        raise CheckpointError(resume.nothing_saved(run))
+    way = f"put a sound copy of one back, or delete {root} and start the same command again with resume=auto"
+    raise CheckpointError([f"{run}: no usable checkpoint: {way}", *problems])
 
 
 def set_aside(damaged_since: Path) -> None:
@@ -149,7 +96,7 @@ def set_aside(damaged_since: Path) -> None:
 
 def check(folder: Path) -> None:
     """Raise CheckpointError if a file of a checkpoint is missing or damaged, naming the file."""
-    durable.verify(folder)
+    durable.verify(folder, needed=("model.safetensors", "optimizer.safetensors", "state.json"))
     _read_state(folder)
     for name in ("model", "optimizer"):
         file = folder / f"{name}.safetensors"
@@ -187,7 +134,7 @@ def _read_state(folder: Path) -> tuple[dict[str, Any], Progress]:
         numbers = (*counts, progress.seconds)
         if not all(isinstance(number, int | float) for number in numbers):
             raise ValueError("its progress has a value that is not a number")
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RecursionError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(f"{folder}: is not a checkpoint: state.json: {reason}") from error
     if progress.step != _step(folder):

@@ -65,6 +65,7 @@ class Finish:
                 final = self.best.evaluate()
         if self.stopping.signal is not None or trainer.save_every:
             self.saving.save()
+            self.saving.wait()
         return None if self.stopping.signal is None and self.saving.restore_best() else final
 
     def _score(self, final: Evaluation | None) -> tuple[dict[str, float], Evaluation | None]:
@@ -81,21 +82,23 @@ class Finish:
                 metrics |= {f"test/{name}": value for name, value in tested.metrics.items()}
         if self.stopping.signal is not None and not trainer.save_every and not trainer.best_metric:
             self.saving.save()  # for `resume=` to evaluate
+            self.saving.wait()
         return metrics, final
 
     def _write(self, result: dict[str, Any], final: Evaluation | None) -> None:
+        """result.json comes last of the files: a run that is killed before that is gone on with, and has them all."""
         run, folder = self.run, self.run.folder
-        runfolder.write_json(folder / "result.json", result)
         with _optional("predictions.csv"):
             if final is not None:
                 metric, rows = run.config.task.metrics[0], run.splits["validation"]
                 runfolder.write_predictions(folder / "predictions.csv", rows, final, metric)
         with _optional("model/README.md"):
             card.write(folder, run.config, result, {name: len(split) for name, split in run.splits.items()})
+        with _optional("report.html"):
+            report.write(folder, result, self._image, self._texts)
+        runfolder.write_json(folder / "result.json", result)
         with _optional("the tracker's result"):
             self.journal.tracker.finish(result)
-        with _optional("report.html"):
-            report.write(folder, self._image, self._texts)
         if isinstance(cache := run.encoder.image_cache, PixelStore):
             log.info(cache.report())
         log.info(runfolder.closing_table(folder, result))
@@ -111,7 +114,7 @@ class Finish:
 
 @contextmanager
 def _optional(what: str) -> Iterator[None]:
-    """Turn a failure inside the context into a warning that `what` is missing: the result itself is already written."""
+    """Turn a failure inside the context into a warning that `what` is missing: the result itself is written anyway."""
     try:
         yield
     except Exception as error:

@@ -2,29 +2,53 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
 
 from vlmtune.errors import CheckpointError
 from vlmtune.launch import session
 from vlmtune.models.parts import base_files
 from vlmtune.record import runfolder
 from vlmtune.record.progress import Progress
-from vlmtune.training import checkpoint, resume
+from vlmtune.training import checkpoint, resume, snapshot
 from vlmtune.training.loop import StepReport
 from vlmtune.training.setup import Setup
+from vlmtune.training.snapshot import Snapshot
 from vlmtune.training.stopping import Stopping
 
 log = logging.getLogger("vlmtune")
 
 
 class Saving:
-    """Reads and writes the checkpoints of a run. `progress` is how far the run has come."""
+    """Reads and writes the checkpoints of a run. `progress` is how far the run has come.
+
+    A context manager: training goes on while a thread writes, at most one checkpoint at a time, and the context is left
+    once it is written.
+    """
 
     def __init__(self, run: Setup, stopping: Stopping):
         self.run, self.stopping = run, stopping
         files = base_files(run.model, str(run.config.model.path))
         self.identity = resume.identity(run.config, run.loader, run.engine, files)
         self.progress = self._resumed() if run.config.resume else Progress(first_total=run.loader.total_steps)
+        self.saved: Progress | None = None
+        """Of the last checkpoint that this process began to write."""
+        self.writer, self.writing = ThreadPoolExecutor(1, "checkpoints"), Future[None]()
+        self.writing.set_result(None)
+
+    def __enter__(self) -> Saving:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.writer.shutdown()  # after the write under way
+        if error is None:
+            self.wait()
+        elif (failure := self.writing.exception()) not in (None, error):
+            log.warning("the last checkpoint was not written: %s", failure)
 
     def _resumed(self) -> Progress:
         """Restore the newest checkpoint; returns its progress."""
@@ -47,26 +71,34 @@ class Saving:
             self.save()
 
     def save(self) -> None:
-        """Write a checkpoint. Every process must call this."""
+        """Begin to write a checkpoint, unless this very state is being written. Returns once the state is copied.
+
+        Every process must call this. Raises what kept the checkpoint before from being written, which is waited for.
+        """
+        if self.saved == self.progress:  # the best one was saved after this step
+            return
         run = self.run
+        self.wait()
+        self.saved = copy.deepcopy(self.progress)
         if run.writes:
-            path = checkpoint.save_checkpoint(
-                run.folder / "checkpoints",
-                run.model,
-                run.optimizer,
-                run.engine.scaler,
-                self.progress,
-                self.identity,
-                keep=run.config.trainer.keep_checkpoints,
-            )
-            log.info("saved %s", path)
-        run.engine.wait_for_everyone()
+            state = (run.model, run.optimizer, run.engine.scaler, self.progress, self.identity)
+            self.writing = self.writer.submit(self._write, snapshot.take(*state))
+
+    def _write(self, taken: Snapshot) -> None:
+        trainer = self.run.config.trainer
+        path = checkpoint.write(self.run.folder / "checkpoints", taken, keep=trainer.keep_checkpoints)
+        log.info("saved %s", path)
+
+    def wait(self) -> None:
+        """Wait for the checkpoint that is being written. Raises what kept it from being written."""
+        self.writing.result()
 
     def restore_best(self) -> bool:
         """Load the weights of the best checkpoint. Returns False if the current weights are the best."""
         best = self.progress.best_step
         if best is None or best == self.progress.step:
             return False
+        self.wait()
         chosen = self.run.folder / "checkpoints" / f"step_{best:06d}"
         try:
             session.decided_by_first(lambda: checkpoint.check(chosen), self.run.engine)

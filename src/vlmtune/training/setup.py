@@ -13,7 +13,7 @@ from vlmtune.launch import session
 from vlmtune.launch.engine import Engine
 from vlmtune.models.parts import Parts
 from vlmtune.prompt.encode import Encoder
-from vlmtune.training.checkpoint import saved_buffers
+from vlmtune.training.snapshot import saved_buffers
 
 
 @dataclass
