@@ -47,6 +47,11 @@ def saved_buffers(model: torch.nn.Module) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in model.named_buffers() if name in saved}
 
 
+def not_finite(model: torch.nn.Module) -> str | None:
+    """The name of a tensor that training changes and that holds NaN or infinite values; None if there is none."""
+    return next((name for name, t in trained_tensors(model).items() if not bool(torch.isfinite(t).all())), None)
+
+
 def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
 

@@ -42,6 +42,7 @@ class Finish:
         """
         run = self.run
         final = self._choose()
+        self.saving.check_weights()
         if run.writes:  # before anything else can fail
             save_model(run.model, run.processor, run.folder / "model", run.config.model)
         metrics, final = self._score(final)
@@ -96,9 +97,10 @@ class Finish:
             self.journal.tracker.finish(result)
         with _optional("report.html"):
             report.write(folder, self._image, self._texts)
-        if isinstance(cache := run.encoder.image_cache, PixelStore):
-            log.info(cache.report())
-        log.info(runfolder.closing_table(folder, result))
+        with _optional("the closing lines"):
+            if isinstance(cache := run.encoder.image_cache, PixelStore):
+                log.info(cache.report())
+            log.info(runfolder.closing_table(folder, result))
 
     def _texts(self, row: int) -> tuple[str, str]:
         record = self.run.splits["validation"].records[row]

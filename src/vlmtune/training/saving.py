@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from vlmtune.data import fingerprint
-from vlmtune.errors import CheckpointError
+from vlmtune.errors import CheckpointError, NonFinite
 from vlmtune.launch import session
 from vlmtune.models.parts import base_of
 from vlmtune.record import runfolder
@@ -48,9 +48,20 @@ class Saving:
         if due and self.stopping.signal is None:
             self.save()
 
+    def check_weights(self) -> None:
+        """Raise NonFinite if a trained weight is NaN or infinite: it can't train on, and is never saved."""
+        bad = checkpoint.not_finite(self.run.model)
+        if not session.all_ranks(bad is None, self.run.engine):
+            raise NonFinite(
+                f"a weight is NaN or infinite after step {self.progress.step} ({bad or 'on another process'}), so this "
+                f"state is not saved; resume={self.run.folder} goes on from the newest checkpoint, for instance with a "
+                "lower trainer.learning_rate"
+            )
+
     def save(self) -> None:
-        """Write a checkpoint. Every process must call this."""
+        """Write a checkpoint. Every process must call this. Raises NonFinite, as `check_weights` does."""
         run = self.run
+        self.check_weights()
         if run.writes:
             path = checkpoint.save_checkpoint(
                 run.folder / "checkpoints",
