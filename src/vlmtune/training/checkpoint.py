@@ -227,7 +227,10 @@ def load_checkpoint(
     be a continuation of that one.
     """
     state, progress = _read_state(folder)
-    progress.changes += resume.changes(folder, state["identity"], identity, progress.step)
+    changes = resume.changes(folder, state["identity"], identity, progress.step)
+    progress.changes += changes
+    if any(change["key"] == "trainer.batch_size" for change in changes):
+        progress.halvings = 0
     load_weights(folder, model)
     _load_optimizer(folder, optimizer, state["optimizer"])
     if scaler is not None and "scaler" in state:
