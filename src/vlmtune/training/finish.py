@@ -45,7 +45,12 @@ class Finish:
         self.saving.check_weights()
         if run.writes:  # before anything else can fail
             save_model(run.model, run.processor, run.folder / "model", run.config.model)
-        metrics, final = self._score(final)
+        try:
+            metrics, final = self._score(final)
+        except Exception:
+            if run.engine.num_processes == 1:  # else the others can't help to save
+                self._save_for_resume()
+            raise
         status = "completed" if self.stopping.signal is None else "interrupted"
         memory = session.most_of_ranks(environment.memory(), run.engine)
         result = runfolder.make_result(status, self.saving.progress, metrics, run.config.task.metrics[0], memory)
@@ -70,7 +75,7 @@ class Finish:
 
     def _score(self, final: Evaluation | None) -> tuple[dict[str, float], Evaluation | None]:
         """The metrics for result.json, and the evaluation of the validation rows. Incomplete if a signal arrives."""
-        metrics, trainer = dict(self.saving.progress.baseline), self.run.config.trainer
+        metrics = dict(self.saving.progress.baseline)
         if self.stopping.signal is not None:
             return metrics, None
         with self.stopping.evaluating():
@@ -80,13 +85,20 @@ class Finish:
             if "test" in self.run.splits:
                 tested = self.scoring.evaluate("on the test rows", "test")
                 metrics |= {f"test/{name}": value for name, value in tested.metrics.items()}
-        if self.stopping.signal is not None and not trainer.save_every and not trainer.best_metric:
-            self.saving.save()  # for `resume=` to evaluate
+        if self.stopping.signal is not None:
+            self._save_for_resume()
         return metrics, final
+
+    def _save_for_resume(self) -> None:
+        """Save what `resume=` needs to evaluate, where `_choose` has not."""
+        trainer = self.run.config.trainer
+        if not trainer.save_every and not trainer.best_metric:
+            self.saving.save()
 
     def _write(self, result: dict[str, Any], final: Evaluation | None) -> None:
         run, folder = self.run, self.run.folder
         runfolder.write_json(folder / "result.json", result)
+        self.journal.result = result
         with _optional("predictions.csv"):
             if final is not None:
                 metric, rows = run.config.task.metrics[0], run.splits["validation"]
