@@ -101,6 +101,16 @@ def system_error(error: Exception) -> OSError | None:
 
 
 @contextmanager
+def naming(path: object) -> Iterator[None]:
+    """An OSError that leaves the context names this file if it names none, as one from `write` does."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+@contextmanager
 def storage_advice() -> Iterator[None]:
     """Turn a disk's or a folder's refusal into an error of one sentence."""
     try:

@@ -17,7 +17,7 @@ import yaml
 from vlmtune import display
 from vlmtune.config.schema import Config, plain
 from vlmtune.data.splits import Split
-from vlmtune.errors import CheckpointError, failure_of
+from vlmtune.errors import CheckpointError, failure_of, naming
 from vlmtune.launch import signals
 from vlmtune.record import environment
 from vlmtune.record.metrics_file import read_metrics
@@ -92,7 +92,7 @@ def closing_table(folder: Path, result: dict[str, Any]) -> str:
 def write_whole(path: Path, text: str) -> None:
     """Write a file that is there in full or not at all."""
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with naming(path), partial.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())  # or a power failure may leave the name without the content
