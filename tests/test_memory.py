@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -184,6 +187,49 @@ def test_an_evaluation_takes_fewer_rows_with_the_same_answers(
     assert said.count("the evaluation starts again with 2") == 1
 
 
+LIMITED = """
+import resource, sys
+import vlmtune, vlmtune.run
+prove = sys.modules["vlmtune.proof.prove"]
+real = prove.check_gradients
+def then_limited(*given, **options):
+    line = real(*given, **options)
+    size = next(line for line in open("/proc/self/status") if line.startswith("VmSize"))
+    if resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY:
+        resource.setrlimit(resource.RLIMIT_AS, (int(size.split()[1]) * 1024 + 150_000_000, resource.RLIM_INFINITY))
+    return line
+prove.check_gradients = then_limited
+vlmtune.train(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("automatic", [True, False])
+def test_a_machine_that_refuses_more_memory(
+    checkpoint_of: Callable[[str], Path], tmp_path: Path, automatic: bool
+) -> None:
+    """No fake: the system refuses, 150 MB above what the process has before its largest micro-batch."""
+    table = tiny.write_csv(tmp_path, [(f"number {i}?" + " word" * 150, "red") for i in range(64)], per_image=64)
+    model = ["model=auto", f"model.path={checkpoint_of('qwen2_vl')}", "tracker=none", "trainer.max_steps=1"]
+    data = ["data=csv", f"data.train={table}", "trainer.share_prefix=off", "data.cache_features=off"]
+    size = ["trainer.batch_size=64", f"trainer.auto_micro_batch={automatic}", f"hydra.run.dir={tmp_path / 'run'}"]
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, *model, *data, *size],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    if automatic:
+        assert "halved to micro-batches of 32 rows at most" in done.stderr
+        assert (result["status"], result["examples"]) == ("completed", 64)
+    else:
+        assert result["error"]["failure"] == "out_of_memory"
+        assert "refuses more, in a check before training. Held: frozen weights" in result["error"]["message"]
+        assert "Less is needed with trainer.auto_micro_batch=true" in result["error"]["message"]
+
+
 # ---------------------------------------------------------------- what halving keeps
 
 
@@ -261,6 +307,7 @@ def test_what_is_held_is_what_the_model_and_the_optimizer_hold() -> None:
     found = Held.of(model, optimizer)
     assert (found.frozen, found.trained, found.gradients) == (800, 400, 400)
     assert 800 <= found.state <= 816, "two averages, and a count of steps"
+    assert found.rest > 10**7, "this process, with its libraries"
     assert str(found).startswith("frozen weights 800 B, trained weights 400 B, gradients 400 B, optimizer state 80")
 
 

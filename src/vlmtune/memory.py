@@ -7,10 +7,12 @@ turns the error into `OutOfMemory`.
 from __future__ import annotations
 
 import errno
+import resource
 import sys
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from vlmtune import display
@@ -76,7 +78,7 @@ def _is_of_device(error: BaseException) -> bool:
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes that a run holds on this process. `rest`: on a GPU everything else in use, mostly activations."""
+    """Bytes that a run holds on this process. `rest`: everything else in use, mostly activations."""
 
     frozen: int
     trained: int
@@ -136,13 +138,16 @@ def _values(state: dict[str, Any]) -> Iterator[Any]:
 
 
 def _device(known: int) -> tuple[int, str]:
-    """What the GPU in use holds besides `known` bytes, and a clause about its size; nothing without a GPU."""
+    """What is in use besides `known` bytes, on the GPU or else by this process (on Linux), and a clause about a GPU."""
     torch = sys.modules["torch"]
-    if not torch.cuda.is_initialized():
-        return 0, ""
-    free, total = torch.cuda.mem_get_info()
-    clause = f"; of the device's {display.size(total, 'B')}, {display.size(free, 'B')} are free"
-    return max(torch.cuda.memory_allocated() - known, 0), clause
+    if torch.cuda.is_initialized():
+        free, total = torch.cuda.mem_get_info()
+        clause = f"; of the device's {display.size(total, 'B')}, {display.size(free, 'B')} are free"
+        return max(torch.cuda.memory_allocated() - known, 0), clause
+    with suppress(OSError):
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return max(pages * resource.getpagesize() - known, 0), ""
+    return 0, ""
 
 
 @dataclass
@@ -212,7 +217,7 @@ def _advice(useless: set[str], held: Held | None) -> list[str]:
     if held is None:
         return [*usable.values()]
     savings = held.savings()
-    least = (held.frozen + held.trained) // 100
+    least = (held.frozen + held.trained + held.rest) // 100
     rank = {**savings, **dict.fromkeys([*ACTIVATIONS, "trainer.gradient_checkpointing"], held.rest // 2)}
     told = {
         key: f"{text} (saves about {display.size(savings[key], 'B')})" if key in savings else text

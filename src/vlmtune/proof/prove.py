@@ -37,7 +37,7 @@ def prove(
     log.info(checks.check_labels(encoder, shapes))
     log.info(checks.check_inputs(encoder, shapes))
     log.info(checks.check_images(encoder, sample, config.model.image))
-    with noted(CHECKS, model=model):
+    with noted(CHECKS, model=model, useless=["trainer.eval_batch_size"]):
         if sentence := check_attention(model, encoder, sample, engine):
             log.info(sentence)
         log.info(check_loss(model, encoder, sample, engine))
@@ -54,7 +54,7 @@ def prove_passes(
     sample = decision.rows
     while True:
         try:
-            with noted(CHECKS, model=model):
+            with noted(CHECKS, model=model, useless=["trainer.eval_batch_size"]):
                 gradients = check_gradients(model, parts, loader.encoder, sample, engine, decision.layout, **keeps)
                 longest = check_longest(model, loader, rows.longest, engine, **keeps)
             fits = True
