@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from vlmtune.errors import NonFinite, VlmtuneError
+from vlmtune.errors import NonFinite
 from vlmtune.launch import session
 from vlmtune.memory import is_out_of_memory, note
 from vlmtune.training import loop
@@ -29,11 +29,13 @@ class Attempts:
 
     def __init__(self, run: Setup, saving: Saving, hooks: Hooks):
         self.run, self.saving, self.progress = run, saving, saving.progress
-        self.hooks = replace(hooks, after_step=(self._begin, *hooks.after_step, self._end))
+        self.hooks = replace(hooks, after_step=(self._follow, *hooks.after_step, self._end))
         self.between = not run.config.optimizer.step_in_backward
         """Whether weights, optimizer and progress are as they were before the present step."""
         if self.between:
             getattr(run.optimizer, "optimizer", run.optimizer).register_step_pre_hook(self._begin)
+        self.following = False
+        """Whether what follows a step is at work: logs, evaluation, a checkpoint."""
         self.first = self.progress.step
         while run.loader.halvings < self.progress.halvings:
             run.loader.halve()
@@ -69,7 +71,11 @@ class Attempts:
     def _begin(self, *_: Any) -> None:
         self.between = False
 
+    def _follow(self, *_: Any) -> None:
+        self.between, self.following = False, True
+
     def _end(self, *_: Any) -> None:
+        self.following = False
         self.between = not self.run.config.optimizer.step_in_backward
 
     def _may_halve(self, error: Exception) -> bool:
@@ -95,12 +101,13 @@ class Attempts:
         alone = run.engine.num_processes == 1
         stuck = run.config.trainer.auto_micro_batch and not alone
         when = f"in step {step + 1}" + ", which can't begin again while other processes wait in it" * stuck
-        note(error, when, model=run.model, optimizer=run.optimizer, useless=["trainer.eval_batch_size"])
+        if not self.following:
+            note(error, when, model=run.model, optimizer=run.optimizer, useless=["trainer.eval_batch_size"])
         if not (self.between and step > self.first and (alone or isinstance(error, NonFinite))):
             return
         try:
             self.saving.save()
-        except VlmtuneError as failure:
+        except Exception as failure:  # the error itself matters more
             log.warning("what was reached before could not be saved: %s", failure)
         else:
             log.info("resume=%s goes on after step %d", run.folder, step)
