@@ -22,8 +22,9 @@ from vlmtune.batching.order import plan
 from vlmtune.config.schema import GenerationConfig
 from vlmtune.data.records import Record, Turn
 from vlmtune.data.splits import RecordList
-from vlmtune.errors import TrainingError, memory_advice
+from vlmtune.errors import TrainingError
 from vlmtune.evaluation.generate import generate
+from vlmtune.memory import memory_advice
 from vlmtune.models import adapters
 from vlmtune.models.parts import find_parts
 from vlmtune.prompt.encode import Encoder

@@ -22,10 +22,11 @@ from grids import thinned
 from vlmtune import display
 from vlmtune.batching.loader import _Items
 from vlmtune.config.schema import TrackerConfig
-from vlmtune.errors import StorageError, memory_advice, storage_advice
+from vlmtune.errors import StorageError, storage_advice
 from vlmtune.evaluation import answering
 from vlmtune.launch import session
 from vlmtune.launch.signals import Interrupted
+from vlmtune.memory import memory_advice
 from vlmtune.record import report, runfolder, tracking
 from vlmtune.record.wandb_tracker import WandB
 

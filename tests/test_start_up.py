@@ -22,7 +22,8 @@ from vlmtune.batching.groups import groups_of
 from vlmtune.batching.layout import PLAIN, Batch, padded, shared
 from vlmtune.config.schema import DataConfig
 from vlmtune.data.splits import RecordList
-from vlmtune.errors import ConfigError, TrainingError, memory_advice
+from vlmtune.errors import ConfigError, TrainingError
+from vlmtune.memory import memory_advice
 from vlmtune.models import adapters
 from vlmtune.models.chance import varies, without_chance
 from vlmtune.models.parts import base_of, find_parts, is_quantized

@@ -4,8 +4,10 @@ import json
 import logging
 import math
 import os
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 
@@ -141,6 +143,48 @@ def test_a_failing_tracker_warns_once_and_training_goes_on(caplog: pytest.LogCap
         tracker.finish({})
     assert [record.getMessage() for record in caplog.records if "disk full" in record.getMessage()]
     assert len(caplog.records) == 1
+
+
+LOST_SERVICE = """
+import os, signal, sys, psutil
+from pathlib import Path
+from vlmtune import display
+from vlmtune.config.schema import TrackerConfig
+from vlmtune.record import tracking, wandb_tracker
+wandb_tracker.WANDB_CALL_SECONDS = wandb_tracker.WANDB_FINISH_SECONDS = 1
+with display.logging_to(Path(sys.argv[1])):
+    tracker = tracking.build(TrackerConfig(), {}, Path(sys.argv[1]))
+    tracker.log({"train/loss": 1.0}, 1)
+    service = psutil.Process().children(recursive=True)
+    print(*[process.pid for process in service], flush=True)
+    for process in service:
+        process.send_signal(int(sys.argv[2]))
+    for step in range(2, 30):
+        tracker.log({"train/loss": 1.0}, step)
+    tracker.finish({"status": "completed"})
+"""
+
+
+@pytest.mark.parametrize("number", thinned([signal.SIGKILL, signal.SIGSTOP], 1))
+def test_a_service_of_wandb_that_dies_or_hangs_costs_one_warning(tmp_path: Path, number: signal.Signals) -> None:
+    """The process neither fails nor waits, not at its end either."""
+    said, errors = tmp_path / "said", tmp_path / "errors"
+    with said.open("w") as out, errors.open("w") as err:  # not pipes: a service that hangs would hold them open
+        done = subprocess.run(
+            [sys.executable, "-c", LOST_SERVICE, str(tmp_path), str(int(number))],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            stdout=out,
+            stderr=err,
+            timeout=120,
+            check=False,
+        )
+    for pid in said.read_text().split():
+        with suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGKILL)
+    assert said.read_text().split(), "there was a service"
+    assert done.returncode == 0
+    assert errors.read_text().count("W&B failed and is off for the rest of this run") == 1
+    assert "Traceback" not in errors.read_text()
 
 
 @pytest.mark.parametrize("name", thinned(["none", "tensorboard"], 1))

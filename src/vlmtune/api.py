@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from vlmtune.config.schema import Config
-from vlmtune.errors import ConfigError, memory_advice, of_kind
+from vlmtune.errors import ConfigError, of_kind
 from vlmtune.launch import processes
 from vlmtune.launch.world import ALONE, World
+from vlmtune.memory import memory_advice
 from vlmtune.predict.predictor import Predictor
 
 log = logging.getLogger("vlmtune")

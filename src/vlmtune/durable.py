@@ -15,7 +15,9 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from vlmtune import display
 from vlmtune.errors import DISK_FULL, FULL, CheckpointError, VlmtuneError, system_error
+from vlmtune.memory import noted
 
 log = logging.getLogger("vlmtune")
 
@@ -35,7 +37,8 @@ def whole(folder: Path) -> Iterator[Path]:
     try:
         repair(folder)
         partial.mkdir(parents=True)
-        yield partial
+        with noted(f"while {folder} was written"):
+            yield partial
         _seal(partial)
         if folder.exists():  # aside, not away, until the new one is there
             os.rename(folder, old)
@@ -47,13 +50,20 @@ def whole(folder: Path) -> Iterator[Path]:
     except Exception as raised:
         if (error := system_error(raised)) is None:
             raise
-        reason = DISK_FULL if error.errno in FULL else str(error)
+        reason = f"{DISK_FULL} ({_space(partial)})" if error.errno in FULL else str(error)
         raise CheckpointError(f"{folder}: can't be written: {reason}; earlier checkpoints are untouched") from raised
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         if not folder.exists() and old.exists():
             os.rename(old, folder)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _space(partial: Path) -> str:
+    """How much of a folder the disk took, and what it has left."""
+    written = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
+    free = shutil.disk_usage(partial.parent).free
+    return f"it took {display.size(written, 'B')} and needs more, {display.size(free, 'B')} are free"
 
 
 def remove(folder: Path) -> None:

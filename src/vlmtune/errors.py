@@ -7,8 +7,9 @@ VlmtuneError
 ├── ModelError         a model that can't be found, opened or used this way
 ├── CheckpointError    saving or loading a run's state
 ├── StorageError       a disk, a folder, a pipe that refuses
-└── TrainingError      the run itself, such as running out of memory
-    └── NonFinite      the loss or the gradient is NaN or infinite
+└── TrainingError      the run itself
+    ├── OutOfMemory    the device or the machine has no more memory (memory.py)
+    └── NonFinite      the loss, the gradient or a weight is NaN or infinite
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import difflib
 import errno
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -62,8 +63,19 @@ class TrainingError(VlmtuneError):
     """The run can't continue."""
 
 
+class OutOfMemory(TrainingError):
+    """The device or the machine has no more memory."""
+
+
 class NonFinite(TrainingError):
-    """The loss or the gradient is NaN or infinite, and the run is to stop."""
+    """The loss, the gradient or a weight is NaN or infinite, and the run is to stop."""
+
+
+def failure_of(error: BaseException) -> str:
+    """The class of a failure, by which the trials of a sweep are told apart; `time` is the launcher's to say."""
+    classes = {OutOfMemory: "out_of_memory", NonFinite: "not_finite", DataError: "data", ConfigError: "config"}
+    own = next((name for kind, name in classes.items() if isinstance(error, kind)), "other")
+    return own if isinstance(error, Exception) else "killed"
 
 
 def of_kind(name: str, problems: Sequence[str]) -> VlmtuneError:
@@ -72,70 +84,6 @@ def of_kind(name: str, problems: Sequence[str]) -> VlmtuneError:
     if isinstance(kind, type) and issubclass(kind, VlmtuneError):
         return kind(problems)
     return TrainingError(problems if not name else [f"{name}: {problems[0]}", *problems[1:]])
-
-
-SAVERS = {
-    "trainer.batch_size": "a smaller trainer.batch_size (and more trainer.gradient_accumulation_steps)",
-    "trainer.batch_tokens": "a smaller trainer.batch_tokens (and more trainer.gradient_accumulation_steps)",
-    "trainer.eval_batch_size": "a smaller trainer.eval_batch_size",
-    "trainer.num_workers": "trainer.num_workers=0",
-    "trainer.gradient_checkpointing": "trainer.gradient_checkpointing=true",
-    "data.cache_features": "data.cache_features=off",
-    "model.image.max_tokens": "a smaller model.image.max_tokens",
-    "adapter": "adapter=lora",
-    "quantization": "quantization=nf4",
-    "model": "a smaller model",
-}
-"""What a run needs less memory with, by config key."""
-NOT_ON_DEVICE = ("trainer.num_workers", "data.cache_features")
-"""Of these, what needs none of a GPU's memory."""
-TRAINING = ("trainer.batch_size", "trainer.batch_tokens", "trainer.gradient_checkpointing", "adapter")
-"""Of these, what only training needs less memory with."""
-SHARED_MEMORY = "a larger /dev/shm (Docker: --shm-size=16g or --ipc=host) or a smaller trainer.batch_size"
-WORKER_DIED = (
-    "a process that prepares batches was ended from outside, most often because the machine, or its shared memory, is "
-    f"out of memory; use {SHARED_MEMORY}, or fewer trainer.num_workers (0: none)"
-)
-REFUSALS = ("allocate memory", "enough memory", "bad_alloc", "can't start new thread", "out of memory", "ALLOC_FAILED")
-"""What torch, Python and the GPU's libraries say where there is no more memory."""
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device or the machine had no more memory."""
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"  # torch's; not imported here
-        or (isinstance(error, RuntimeError | ImportError) and any(refusal in str(error) for refusal in REFUSALS))
-    )
-
-
-def _is_of_device(error: BaseException) -> bool:
-    """Whether an error about memory is about the GPU's."""
-    return type(error).__name__ == "OutOfMemoryError" or any(name in str(error) for name in ("CUDA", "CUBLAS", "CUDNN"))
-
-
-@contextmanager
-def memory_advice(useless: Collection[str] = ("trainer.batch_tokens",)) -> Iterator[None]:
-    """Turn running out of memory into an error that says what needs less. `useless`: keys of `SAVERS` that can't help,
-    such as those that save memory already.
-    """
-    try:
-        yield
-    except (MemoryError, RuntimeError, ImportError) as error:
-        if str(error).startswith("DataLoader worker"):
-            raise TrainingError(WORKER_DIED) from error
-        if not is_out_of_memory(error):
-            raise
-        raise memory_error(useless, on_device=_is_of_device(error)) from error
-
-
-def memory_error(useless: Collection[str] = ("trainer.batch_tokens",), *, on_device: bool = False) -> TrainingError:
-    """The error of a run that is out of memory, with what needs less."""
-    machine = "out of memory: the machine, or a limit on this process (ulimit -v, a container's), refuses more"
-    useless = {*useless, *(NOT_ON_DEVICE if on_device else ())}
-    advice = [text for key, text in SAVERS.items() if key not in useless]
-    place = "out of device memory" if on_device else machine
-    return TrainingError(f"{place}. Less is needed with {', '.join(advice[:-1])} or {advice[-1]}")
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -150,6 +98,16 @@ def system_error(error: Exception) -> OSError | None:
         return error
     number = re.search(r"\(os error (\d+)\)", str(error))
     return OSError(int(number[1]), os.strerror(int(number[1]))) if number else None
+
+
+@contextmanager
+def naming(path: object) -> Iterator[None]:
+    """An OSError that leaves the context names this file if it names none, as one from `write` does."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 @contextmanager
@@ -171,7 +129,7 @@ def storage_advice() -> Iterator[None]:
         if error.errno in (errno.EMFILE, errno.ENFILE):
             raise StorageError(f"{place}too many open files; raise the limit (ulimit -n)") from raised
         if error.errno == errno.ENOMEM:
-            raise memory_error() from raised
+            raise MemoryError from raised
         raise
 
 

@@ -18,7 +18,19 @@ from vlmtune.models import adapters, gradient_checkpointing, load, rewrites
 from vlmtune.models.parts import find_parts
 from vlmtune.objectives.next_token import summed_loss
 from vlmtune.prompt.encode import Encoder
-from vlmtune.training import Best, Finish, Journal, Saving, Schedule, Scoring, Stopping, build_optimizer, loop, setup
+from vlmtune.training import (
+    Attempts,
+    Best,
+    Finish,
+    Journal,
+    Saving,
+    Schedule,
+    Scoring,
+    Stopping,
+    build_optimizer,
+    loop,
+    setup,
+)
 
 
 def build(config: Config, splits: dict[str, Split], folder: Path | None) -> setup.Setup:
@@ -78,17 +90,6 @@ def fit(run: setup.Setup) -> dict[str, Any]:
             stop=lambda: stopping.asked() or best.exhausted,
         )
         with journal.training():
-            loop.fit(
-                run.prepared,
-                () if best.exhausted else run.loader.micro_batches(saving.progress.step),
-                run.optimizer,
-                run.scheduler,
-                run.engine,
-                summed_loss,
-                saving.progress,
-                expected_tokens=run.loader.expected_tokens,
-                max_grad_norm=run.config.trainer.max_grad_norm,
-                skip_nonfinite=run.config.trainer.nonfinite == "skip",
-                hooks=hooks,
-            )
+            if not best.exhausted:
+                Attempts(run, saving, hooks).train(summed_loss)
         return Finish(run, journal, best)()

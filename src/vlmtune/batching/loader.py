@@ -48,6 +48,13 @@ class Loader:
         self.own, self.on_cpu = records.of_process(self.process, self.processes), engine.device.type == "cpu"
         self.largest = 0
         """Bytes of the largest micro-batch that `around` made."""
+        self.halvings = 0
+
+    def halve(self) -> None:
+        """From here on, make micro-batches of half as many rows. A step's rows stay the same."""
+        self.order.halve()
+        self.halvings += 1
+        self.__dict__.pop("expected_tokens", None)
 
     def micro_batches(self, first_step: int = 0) -> Iterator[Batch]:
         """The micro-batches of all steps from `first_step` on. `ends_step` marks the last one of each step."""
@@ -105,7 +112,7 @@ class Loader:
         return self.order.ends_epoch(step) if every == "epoch" else step % int(every) == 0
 
     def _first_rows(self) -> list[Record]:
-        return [self.records[row] for row in self.order.step(0)[: self.trainer.batch_size]]
+        return [self.records[row] for row in self.order.passes(0, 0)[0]]
 
     def around(self, row: int) -> Batch:
         """The micro-batch of the first epoch, of whichever process, that has this row of the training rows."""

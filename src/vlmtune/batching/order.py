@@ -10,7 +10,8 @@ import bisect
 import math
 import sys
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import TypeVar
 
 import numpy as np
@@ -32,6 +33,21 @@ def share(items: list[T], process: int, processes: int) -> list[T]:
     return items[start : start + least + (process < more)]
 
 
+class Halving:
+    """An order of rows whose forward passes a `Cut` makes, and may make smaller: its steps stay the same."""
+
+    cut: Cut
+
+    @property
+    def most_rows(self) -> int:
+        """Rows of the largest forward pass."""
+        return self.cut.most_rows
+
+    def halve(self) -> None:
+        """From here on, make forward passes of half as many rows."""
+        self.cut = self.cut.halved()
+
+
 @dataclass(frozen=True)
 class Cut:
     """How a step's rows are split into forward passes."""
@@ -41,6 +57,15 @@ class Cut:
     rows_per_step: int
     """Of all processes together."""
     processes: int = 1
+
+    @property
+    def most_rows(self) -> int:
+        """Rows of the largest forward pass."""
+        return min(self.batch_size, math.ceil(self.rows_per_step / self.processes))
+
+    def halved(self) -> Cut:
+        """The same steps in forward passes of half as many rows."""
+        return replace(self, batch_size=math.ceil(self.most_rows / 2))
 
     def passes(self, rows: list[int], process: int) -> list[list[int]]:
         """The rows of each forward pass of one process in a step of these rows."""
@@ -53,7 +78,7 @@ class Cut:
         return [own[n * size : (n + 1) * size] for n in range(passes)]
 
 
-class Order:
+class Order(Halving):
     """Each epoch takes every row once, in a random order that depends on (seed, epoch).
 
     With `by_group`, groups (images) are shuffled, and rows within each group, but rows of a group stay together.
@@ -126,6 +151,8 @@ class ByTokens:
         self.units = [part for rows in members for part in self._pieces(rows.tolist())]
         self.costs = [self.cost(unit) for unit in self.units]
         self.epoch = Memo(self._epoch, most=2)
+        self.pieces = 1
+        """Each forward pass is made in so many."""
         self.ends: list[int] = []
         """Total steps at the end of each epoch, computed as needed."""
 
@@ -181,8 +208,22 @@ class ByTokens:
         """Rows of each forward pass of `process` in step `number`."""
         epoch, place = self._place(number)
         parts = self.epoch(epoch)[place]
-        own = share(parts, process, self.processes)
-        return own + [[]] * (math.ceil(len(parts) / self.processes) - len(own))
+        by_process = [share(parts, each, self.processes) for each in range(self.processes)]
+        return [piece for each in zip_longest(*by_process, fillvalue=[]) for piece in self._pieces_of(each, process)]
+
+    def _pieces_of(self, parts: Sequence[list[int]], process: int) -> list[list[int]]:
+        """The pieces of a process's forward pass. `parts`: that of each process, all cut into as many pieces."""
+        count = min(self.pieces, max(map(len, parts)))
+        return [share(parts[process], number, count) for number in range(count)]
+
+    @property
+    def most_rows(self) -> int:
+        """Rows of the largest forward pass, in the first epoch."""
+        return math.ceil(max(len(part) for parts in self.epoch(0) for part in parts) / self.pieces)
+
+    def halve(self) -> None:
+        """From here on, make each forward pass in twice as many pieces: the steps stay the same."""
+        self.pieces *= 2
 
     def step_of(self, row: int) -> int:
         """The step of the first epoch that has this row."""
@@ -199,7 +240,7 @@ class ByTokens:
         return self._place(steps)[1] == 0
 
 
-class InOrder:
+class InOrder(Halving):
     """Rows of a stream in order, without epochs. Each of n processes reads every n-th row, and numbers its own."""
 
     steps_per_epoch = sys.maxsize

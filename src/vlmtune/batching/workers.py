@@ -17,7 +17,8 @@ from typing import Any, Protocol, Self, TypeVar
 import torch
 
 from vlmtune import display
-from vlmtune.errors import SHARED_MEMORY, TrainingError
+from vlmtune.errors import TrainingError
+from vlmtune.memory import SHARED_MEMORY
 
 log = logging.getLogger("vlmtune")
 AHEAD = 2

@@ -12,8 +12,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from vlmtune.errors import ConfigError, DataError, UsageError, VlmtuneError, memory_advice, storage_advice
+from vlmtune.errors import ConfigError, DataError, UsageError, VlmtuneError, storage_advice
 from vlmtune.launch.signals import Interrupted
+from vlmtune.memory import memory_advice
 
 
 def guard(job: Callable[[], int]) -> int:

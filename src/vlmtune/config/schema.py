@@ -103,6 +103,10 @@ class TrainerConfig:
     batch_tokens: int | None = number(None, least=1)
     """Maximum tokens per forward pass on each process, including padding; replaces `batch_size`. Rows of similar length
     are batched together, as many as fit."""
+    auto_micro_batch: bool = False
+    """Halve the forward passes of a step for as long as one does not fit into memory: the rows of a step stay the same,
+    and so does the result up to rounding. Evaluation too takes fewer rows at a time. With several processes, only the
+    check at the start and evaluations can do so."""
     gradient_accumulation_steps: int = number(1, least=1)
     """Forward passes per optimizer step on each process, when a run first starts."""
     rows_per_step: int | None = number(None, least=1)
@@ -380,15 +384,20 @@ class Config:
 
     @property
     def saves_memory(self) -> set[str]:
-        """Keys of `errors.SAVERS` that save all they can, or have no effect in this run."""
+        """Keys of `memory.SAVERS` that save all they can, or have no effect in this run."""
         trainer = self.trainer
+        no_state = self.uses_adapter or self.optimizer.name != "adamw" or self.optimizer.offload  # none worth saving
+        one_row = trainer.batch_size == 1 and trainer.batch_tokens is None
         spent = {
+            "trainer.auto_micro_batch": trainer.auto_micro_batch or (one_row and trainer.eval_batch_size == 1),
             "trainer.batch_size": trainer.batch_size == 1 or trainer.batch_tokens is not None,
             "trainer.batch_tokens": trainer.batch_tokens is None,
             "trainer.eval_batch_size": trainer.eval_batch_size == 1,
             "trainer.num_workers": trainer.num_workers == 0,
             "trainer.gradient_checkpointing": trainer.gradient_checkpointing,
             "data.cache_features": self.data.cache_features == "off",
+            "optimizer.name": no_state,
+            "optimizer.offload": no_state,
             "adapter": self.uses_adapter,
             "quantization": self.is_quantized,
         }

@@ -37,8 +37,11 @@ class Found:
     """By row number."""
     stopped: int | None = None
     """The number of a signal that asks to stop."""
+    short: bool = False
+    """A batch did not fit into memory."""
 
     def add(self, other: Found) -> None:
+        self.short |= other.short
         self.losses |= other.losses
         self.tokens += other.tokens
         self.answers |= other.answers
@@ -108,14 +111,21 @@ class Answering:
         )
         self.found.answers |= zip(rows, answers, strict=True)
 
-    def taken(self, stopped: int | None) -> Found:
-        """What was found since the last call. `stopped`: the number of a signal that asks to stop."""
+    @property
+    def may_halve(self) -> bool:
+        """Whether smaller batches are an answer to one that does not fit into memory."""
+        return self.config.trainer.auto_micro_batch and self.config.trainer.eval_batch_size > 1
+
+    def taken(self, stopped: int | None, short: bool) -> Found:
+        """What was found since the last call. `stopped`: the number of a signal that asks to stop. `short`: the last
+        batch did not fit into memory.
+        """
         found, losses = self.found, self.losses
         self.found, self.losses = Found(), {}
         if losses:
             values = iter(torch.stack([value for each in losses.values() for value in each]).tolist())
             found.losses = {row: [next(values) for _ in each] for row, each in losses.items()}
-        found.stopped = stopped
+        found.stopped, found.short = stopped, short
         return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,15 +10,18 @@ from typing import Any
 
 from vlmtune import display
 from vlmtune.batching.layout import PLAIN, Layout
-from vlmtune.config.schema import Config
+from vlmtune.config.schema import Config, TrainerConfig
 from vlmtune.data.records import Record
 from vlmtune.evaluation.answering import Answering, Found
 from vlmtune.evaluation.prepared import Prepared, dealt
+from vlmtune.launch import session
 from vlmtune.launch.engine import Engine
 from vlmtune.launch.signals import EvaluationStopped
+from vlmtune.memory import TRAINING, is_out_of_memory, noted
 from vlmtune.metrics import resolve, score
 from vlmtune.prompt.encode import Encoder
 
+log = logging.getLogger("vlmtune")
 ROUND = 16
 """Batches after which processes exchange their results: none then waits long for another, whose rows take longer."""
 
@@ -50,23 +54,60 @@ def evaluate(
     `stop`: called after each batch, returns the number of a signal that asks to stop, or None; every rank then raises
     `signals.EvaluationStopped`.
     `done`: called with the first row's number and the answers of the rows from there on, in order.
+
+    With `trainer.auto_micro_batch`, `trainer.eval_batch_size` is halved until a batch fits into memory.
     """
-    batches = dealt(len(records), config.trainer.eval_batch_size, engine.num_processes)
-    own = batches[engine.process_index :: engine.num_processes]
-    prepared = Prepared(encoder, records, own, config.trainer, engine)
-    found, written = Found(), 0
-    with display.bar(title, sum(map(len, own)), show=engine.is_main_process) as advance:
-        answering = Answering(model, prepared, config, engine, layout, advance)
-        rounds = math.ceil(len(batches) / engine.num_processes / ROUND)
-        for each in _rounds(answering, rounds, stop, whole=done is not None):
-            found.add(_over_ranks(each, engine))
-            fresh = [*_from(found.answers, written)]
-            if done is not None and fresh:
-                done(written, fresh)
-                written += len(fresh)
+    told, was_training, trainer = Told(done), model.training, config.trainer
+    while True:
+        batches = dealt(len(records), trainer.eval_batch_size, engine.num_processes)
+        own = batches[engine.process_index :: engine.num_processes]
+        when = f"in an evaluation, {trainer.eval_batch_size} rows at a time"
+        with (
+            display.bar(title, sum(map(len, own)), show=engine.is_main_process) as advance,
+            noted(when, model=model, useless=TRAINING),
+        ):
+            prepared = Prepared(encoder, records, own, trainer, engine)
+            found = _found(Answering(model, prepared, config, engine, layout, advance), len(batches), stop, told)
+        if not found.short:
+            break
+        _halve(trainer)
+        model.train(was_training)  # the batch that failed left it in evaluation mode
     predictions = [*_from(found.answers, 0)]
     means, scores = score(resolve(config.task.metrics), predictions, [list(record.answers) for record in records])
     return Evaluation({"loss": found.loss / max(found.tokens, 1), **means}, predictions, scores)
+
+
+@dataclass
+class Told:
+    """Passes answers on to `done`, each once."""
+
+    done: Callable[[int, list[str]], None] | None
+    rows: int = 0
+    """How many rows are told."""
+
+    def __call__(self, found: Found) -> None:
+        fresh = [*_from(found.answers, self.rows)]
+        if self.done is not None and fresh:
+            self.done(self.rows, fresh)
+            self.rows += len(fresh)
+
+
+def _halve(trainer: TrainerConfig) -> None:
+    size = trainer.eval_batch_size
+    trainer.eval_batch_size = size // 2
+    session.free_memory()
+    log.warning("%d rows at a time do not fit into memory: the evaluation starts again with %d", size, size // 2)
+
+
+def _found(answering: Answering, batches: int, stop: Callable[[], int | None], told: Told) -> Found:
+    """What all processes find together, `short` if a batch did not fit into memory on one of them."""
+    found, processes = Found(), answering.engine.num_processes
+    for each in _rounds(answering, math.ceil(batches / processes / ROUND), stop, whole=told.done is not None):
+        found.add(_over_ranks(each, answering.engine))
+        if found.short:
+            break
+        told(found)
+    return found
 
 
 def _rounds(answering: Answering, rounds: int, stop: Callable[[], int | None], *, whole: bool) -> Iterator[Found]:
@@ -75,14 +116,20 @@ def _rounds(answering: Answering, rounds: int, stop: Callable[[], int | None], *
     """
     batches = iter(answering.prepared)
     for number in range(rounds):
-        for _, (rows, records) in zip(range(ROUND), batches, strict=False):
-            answering.add(rows, records)
-            if stop() is not None:
-                break
-        else:
-            if whole or number == rounds - 1:
-                answering.finish()
-        yield answering.taken(stop())
+        short = False
+        try:
+            for _, (rows, records) in zip(range(ROUND), batches, strict=False):
+                answering.add(rows, records)
+                if stop() is not None:
+                    break
+            else:
+                if whole or number == rounds - 1:
+                    answering.finish()
+        except Exception as error:
+            short = answering.may_halve and is_out_of_memory(error)
+            if not short:
+                raise
+        yield answering.taken(stop(), short)
 
 
 def _over_ranks(own: Found, engine: Engine) -> Found:

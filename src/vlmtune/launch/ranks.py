@@ -15,8 +15,9 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
-from vlmtune.errors import VlmtuneError, memory_advice, of_kind, storage_advice
+from vlmtune.errors import VlmtuneError, of_kind, storage_advice
 from vlmtune.launch.world import World
+from vlmtune.memory import memory_advice
 
 log = logging.getLogger("vlmtune")
 COUNT, FIRST = "vlmtune/errors", "vlmtune/error"

@@ -14,6 +14,7 @@ from vlmtune import durable
 from vlmtune.config.schema import Config, MethodConfig, ModelConfig
 from vlmtune.errors import CheckpointError, ConfigError, ModelError
 from vlmtune.launch.engine import Engine
+from vlmtune.memory import SAVERS, noted
 from vlmtune.models import attention
 from vlmtune.models.explain import check_names, check_place, explained, looks_local
 from vlmtune.models.parts import find_parts
@@ -35,6 +36,7 @@ from vlmtune.prompt.processors import load_processor
 log = logging.getLogger("vlmtune")
 
 
+@noted("while the model was loaded", useless=SAVERS.keys() - {"adapter", "quantization", "model"})
 def load(
     config: ModelConfig,
     quantization: MethodConfig,

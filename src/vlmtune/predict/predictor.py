@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from vlmtune.config.schema import Config
 from vlmtune.data.splits import Records, Split
-from vlmtune.errors import REFUSALS, TRAINING, DataError, memory_advice
+from vlmtune.errors import DataError
+from vlmtune.memory import TRAINING, is_out_of_memory, memory_advice
 from vlmtune.record.outputs import ANSWER, ERROR, Answers, refuse_columns
 
 if TYPE_CHECKING:
@@ -155,8 +156,7 @@ def reason_of(error: Exception) -> str:
     """Why one row can't be answered. Raises errors that concern all rows."""
     if isinstance(error, DataError):
         return "; ".join(error.problems)
-    memory = ("out of memory", *REFUSALS)
-    if isinstance(error, MemoryError) or any(text in str(error) for text in memory):
+    if is_out_of_memory(error):
         return "out of memory for this row; lower trainer.eval_batch_size or model.image.max_tokens"
     raise error
 

@@ -11,8 +11,9 @@ import torch
 
 from vlmtune.batching.layout import padded
 from vlmtune.data.records import Record
-from vlmtune.errors import ConfigError, is_out_of_memory
+from vlmtune.errors import ConfigError
 from vlmtune.launch.engine import Engine
+from vlmtune.memory import is_out_of_memory
 from vlmtune.models import rewrites
 from vlmtune.models.chance import without_chance
 from vlmtune.models.parts import base_of

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from vlmtune.batching.layout import Batch
-from vlmtune.errors import is_out_of_memory
 from vlmtune.launch import session
 from vlmtune.launch.engine import Engine
+from vlmtune.memory import is_out_of_memory
 from vlmtune.models.chance import without_chance
 from vlmtune.objectives.next_token import summed_loss
 from vlmtune.proof.first_pass import REFUSALS, computes_in_halves

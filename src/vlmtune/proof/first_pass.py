@@ -17,9 +17,10 @@ from vlmtune.batching.inputs import model_inputs
 from vlmtune.batching.layout import PLAIN, Batch, Layout, lay_out, padded
 from vlmtune.batching.loader import Loader
 from vlmtune.data.records import Record
-from vlmtune.errors import TrainingError, is_out_of_memory
+from vlmtune.errors import TrainingError
 from vlmtune.launch import session
 from vlmtune.launch.engine import Engine
+from vlmtune.memory import is_out_of_memory
 from vlmtune.models.chance import without_chance
 from vlmtune.models.parts import Parts, base_of
 from vlmtune.objectives.next_token import summed_loss

@@ -9,15 +9,19 @@ from typing import Any
 from vlmtune.batching.loader import Loader
 from vlmtune.config.schema import Config
 from vlmtune.data.records import Record
+from vlmtune.launch import session
 from vlmtune.launch.engine import Engine
+from vlmtune.memory import is_out_of_memory, noted
 from vlmtune.models.parts import Parts
 from vlmtune.prompt.encode import Encoder
-from vlmtune.proof import checks, first_pass
+from vlmtune.proof import checks
 from vlmtune.proof.attention import check_attention
 from vlmtune.proof.decision import Decision
+from vlmtune.proof.first_pass import check_gradients, check_longest, check_loss
 from vlmtune.proof.rows import Checked
 
 log = logging.getLogger("vlmtune")
+CHECKS = "in a check before training"
 
 
 def prove(
@@ -33,9 +37,10 @@ def prove(
     log.info(checks.check_labels(encoder, shapes))
     log.info(checks.check_inputs(encoder, shapes))
     log.info(checks.check_images(encoder, sample, config.model.image))
-    if sentence := check_attention(model, encoder, sample, engine):
-        log.info(sentence)
-    log.info(first_pass.check_loss(model, encoder, sample, engine))
+    with noted(CHECKS, model=model, useless=["trainer.eval_batch_size"]):
+        if sentence := check_attention(model, encoder, sample, engine):
+            log.info(sentence)
+        log.info(check_loss(model, encoder, sample, engine))
 
 
 def prove_passes(
@@ -43,8 +48,25 @@ def prove_passes(
 ) -> None:
     """Check on real rows, in the run's layout, that the gradients are right and that the longest row fits into memory.
 
-    Raises VlmtuneError.
+    With `trainer.auto_micro_batch`, micro-batches are halved until it does, on all processes. Raises VlmtuneError.
     """
     keeps = {"keeps_gradients": not config.optimizer.step_in_backward}
-    log.info(first_pass.check_gradients(model, parts, loader.encoder, decision.rows, engine, decision.layout, **keeps))
-    log.info(first_pass.check_longest(model, loader, rows.longest, engine, **keeps))
+    sample = decision.rows
+    while True:
+        try:
+            with noted(CHECKS, model=model, useless=["trainer.eval_batch_size"]):
+                gradients = check_gradients(model, parts, loader.encoder, sample, engine, decision.layout, **keeps)
+                longest = check_longest(model, loader, rows.longest, engine, **keeps)
+            fits = True
+        except Exception as error:
+            if not (config.trainer.auto_micro_batch and loader.order.most_rows > 1 and is_out_of_memory(error)):
+                raise
+            fits = False
+        if session.all_ranks(fits, engine):
+            break
+        session.free_memory()
+        loader.halve()
+        sample = sample[: loader.order.most_rows]
+        log.warning("memory     too short for that: halved to micro-batches of %d rows at most", loader.order.most_rows)
+    log.info(gradients)
+    log.info(longest)

@@ -12,9 +12,10 @@ from vlmtune import display, durable
 from vlmtune.config import saved
 from vlmtune.config.schema import AUTO, Config, plain
 from vlmtune.config.strict import strict
-from vlmtune.errors import ConfigError, TrainingError, VlmtuneError, memory_advice, storage_advice
+from vlmtune.errors import ConfigError, TrainingError, VlmtuneError, storage_advice
 from vlmtune.launch import lock, ranks, signals, steps
 from vlmtune.launch.world import World
+from vlmtune.memory import memory_advice
 
 
 def check_free(folder: Path, config: Config) -> None:

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vlmtune.errors import naming
+
 log = logging.getLogger(__name__)
 
 
@@ -26,7 +28,7 @@ class MetricsFile:
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        with self.path.open("a", encoding="utf-8") as file:
+        with naming(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
 
 

@@ -29,5 +29,7 @@ class Progress:
     best_step: int | None = None
     since_best: int = 0
     """Evaluations since then."""
+    halvings: int = 0
+    """How often micro-batches were halved because they did not fit into memory."""
     changes: list[dict[str, Any]] = field(default_factory=list)
     """What was changed when it was resumed: step, key, was, now."""

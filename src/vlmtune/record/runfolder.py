@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import signal
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import yaml
 from vlmtune import display
 from vlmtune.config.schema import Config, plain
 from vlmtune.data.splits import Split
-from vlmtune.errors import CheckpointError
+from vlmtune.errors import CheckpointError, failure_of, naming
 from vlmtune.launch import signals
 from vlmtune.record import environment
 from vlmtune.record.metrics_file import read_metrics
@@ -91,7 +92,7 @@ def closing_table(folder: Path, result: dict[str, Any]) -> str:
 def write_whole(path: Path, text: str) -> None:
     """Write a file that is there in full or not at all."""
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with naming(path), partial.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())  # or a power failure may leave the name without the content
@@ -99,8 +100,16 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write `values` as JSON."""
-    write_whole(path, json.dumps(values, indent=2) + "\n")
+    """Write `values` as JSON, in which NaN and infinities are null."""
+    write_whole(path, json.dumps(_finite(values), indent=2, allow_nan=False) + "\n")
+
+
+def _finite(values: Any) -> Any:
+    if isinstance(values, dict):
+        return {name: _finite(value) for name, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [_finite(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
 def write_config(path: Path, config: Config) -> None:
@@ -182,7 +191,7 @@ def write_failure(folder: Path, error: BaseException) -> None:
         "metrics": {name: value for name, value in last.items() if name.startswith(("eval/", "test/"))},
         "speed": {},
         "memory": environment.memory(),
-        "error": {"type": type(error).__name__, "message": str(error)},
+        "error": {"type": type(error).__name__, "failure": failure_of(error), "message": str(error)},
     }
     if stopped:
         result["signal"] = getattr(error, "number", signal.SIGINT)

@@ -73,7 +73,7 @@ def build(config: TrackerConfig, run_config: Mapping[str, Any], folder: Path, *,
 
 
 class Surviving:
-    """A tracker whose first failure is a warning, after which it gets nothing more."""
+    """A tracker whose first failure is a warning, after which it gets nothing more; nor after its end."""
 
     def __init__(self, name: str, tracker: Tracker):
         self.name = name
@@ -90,6 +90,7 @@ class Surviving:
     def finish(self, summary: Mapping[str, Any]) -> None:
         with self._warning():
             self.tracker.finish(summary)
+        self.tracker = NoTracker()
 
     @contextmanager
     def _warning(self) -> Iterator[None]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ WANDB_START_SECONDS = 30  # that a start waits for the server
 
 
 WANDB_FINISH_SECONDS = 600  # that the end waits for an upload
+
+
+WANDB_CALL_SECONDS = 60  # that W&B's service process gets to take a call, an upload not counted
 
 
 class WandB:
@@ -67,7 +71,7 @@ class WandB:
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """W&B's own step is ours: a resumed run's rows follow those before it, and rows done twice count once."""
-        self.run.log({**values, "step": step}, step=step)
+        self._call(lambda: self.run.log({**values, "step": step}, step=step), WANDB_CALL_SECONDS)
 
     def samples(self, rows: list[Sample], step: int) -> None:
         table = self.wandb.Table(columns=["image", "question", "reference", "prediction", "score"])
@@ -75,13 +79,53 @@ class WandB:
             image = row.image and self.wandb.Image(thumbnail(row.image, IMAGE_SIDE))
             table.add_data(image, row.question, row.reference, row.prediction, row.score)
         with _environment("WANDB_DATA_DIR", str(self.data_folder)):
-            self.run.log({"samples": table, "step": step}, step=step)
+            self._call(lambda: self.run.log({"samples": table, "step": step}, step=step), WANDB_CALL_SECONDS)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         result = dict(summary)
         metrics = result.pop("metrics", {})  # beside the curves of the same names, as W&B's tables show them
-        self.run.summary.update(result | metrics)
-        self.run.finish(exit_code=0 if summary.get("status", "completed") == "completed" else 1)
+        code = 0 if summary.get("status", "completed") == "completed" else 1
+        upload = self.run.settings.finish_timeout or None  # 0: without end
+
+        def finish() -> None:
+            self.run.summary.update(result | metrics)
+            self.run.finish(exit_code=code)
+
+        self._call(finish, upload and upload + WANDB_CALL_SECONDS)
+
+    def _call(self, call: Callable[[], None], seconds: float | None) -> None:
+        """Make a call of W&B. Raises `Hangs` if it takes longer than `seconds`: W&B itself would wait without end for a
+        service process that hangs, here and when Python ends.
+        """
+        try:
+            _within(seconds, call)
+        except (Hangs, ConnectionError):
+            with suppress(Exception):
+                _within(1, self.wandb.teardown)  # so that nothing waits for the process when Python ends
+            raise
+
+
+class Hangs(Exception):
+    """W&B's service process does not answer."""
+
+
+def _within(seconds: float | None, call: Callable[[], None]) -> None:
+    """Call in a thread; raises what it raises, and `Hangs` if it takes longer than `seconds`."""
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            call()
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise Hangs(f"no answer within {seconds:.0f} s")
+    for failure in failures:
+        raise failure
 
 
 def _wandb_settings(wandb: Any) -> Any:

@@ -1,5 +1,6 @@
 """The training loop, and what happens between its steps."""
 
+from vlmtune.training.attempts import Attempts
 from vlmtune.training.best import Best
 from vlmtune.training.finish import Finish
 from vlmtune.training.journal import Journal
@@ -10,4 +11,15 @@ from vlmtune.training.scoring import Scoring
 from vlmtune.training.setup import Setup
 from vlmtune.training.stopping import Stopping
 
-__all__ = ["Best", "Finish", "Journal", "Saving", "Schedule", "Scoring", "Setup", "Stopping", "build_optimizer"]
+__all__ = [
+    "Attempts",
+    "Best",
+    "Finish",
+    "Journal",
+    "Saving",
+    "Schedule",
+    "Scoring",
+    "Setup",
+    "Stopping",
+    "build_optimizer",
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 
 from vlmtune.evaluation.evaluate import Evaluation
 from vlmtune.training.loop import StepReport
@@ -40,12 +41,14 @@ class Best:
             return found
         name = self.trainer.best_metric.removeprefix("eval/")
         value = found.metrics[name]
-        if progress.best is None or (value < progress.best if name == "loss" else value > progress.best):
+        if not math.isfinite(value):
+            log.warning("%s is %s at step %d, which is never the best", name, value, progress.step)
+        elif progress.best is None or (value < progress.best if name == "loss" else value > progress.best):
             progress.best, progress.best_step, progress.since_best = value, progress.step, 0
             self.saving.save()
             return found
         progress.since_best += 1
         if self.exhausted:
-            count = self.trainer.early_stopping_patience
-            log.info("early stopping: %s has not improved on %.4f for %d evaluations", name, progress.best, count)
+            count, best = self.trainer.early_stopping_patience, math.nan if progress.best is None else progress.best
+            log.info("early stopping: %s has not improved on %.4f for %d evaluations", name, best, count)
         return found

@@ -171,7 +171,10 @@ def load_checkpoint(
     """
     state, progress = _read_state(folder)
     was = state["identity"]
-    progress.changes += resume.changes(folder, was, identity, progress.step, since_best=progress.since_best)
+    changes = resume.changes(folder, was, identity, progress.step, since_best=progress.since_best)
+    progress.changes += changes
+    if any(change["key"] == "trainer.batch_size" for change in changes):
+        progress.halvings = 0
     progress.first_total = progress.first_total or was.get("steps in all")  # an older version did not note it
     load_weights(folder, model)
     _load_optimizer(folder, optimizer, state["optimizer"])

@@ -42,9 +42,15 @@ class Finish:
         """
         run = self.run
         final = self._choose()
+        self.saving.check_weights()
         if run.writes:  # before anything else can fail
             save_model(run.model, run.processor, run.folder / "model", run.config.model)
-        metrics, final = self._score(final)
+        try:
+            metrics, final = self._score(final)
+        except Exception:
+            if run.engine.num_processes == 1:  # else the others can't help to save
+                self._save_for_resume()
+            raise
         status = "completed" if self.stopping.signal is None else "interrupted"
         memory = session.most_of_ranks(environment.memory(), run.engine)
         result = runfolder.make_result(status, self.saving.progress, metrics, run.config.task.metrics[0], memory)
@@ -70,7 +76,7 @@ class Finish:
 
     def _score(self, final: Evaluation | None) -> tuple[dict[str, float], Evaluation | None]:
         """The metrics for result.json, and the evaluation of the validation rows. Incomplete if a signal arrives."""
-        metrics, trainer = dict(self.saving.progress.baseline), self.run.config.trainer
+        metrics = dict(self.saving.progress.baseline)
         if self.stopping.signal is not None:
             return metrics, None
         with self.stopping.evaluating():
@@ -80,28 +86,38 @@ class Finish:
             if "test" in self.run.splits:
                 tested = self.scoring.evaluate("on the test rows", "test")
                 metrics |= {f"test/{name}": value for name, value in tested.metrics.items()}
-        if self.stopping.signal is not None and not trainer.save_every and not trainer.best_metric:
-            self.saving.save()  # for `resume=` to evaluate
-            self.saving.wait()
+        if self.stopping.signal is not None:
+            self._save_for_resume()
         return metrics, final
+
+    def _save_for_resume(self) -> None:
+        """Save what `resume=` needs to evaluate, where `_choose` has not."""
+        trainer = self.run.config.trainer
+        if not trainer.save_every and not trainer.best_metric:
+            self.saving.save()
+            self.saving.wait()
 
     def _write(self, result: dict[str, Any], final: Evaluation | None) -> None:
         """result.json comes last of the files: a run that is killed before that is gone on with, and has them all."""
         run, folder = self.run, self.run.folder
-        with _optional("predictions.csv"):
-            if final is not None:
-                metric, rows = run.config.task.metrics[0], run.splits["validation"]
-                runfolder.write_predictions(folder / "predictions.csv", rows, final, metric)
-        with _optional("model/README.md"):
-            card.write(folder, run.config, result, {name: len(split) for name, split in run.splits.items()})
-        with _optional("report.html"):
-            report.write(folder, result, self._image, self._texts)
-        runfolder.write_json(folder / "result.json", result)
+        try:
+            with _optional("predictions.csv"):
+                if final is not None:
+                    metric, rows = run.config.task.metrics[0], run.splits["validation"]
+                    runfolder.write_predictions(folder / "predictions.csv", rows, final, metric)
+            with _optional("model/README.md"):
+                card.write(folder, run.config, result, {name: len(split) for name, split in run.splits.items()})
+            with _optional("report.html"):
+                report.write(folder, result, self._image, self._texts)
+        finally:  # also where a second signal ends the report
+            runfolder.write_json(folder / "result.json", result)
+            self.journal.result = result
         with _optional("the tracker's result"):
             self.journal.tracker.finish(result)
-        if isinstance(cache := run.encoder.image_cache, PixelStore):
-            log.info(cache.report())
-        log.info(runfolder.closing_table(folder, result))
+        with _optional("the closing lines"):
+            if isinstance(cache := run.encoder.image_cache, PixelStore):
+                log.info(cache.report())
+            log.info(runfolder.closing_table(folder, result))
 
     def _texts(self, row: int) -> tuple[str, str]:
         record = self.run.splits["validation"].records[row]

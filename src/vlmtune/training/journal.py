@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
+from typing import Any
 
 from vlmtune import display
 from vlmtune.config.schema import plain
@@ -30,6 +31,8 @@ class Journal:
         self.began = time.perf_counter()
         self.tracker: tracking.Tracker = tracking.NoTracker()
         self.metrics_file: MetricsFile | None = None
+        self.result: dict[str, Any] | None = None
+        """What result.json holds, once it is written: the run ended so, whatever fails afterwards."""
 
     def __enter__(self) -> Journal:
         config, folder = self.run.config, self.run.folder
@@ -46,7 +49,7 @@ class Journal:
         if error is None:
             return
         stopped = isinstance(error, signals.EvaluationStopped | signals.Interrupted | KeyboardInterrupt)
-        self.tracker.finish({"status": "interrupted" if stopped else "failed"})
+        self.tracker.finish(self.result or {"status": "interrupted" if stopped else "failed"})
         if isinstance(error, signals.EvaluationStopped):  # before the first step: there is nothing to save yet
             raise signals.Interrupted(error.number) from None
 

@@ -13,6 +13,7 @@ import torch
 
 from vlmtune.errors import NonFinite
 from vlmtune.launch.engine import Engine
+from vlmtune.memory import noted
 from vlmtune.record.progress import Progress
 
 
@@ -116,7 +117,8 @@ def _update(loss: float, norm: float, optimizer: Any, patience: Patience, progre
     """Take the step if loss and gradients are finite, and clear the gradients. Raises NonFinite."""
     finite = math.isfinite(loss) and math.isfinite(norm)
     if finite or patience.scaled:
-        optimizer.step()
+        with noted("in the optimizer's step"):
+            optimizer.step()
     if finite:
         hooks.before_zero_grad(progress.step + 1)
     patience.note(loss, norm, progress)
@@ -176,10 +178,12 @@ def _pass(
     penalty: Callable[[], torch.Tensor | None] = lambda: None,
 ) -> torch.Tensor:
     """Accumulate the gradient of (a micro-batch's summed loss / `divisor` + `penalty`). Returns the summed loss."""
-    with engine.autocast():
+    size = f"{batch.rows} rows, {batch.padded_tokens} tokens"
+    with noted(f"in the forward pass of {size}"), engine.autocast():
         loss = summed_loss(model, batch.to(engine.device))
     extra = penalty()
-    engine.backward(loss / divisor + (extra if extra is not None else 0.0))
+    with noted(f"in the backward pass of {size}"):
+        engine.backward(loss / divisor + (extra if extra is not None else 0.0))
     return loss.detach()
 
 
@@ -221,13 +225,13 @@ class Patience:
             self.in_a_row = 0
             return
         self.in_a_row += 1
-        progress.skipped += 1
         scaling = self.scaled and math.isfinite(loss)  # the scaler tries smaller and smaller scales
         if self.in_a_row >= (40 if scaling else 10) or not (self.skip or scaling):
             raise NonFinite(
                 f"loss {loss}, gradient norm {norm} at step {progress.step + 1}. A lower trainer.learning_rate, "
                 "trainer.precision=fp32 or trainer.max_grad_norm=1 may help; trainer.nonfinite=skip skips such steps"
             )
+        progress.skipped += 1
 
 
 def _report(passed: Passed, progress: Progress, norm: float, learning_rate: float, seconds: float) -> StepReport:

@@ -90,6 +90,7 @@ RULES: dict[str, Rule] = {
     "task.metrics": Rule.RECORDED,
     "task.name": Rule.FREE,
     "tracker": Rule.FREE,
+    "trainer.auto_micro_batch": Rule.FREE,
     "trainer.batch_size": Rule.RECORDED,
     "trainer.batch_tokens": Rule.RECORDED,
     "trainer.best_metric": Rule.FIXED,

@@ -7,7 +7,7 @@ import logging
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
-from vlmtune.errors import CheckpointError
+from vlmtune.errors import CheckpointError, NonFinite
 from vlmtune.launch import session
 from vlmtune.models.parts import base_files
 from vlmtune.record import runfolder
@@ -70,14 +70,26 @@ class Saving:
         if due and self.stopping.signal is None:
             self.save()
 
+    def check_weights(self) -> None:
+        """Raise NonFinite if a trained weight is NaN or infinite: it can't train on, and is never saved."""
+        bad = snapshot.not_finite(self.run.model)
+        if not session.all_ranks(bad is None, self.run.engine):
+            raise NonFinite(
+                f"a weight is NaN or infinite after step {self.progress.step} ({bad or 'on another process'}), so this "
+                f"state is not saved; resume={self.run.folder} goes on from the newest checkpoint, for instance with a "
+                "lower trainer.learning_rate"
+            )
+
     def save(self) -> None:
         """Begin to write a checkpoint, unless this very state is being written. Returns once the state is copied.
 
-        Every process must call this. Raises what kept the checkpoint before from being written, which is waited for.
+        Every process must call this. Raises NonFinite, as `check_weights` does, and what kept the checkpoint before
+        from being written, which is waited for.
         """
         if self.saved == self.progress:  # the best one was saved after this step
             return
         run = self.run
+        self.check_weights()
         self.wait()
         self.saved = copy.deepcopy(self.progress)
         if run.writes:

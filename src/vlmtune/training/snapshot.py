@@ -63,6 +63,11 @@ def saved_buffers(model: torch.nn.Module) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in model.named_buffers() if name in saved}
 
 
+def not_finite(model: torch.nn.Module) -> str | None:
+    """The name of a tensor that training changes and that holds NaN or infinite values; None if there is none."""
+    return next((name for name, t in trained_tensors(model).items() if not bool(torch.isfinite(t).all())), None)
+
+
 def split_state(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Split an optimizer's state dict into tensors and the rest, which JSON can hold. Keys are paths, since
     bitsandbytes nests its state.
