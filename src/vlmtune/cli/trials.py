@@ -27,7 +27,8 @@ def check(code: int) -> None:
         folder = Path(HydraConfig.get().runtime.output_dir)
         result = read_result(folder) or {"status": "failed", "error": None}
         reason = (result["error"] or {}).get("message") or f"exit code {code}"
-        raise TrainingError(f"{folder}: {result['status']}: {reason}")
+        way = f"; resume={folder} goes on with it" if result["status"] == "interrupted" else ""
+        raise TrainingError(f"{folder}: {result['status']}: {reason}{way}")
 
 
 @contextmanager

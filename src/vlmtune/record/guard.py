@@ -44,10 +44,10 @@ def _refuse_another(folder: Path) -> None:
 def _is_restart(folder: Path) -> bool:
     """Whether a scheduler started the job again that began the run in the folder."""
     try:
-        described = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # it had not come far, or is no run of ours
+        job = json.loads((folder / "environment.json").read_text(encoding="utf-8")).get("job")
+    except (OSError, ValueError, AttributeError):  # it had not come far, or is no run of ours
         return False
-    return scheduler.is_restart_of(described.get("job"))
+    return scheduler.is_restart_of(job)
 
 
 @contextmanager
@@ -62,7 +62,7 @@ def held(folder: Path, config: Config, world: World) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         with lock.held(folder):
             _prepare(folder, config, world)
-            with display.logging_to(folder), signals.ending_at_once(), failure_written(folder, world):
+            with signals.ending_at_once(), display.logging_to(folder), failure_written(folder, world):
                 yield
 
 
