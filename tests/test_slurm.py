@@ -206,7 +206,8 @@ def test_a_run_on_slurm_is_requeued_after_sigusr1(
         os.kill(int((tmp_path / "task").read_text()), signal.SIGUSR1)
         _, said = process.communicate(timeout=600)
     assert process.returncode == 0, said
-    assert until(lambda: (tmp_path / "code").read_text()) == "0"
+    assert until((tmp_path / "code").exists)
+    assert (tmp_path / "code").read_text() == "0"
     assert len((tmp_path / "starts").read_text().splitlines()) == 2
     assert (run / "train.log").read_text().count("resuming from step") == 1
     assert_equal(run, straight)

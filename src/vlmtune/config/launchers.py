@@ -25,8 +25,8 @@ def check(composed: DictConfig, multirun: bool) -> None:
     for key in ("tasks_per_node", "nodes"):
         if launcher.get(key, 1) != 1:
             raise ConfigError(
-                f"hydra.launcher.{key}={launcher[key]}: each task would be a run of its own; leave it at 1. For several "
-                "GPUs of one machine add backend=accelerate; several machines need sbatch and torchrun"
+                f"hydra.launcher.{key}={launcher[key]}: each task would be a run of its own; leave it at 1. Several "
+                "GPUs of one machine need backend=accelerate, several machines sbatch and torchrun"
             )
 
 
