@@ -15,13 +15,15 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
+from submitit.core.utils import UncompletedJobError
 
 import fake_slurm
 import tiny
 import vlmtune
+from vlmtune.cli import trials
 from vlmtune.config import compose, launchers
 from vlmtune.config.schema import home
-from vlmtune.errors import ConfigError
+from vlmtune.errors import ConfigError, TrainingError
 from vlmtune.launch.world import World
 
 LOCAL, SLURM = "hydra/launcher=submitit_local", "hydra/launcher=submitit_slurm"
@@ -74,6 +76,14 @@ def test_tasks_of_srun_that_do_not_know_each_other_are_refused(monkeypatch: pyte
     monkeypatch.delenv("WORLD_SIZE")
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
     assert World.from_environment().is_alone
+
+
+def test_a_job_that_was_killed_is_one_error() -> None:
+    """With submitit's own text, which has the end of the job's log."""
+    with pytest.raises(TrainingError, match="submitit: Job 7 has not produced any output"), trials.of_submitit():
+        raise UncompletedJobError("Job 7 has not produced any output")
+    with pytest.raises(RuntimeError, match="a bug"), trials.of_submitit():
+        raise RuntimeError("a bug")
 
 
 # ---------------------------------------------------------------- whole jobs
