@@ -230,7 +230,7 @@ def test_the_batch_script_saves_before_the_time_limit_and_is_requeued(
 ) -> None:
     """The script of the docs as it is, with torchrun and two processes."""
     run, environment = tmp_path / "run", fake_slurm.install(tmp_path)
-    two = overrides("trainer.batch_size=2", f"hydra.run.dir={run}")
+    two = [str(run), *overrides("trainer.batch_size=2")]
     given = {**os.environ, **environment, "PYTHONPATH": os.pathsep.join(sys.path)}
     given["PATH"] = os.pathsep.join([environment["PATH"], str(Path(sys.executable).parent)])
     subprocess.run(["sbatch", str(home() / "docs" / "slurm.sbatch"), *two], cwd=home(), env=given, check=True)
