@@ -41,6 +41,6 @@ def of_submitit() -> Iterator[None]:
             raise
         from submitit.core import utils
 
-        if not isinstance(error, utils.UncompletedJobError | utils.FailedJobError | utils.FailedSubmissionError):
+        if not isinstance(error, utils.UncompletedJobError | utils.FailedSubmissionError):
             raise
         raise TrainingError(f"submitit: {error}") from error

@@ -2,8 +2,8 @@
 result.json.
 
 SIGINT (Ctrl-C), SIGTERM (a scheduler), SIGHUP (a terminal that went away; under nohup it is ignored, and stays so),
-SIGUSR1 and SIGUSR2 (a scheduler whose time limit is near). What the signal ended goes on to the handler that was there
-before, which may requeue the job (submitit's does).
+SIGUSR1 and SIGUSR2 (a scheduler whose time limit is near). At the end the handler that was there before gets the
+signal: it may requeue the job, as submitit's does.
 """
 
 from __future__ import annotations
