@@ -78,6 +78,23 @@ def test_tasks_of_srun_that_do_not_know_each_other_are_refused(monkeypatch: pyte
     assert World.from_environment().is_alone
 
 
+@pytest.mark.parametrize(
+    ("result", "said"),
+    [
+        (None, "failed: exit code 143"),
+        ({"status": "failed", "error": {"message": "no rows"}}, "failed: no rows"),
+        ({"status": "interrupted", "error": None}, "interrupted: exit code 143; resume={} goes on with it"),
+    ],
+)
+def test_a_trial_tells_how_it_ended(tmp_path: Path, result: dict[str, Any] | None, said: str) -> None:
+    trials.check(0, tmp_path)
+    if result is not None:
+        (tmp_path / "result.json").write_text(json.dumps(result))
+    with pytest.raises(TrainingError) as raised:
+        trials.check(143, tmp_path)
+    assert str(raised.value) == f"{tmp_path}: {said.format(tmp_path)}"
+
+
 def test_a_job_that_was_killed_is_one_error() -> None:
     """With submitit's own text, which has the end of the job's log."""
     with pytest.raises(TrainingError, match="submitit: Job 7 has not produced any output"), trials.of_submitit():

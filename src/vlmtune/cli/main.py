@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from vlmtune.cli import evaluate, predict, train, trials
@@ -55,12 +56,14 @@ def run(command: str) -> None:
 
 
 def _run(command: str, world: World) -> int:
+    from hydra.core.hydra_config import HydraConfig
+
     job, codes, place = COMMANDS[command].job, list[int](), trials.place()
 
     def guarded(composed: Any) -> None:
         codes.append(guard(lambda: job(composed, world)))
         if trials.place() != place:  # `codes` is a copy
-            trials.check(codes[-1])
+            trials.check(codes[-1], Path(HydraConfig.get().runtime.output_dir))
         elif codes[-1] >= 128:  # a signal is for the whole sweep
             leave(codes[-1])
 

@@ -17,14 +17,13 @@ def place() -> tuple[str, int]:
     return platform.node(), os.getpid()
 
 
-def check(code: int) -> None:
-    """Raise TrainingError for an exit code other than 0: the launcher sends it back, but nothing else."""
-    from hydra.core.hydra_config import HydraConfig
-
+def check(code: int, folder: Path) -> None:
+    """Raise TrainingError if the trial in `folder` ended with another exit code than 0: the launcher sends an error
+    back, but nothing else.
+    """
     from vlmtune.record.runfolder import read_result
 
     if code:
-        folder = Path(HydraConfig.get().runtime.output_dir)
         result = read_result(folder) or {"status": "failed", "error": None}
         reason = (result["error"] or {}).get("message") or f"exit code {code}"
         way = f"; resume={folder} goes on with it" if result["status"] == "interrupted" else ""
