@@ -171,7 +171,7 @@ def test_what_the_first_cannot_tell_is_shown(capfd: pytest.CaptureFixture[str]) 
 WAITING = """
 import os, signal, sys, time
 def end(number, frame): sys.exit(100 + number)
-for name in ("SIGINT", "SIGTERM"): signal.signal(getattr(signal, name), end)
+for name in ("SIGINT", "SIGTERM", "SIGUSR1"): signal.signal(getattr(signal, name), end)
 with open(f"{sys.argv[1]}/{os.environ['RANK']}", "w") as file: file.write(str(os.getpid()))
 time.sleep(600)
 """
@@ -193,7 +193,10 @@ def pids(folder: Path) -> list[int]:
     raise AssertionError("they did not start")
 
 
-@pytest.mark.parametrize("number", sampled([signal.SIGINT, signal.SIGTERM, signal.SIGKILL], [signal.SIGKILL]))
+SENT = sampled([signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGKILL], [signal.SIGUSR1, signal.SIGKILL])
+
+
+@pytest.mark.parametrize("number", SENT)
 def test_they_end_with_the_process_that_started_them(tmp_path: Path, number: signal.Signals) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(["src", os.environ.get("PYTHONPATH", "")])}
     parent = subprocess.Popen([*python(PARENT), *python(WAITING), str(tmp_path)], env=environment)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -21,6 +22,11 @@ def started(command: str) -> list[str]:
     if _is_script():
         return [sys.executable, str(Path(sys.argv[0]).resolve().with_name(f"{command}.py"))]
     return [sys.executable, "-m", "vlmtune", command]
+
+
+def import_path() -> str:
+    """PYTHONPATH for other processes, so that they find this package where it is not installed."""
+    return os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
 
 
 def _is_script() -> bool:

@@ -6,12 +6,13 @@ import os
 import sys
 from collections.abc import Callable
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
-from vlmtune.cli import evaluate, predict, train
+from vlmtune.cli import evaluate, predict, train, trials
 from vlmtune.cli.ending import guard, leave, say
 from vlmtune.cli.words import overrides_given, prepare
-from vlmtune.commands import typed
+from vlmtune.commands import import_path, typed
 from vlmtune.config import compose
 from vlmtune.config.schema import home
 from vlmtune.errors import ConfigError, UsageError, nearest
@@ -55,11 +56,15 @@ def run(command: str) -> None:
 
 
 def _run(command: str, world: World) -> int:
-    job, codes = COMMANDS[command].job, []
+    from hydra.core.hydra_config import HydraConfig
+
+    job, codes, place = COMMANDS[command].job, list[int](), trials.place()
 
     def guarded(composed: Any) -> None:
         codes.append(guard(lambda: job(composed, world)))
-        if codes[-1] >= 128:  # a signal is for the whole sweep
+        if trials.place() != place:  # `codes` is a copy
+            trials.check(codes[-1], Path(HydraConfig.get().runtime.output_dir))
+        elif codes[-1] >= 128:  # a signal is for the whole sweep
             leave(codes[-1])
 
     prepare(command, COMMANDS[command].check, world)
@@ -75,7 +80,9 @@ def with_hydra(command: str, job: Callable[[Any], None]) -> None:
     from hydra.errors import HydraException
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # or it would answer a folder that can't be made with a traceback
+    os.environ["PYTHONPATH"] = import_path()  # of a launcher's jobs
     try:
-        hydra.main(version_base="1.3", config_path=str(home() / "conf"), config_name=command)(job)()
+        with trials.of_submitit():
+            hydra.main(version_base="1.3", config_path=str(home() / "conf"), config_name=command)(job)()
     except HydraException as error:
         raise ConfigError(str(error).strip().splitlines()[0]) from error

@@ -12,7 +12,7 @@ from vlmtune.launch.world import World
 
 def check(overrides: list[str], multirun: bool, world: World) -> None:
     """Raise VlmtuneError with every problem that can be found without opening data or model."""
-    compose.overlay(compose.compose("predict", compose.normalise(overrides)[0]), overrides)
+    compose.overlay(compose.compose("predict", compose.normalise(overrides)[0], multirun=multirun), overrides)
 
 
 def job(composed: Any, world: World) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 from vlmtune import api
 from vlmtune.cli.words import overrides_given
 from vlmtune.commands import started
-from vlmtune.config import compose, paths
+from vlmtune.config import compose, launchers, paths
 from vlmtune.launch import processes
 from vlmtune.launch.world import World
 from vlmtune.record import guard
@@ -17,6 +17,7 @@ from vlmtune.record import guard
 def check(overrides: list[str], multirun: bool, world: World) -> None:
     """Raise VlmtuneError with every problem that can be found without opening data or model."""
     config, composed = compose.read("train", overrides, multirun=multirun)
+    launchers.check_machine(composed)
     processes.to_start(config.backend, world)
     if world.is_main:
         folder = composed.hydra.sweep.dir if multirun else config.resumed_folder or composed.hydra.run.dir

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vlmtune.commands import PACKAGE, typed
-from vlmtune.config import paths, saved
+from vlmtune.config import launchers, paths, saved
 from vlmtune.config.adapter_source import with_source
 from vlmtune.config.paths import files_of
 from vlmtune.config.schema import AUTO, SCHEMA, Config, defaults, home
@@ -88,7 +88,7 @@ def parse(overrides: Sequence[str]) -> list[Any]:
     return parsed
 
 
-def compose(command: str, overrides: Sequence[str]) -> DictConfig:
+def compose(command: str, overrides: Sequence[str], *, multirun: bool = False) -> DictConfig:
     """Hydra's composition of `conf/<command>.yaml` with normalised overrides. Raises ConfigError."""
     import hydra
     from hydra.errors import HydraException
@@ -99,9 +99,10 @@ def compose(command: str, overrides: Sequence[str]) -> DictConfig:
     try:
         with hydra.initialize_config_dir(str(home() / "conf"), version_base="1.3"):
             composed: DictConfig = hydra.compose(command, list(overrides), return_hydra_config=True)
+            launchers.check(composed, multirun)
             return composed
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(str(error).strip().splitlines()[0]) from error
+        raise ConfigError(launchers.not_found(str(error)) or str(error).strip().splitlines()[0]) from error
     finally:
         logger.setLevel(level)  # the caller's
 
@@ -116,7 +117,7 @@ def read(command: str, overrides: Sequence[str], *, multirun: bool = False) -> t
         problems += [_several(override.lstrip("+")) for override in usable if asks_for_several(override)]
     try:
         chosen = [one_choice(override) for override in usable]
-        composed = compose(command, chosen)
+        composed = compose(command, chosen, multirun=multirun)
         config = strict(of_run(composed, chosen))
         problems += [MOVING_FOLDER] if config.resume == AUTO and not multirun and _moves(composed) else []
     except ConfigError as error:

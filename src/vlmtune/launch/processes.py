@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import IO, Any
 
-from vlmtune.commands import PACKAGE
+from vlmtune.commands import import_path
 from vlmtune.config.schema import BackendConfig
 from vlmtune.errors import ConfigError
 from vlmtune.launch.signals import handling
@@ -82,10 +82,9 @@ def run(command: Sequence[str], count: int) -> int:
 
 def _environment(count: int, port: int) -> dict[str, str]:
     """What torchrun sets for all processes, a share of the cores for each, and the path of this package."""
-    path = os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = str(max(cores // count, 1))
-    world = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "GROUP_RANK": "0", "PYTHONPATH": path}
+    world = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "GROUP_RANK": "0", "PYTHONPATH": import_path()}
     store = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RESTART_COUNT": "0"}
     return {"OMP_NUM_THREADS": threads, **os.environ, **world, **store, "TORCHELASTIC_USE_AGENT_STORE": "True"}
 

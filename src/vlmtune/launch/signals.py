@@ -1,18 +1,21 @@
 """Ending on a signal: after the step in training, after the batch in evaluation, at once elsewhere, and never without a
 result.json.
 
-SIGINT (Ctrl-C), SIGTERM (a scheduler) and SIGHUP (a terminal that went away; under nohup it is ignored, and stays so).
+SIGINT (Ctrl-C), SIGTERM (a scheduler), SIGHUP (a terminal that went away; under nohup it is ignored, and stays so),
+SIGUSR1 and SIGUSR2 (a scheduler whose time limit is near). At the end the handler that was there before gets the
+signal: it may requeue the job, as submitit's does.
 """
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
 
 
 class Interrupted(BaseException):
@@ -31,19 +34,44 @@ class EvaluationStopped(Exception):
         self.number = number
 
 
+class _Noting:
+    """A handler that notes which signals came, in their order."""
+
+    def __init__(self, handler: Callable[[int, Any], None]):
+        self.handler, self.came = handler, dict[int, None]()
+
+    def __call__(self, number: int, frame: Any) -> None:
+        self.came[number] = None
+        self.handler(number, frame)
+
+    def hand_on(self, before: dict[signal.Signals, Any]) -> None:
+        """Give what came to the handlers of `before`: one of ours notes it, the caller's own is called."""
+        for number in self.came:
+            old = before[signal.Signals(number)]
+            if isinstance(old, _Noting):
+                old.came[number] = None
+            elif callable(old) and old is not signal.default_int_handler:
+                old(number, None)
+
+
 @contextmanager
-def handling(handler: Any) -> Iterator[dict[signal.Signals, Any]]:
-    """Handle the signals while inside; only the main thread can, and others leave them alone."""
+def handling(handler: Callable[[int, Any], None]) -> Iterator[dict[signal.Signals, Any]]:
+    """Handle the signals while inside; yields the handlers of before, which get the signals that came at the end.
+
+    Only the main thread can handle signals, and others leave them alone. Ignored ones stay ignored, but for SIGINT.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield {}
         return
-    watched = [number for number in SIGNALS if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, handler) for number in watched}
+    noting, present = _Noting(handler), {number: signal.getsignal(number) for number in SIGNALS}
+    taken = [n for n, old in present.items() if old is not None and (n == signal.SIGINT or old != signal.SIG_IGN)]
+    before = {number: signal.signal(number, noting) for number in taken}
     try:
         yield before
     finally:
         for number, old in before.items():
             signal.signal(number, old)
+        noting.hand_on(before)
 
 
 @contextmanager
@@ -65,13 +93,16 @@ class StopRequest:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """While inside, the first signal is noted; a second one ends the process as it would outside."""
+        """While inside, the first signal is noted; the same one again, or SIGINT, ends the process as it would outside.
+
+        Another one asks for no more: at a time limit, schedulers send SIGTERM after the signal that announced it.
+        """
         before: dict[Any, Any] = {}
 
         def handler(number: int, frame: Any) -> None:
-            self.signal = number
-            for watched, old in before.items():
-                signal.signal(watched, old)
+            self.signal = self.signal or number
+            for repeated in {number, signal.SIGINT} & before.keys():
+                signal.signal(repeated, before[repeated])
 
         with handling(handler) as replaced:
             before |= replaced

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 
 from vlmtune.errors import ConfigError
+from vlmtune.launch import scheduler
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,11 @@ class World:
 
     @classmethod
     def from_environment(cls) -> World:
-        """What torchrun and `accelerate launch` set. Raises ConfigError for what is not a number."""
+        """What torchrun and `accelerate launch` set.
+
+        Raises ConfigError for what is not a number, and for several tasks of a scheduler without a launcher.
+        """
+        scheduler.check_tasks()
         return cls(
             rank=_number("RANK") or 0,
             processes=_number("WORLD_SIZE") or 1,

@@ -26,7 +26,7 @@ def predict_file(folder: str, config: Config, output: str) -> int:
     if config.data.test is None:
         raise ConfigError("data.test: missing; give the CSV file to answer, for instance data.test=test.csv")
     target = output_file(output, inputs_of(config.data), Path(folder))
-    with display.logging_to(None), signals.ending_at_once():
+    with signals.ending_at_once(), display.logging_to(None):
         answers, records, rows = _to_answer(config)
         predictor = Predictor(Path(folder), config)
         with closing(Rows(target, answers)) as rest:

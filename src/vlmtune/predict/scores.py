@@ -28,7 +28,7 @@ def evaluate_run(folder: str, config: Config, output: str | None) -> str:
     split = "validation" if config.data.test is None else "test"
     if split == "test":
         config.data = of_test_rows(config.data)
-    with display.logging_to(None), signals.ending_at_once():
+    with signals.ending_at_once(), display.logging_to(None):
         rows = table.load(config.data, config.task, config.trainer.seed, (split,))[split]
         if target is not None and rows.frame is not None:
             refuse_columns(rows.frame.columns, (ANSWER, SCORE), str(getattr(config.data, split) or split))

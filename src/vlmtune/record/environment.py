@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from vlmtune.launch import scheduler
+
 PACKAGES = (
     "torch",
     "transformers",
@@ -45,6 +47,7 @@ def describe(seed: int, fingerprint: str, processor: Any) -> dict[str, Any]:
         "devices": devices,
         "threads": torch.get_num_threads(),
         "variables": variables(),
+        "job": scheduler.job(),
         "image_processor": type(processor.image_processor).__name__,
         "seed": seed,
         "data_fingerprint": fingerprint,

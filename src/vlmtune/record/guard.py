@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,7 +14,7 @@ from vlmtune.config import saved
 from vlmtune.config.schema import AUTO, Config, plain
 from vlmtune.config.strict import strict
 from vlmtune.errors import ConfigError, TrainingError, VlmtuneError, storage_advice
-from vlmtune.launch import lock, ranks, signals, steps
+from vlmtune.launch import lock, ranks, scheduler, signals, steps
 from vlmtune.launch.world import World
 from vlmtune.memory import memory_advice
 
@@ -21,10 +22,10 @@ from vlmtune.memory import memory_advice
 def check_free(folder: Path, config: Config) -> None:
     """Raise ConfigError where a running process uses the folder, or where it holds a run that this one does not resume.
 
-    A run that failed or was killed before it saved anything is no obstacle.
+    A run that failed or was killed before it saved anything is no obstacle, nor is one that this job has begun.
     """
     lock.check(Path(config.resumed_folder).expanduser() if config.resumed_folder else folder)
-    if not config.resume:
+    if not config.resume and not _is_restart(folder):
         _refuse_another(folder)
 
 
@@ -41,17 +42,28 @@ def _refuse_another(folder: Path) -> None:
         raise ConfigError(f"{folder}: holds a run already; choose another hydra.run.dir, or resume it: resume={folder}")
 
 
+def _is_restart(folder: Path) -> bool:
+    """Whether a scheduler started the job again that began the run in the folder."""
+    try:
+        job = json.loads((folder / "environment.json").read_text(encoding="utf-8")).get("job")
+    except (OSError, ValueError, AttributeError):  # it had not come far, or is no run of ours
+        return False
+    return scheduler.is_restart_of(job)
+
+
 @contextmanager
 def held(folder: Path, config: Config, world: World) -> Iterator[None]:
     """Hold the folder while inside, log into it, and write down what ends the run early. Raises ConfigError."""
     with storage_advice():
         check_free(folder, config)
+        if not config.resume and _is_restart(folder):
+            config.resume = AUTO
         if config.resume:
             saved.refuse_links(folder)
         folder.mkdir(parents=True, exist_ok=True)
         with lock.held(folder):
             _prepare(folder, config, world)
-            with display.logging_to(folder), signals.ending_at_once(), failure_written(folder, world):
+            with signals.ending_at_once(), display.logging_to(folder), failure_written(folder, world):
                 yield
 
 
