@@ -1,4 +1,4 @@
-"""What a checkpoint costs training: `python benchmarks/saving.py`.
+"""What a checkpoint costs training, and what it costs to go on from it: `python benchmarks/saving.py`.
 
 Blocks of steps without a checkpoint, with one that is waited for, and with one in the background, in turns. Medians. A
 block ends with its write, so that what writing slows down is counted.
@@ -17,7 +17,7 @@ import torch
 import work
 from measure import built, ours
 
-from vlmtune.training import Setup, Stopping
+from vlmtune.training import Setup, Stopping, checkpoint
 from vlmtune.training.saving import Saving
 
 DEEP = "deep"
@@ -60,8 +60,17 @@ def measure(setup: Setup, count: int, rounds: int) -> str:
     return (
         f"{trained / 1e6:.1f}M trained weights, a step {block['none'] / count:.3f} s; a step waits for a checkpoint "
         f"{call['waited for']:.3f} s, in the background {call['background']:.3f} s; {count} steps with one take "
-        f"{block['waited for']:.2f} s, {block['background']:.2f} s, without {block['none']:.2f} s"
+        f"{block['waited for']:.2f} s, {block['background']:.2f} s, without {block['none']:.2f} s; it is checked and "
+        f"loaded in {loading(setup, saving):.2f} s"
     )
+
+
+def loading(setup: Setup, saving: Saving) -> float:
+    """Seconds to check and load the newest checkpoint."""
+    began = time.perf_counter()
+    found = checkpoint.newest(setup.folder)
+    checkpoint.load_checkpoint(found, setup.model, setup.optimizer, None, saving.identity)
+    return time.perf_counter() - began
 
 
 def main() -> None:
