@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from vlmtune import display
 from vlmtune.config.schema import AUTO, Config, TrainerConfig
 from vlmtune.errors import ConfigError, VlmtuneError
-from vlmtune.launch import steps, surroundings, tf32
+from vlmtune.launch import ranks, steps, surroundings, tf32
 from vlmtune.launch.engine import Engine
 from vlmtune.launch.world import World
 from vlmtune.packages import import_bitsandbytes
@@ -51,7 +51,9 @@ def engine(config: Config, *, trains: bool = True) -> Engine:
     unused = not config.uses_adapter or beside
     with surroundings.without_accelerate_settings() as hidden:
         on_cpu = not torch.cuda.is_available()  # or a launcher's CPU ranks would each believe to be alone
-        check_devices(World.from_environment())
+        world = World.from_environment()
+        check_devices(world)
+        ranks.meet(world)
         device = PartialState(cpu=on_cpu, timeout=TIMEOUT).device  # first: a question to CUDA would open GPU 0
         mixed = mixed_precision(config, device)
         surroundings.log_ignored(
@@ -67,6 +69,12 @@ def engine(config: Config, *, trains: bool = True) -> Engine:
             kwargs_handlers=[
                 DistributedDataParallelKwargs(find_unused_parameters=unused, gradient_as_bucket_view=True)
             ],
+        )
+    if accelerator.num_processes != world.processes:
+        raise ConfigError(
+            f"WORLD_SIZE is {world.processes}, and {accelerator.num_processes} processes found each other: LOCAL_RANK "
+            "is missing, or an MPI launcher set its own variables. Start them by torchrun --nproc_per_node N, or one "
+            "process with backend=accelerate backend.num_processes=N"
         )
     accelerator.sync_gradients = True  # or a loop left half way in this process decides whether a step counts
     if (key := needs_bitsandbytes(config, trains)) is not None:

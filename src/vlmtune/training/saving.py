@@ -10,7 +10,7 @@ from vlmtune.launch import session
 from vlmtune.models.parts import base_of
 from vlmtune.record import runfolder
 from vlmtune.record.progress import Progress
-from vlmtune.training import checkpoint, resume
+from vlmtune.training import agreement, checkpoint, resume
 from vlmtune.training.loop import StepReport
 from vlmtune.training.setup import Setup
 from vlmtune.training.stopping import Stopping
@@ -26,6 +26,7 @@ class Saving:
         commit = getattr(base_of(run.model).config, "_commit_hash", None)
         files = fingerprint.model_files(str(run.config.model.path), commit)
         self.identity = resume.identity(run.config, run.loader, run.engine, files)
+        agreement.compare({**self.identity, "config": None}, run.engine)  # compared by `build`
         self.progress = self._resumed() if run.config.resume else Progress()
 
     def _resumed(self) -> Progress:
