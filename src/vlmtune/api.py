@@ -79,7 +79,7 @@ def run_in(folder: Path, config: Config, world: World = ALONE) -> dict[str, Any]
     tracking.check(config.tracker)
     with surroundings.kept(), ranks.closed_at_exit(world):
         if not world.is_main:
-            with logging_to(None), signals.ending_at_once(), ranks.reporting(world):
+            with logging_to(None, other_rank=True), signals.ending_at_once(), ranks.reporting(world):
                 return _trained(config, None)
         with guard.held(folder, config, world):
             if world.left_alone:

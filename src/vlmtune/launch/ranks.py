@@ -7,6 +7,7 @@ each other by (MASTER_ADDR, MASTER_PORT), which torchrun keeps until its last pr
 from __future__ import annotations
 
 import atexit
+import functools
 import gc
 import json
 import logging
@@ -36,13 +37,16 @@ _runs = 0
 
 def _store(world: World) -> Any:
     """The launcher's store. Raises RuntimeError where there is none any more."""
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
     if world.address is None or world.port is None:
         raise RuntimeError("the launcher named no store (MASTER_ADDR, MASTER_PORT)")
-    timeout = timedelta(seconds=SECONDS)
-    store = TCPStore(world.address, world.port, is_master=False, timeout=timeout, wait_for_workers=False)
-    return of_run(store, world.attempt, _runs)
+    return of_run(_connected(world.address, world.port), world.attempt, _runs)
+
+
+@functools.cache  # to connect may take seconds (torch 2.13)
+def _connected(address: str, port: int) -> Any:
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    return TCPStore(address, port, is_master=False, timeout=timedelta(seconds=SECONDS), wait_for_workers=False)
 
 
 def of_run(store: Any, attempt: int = 0, run: int = 0) -> Any:
@@ -169,10 +173,11 @@ def _close() -> None:
 
 
 def silent(seen: BaseException, who: str = "another process of this run") -> TrainingError:
-    """The error where a process is gone without a word. `seen`: how this one learned of it."""
+    """The error where a process is gone without a word. `seen`, how this one learned of it, goes into the log."""
+    log.info("%s", seen)
     return TrainingError(
         f"{who} ended and left no reason: it was killed, most often as the machine was out of memory, or it crashed. "
-        f"Its own output, the launcher's or the system's log may say more. Here: {str(seen).strip().splitlines()[0]}"
+        "Its own output, the launcher's or the system's log may say more"
     )
 
 
