@@ -115,6 +115,16 @@ def test_a_launchers_signal_is_told_from_a_schedulers(second: World) -> None:
     assert guard.first_error(signalled, second) is signalled
 
 
+@pytest.mark.parametrize("stop", [signals.Interrupted(signal.SIGINT), KeyboardInterrupt()])
+def test_where_a_signal_ended_another_rank_it_ends_the_run(second: World, stop: BaseException) -> None:
+    """The second Ctrl-C, for instance, while one reads from a disk that hangs and the first one waits for it."""
+    with pytest.raises(type(stop)), ranks.reporting(second):
+        raise stop
+    found = guard.first_error(RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer"), second)
+    assert isinstance(found, signals.Interrupted)
+    assert found.number == signal.SIGINT
+
+
 def test_what_follows_from_another_rank_is_no_error_of_its_own(second: World) -> None:
     """Of three ranks the second is killed: what the third sees of it is not the reason."""
     with pytest.raises(TrainingError, match="left no reason"), ranks.reporting(second):
@@ -175,7 +185,7 @@ def test_an_error_is_no_error_of_the_next_run_or_start(second: World) -> None:
 def test_where_the_first_rank_does_not_listen_the_error_is_shown(
     second: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(ranks, "SECONDS", 0.2)
+    monkeypatch.setattr(ranks, "UNHEARD", 0.2)
     ranks.report(DataError("gone"), second)
     assert "rank 1: gone" in caplog.text
 

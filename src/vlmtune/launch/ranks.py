@@ -12,6 +12,7 @@ import gc
 import json
 import logging
 import os
+import signal
 import socket
 import sys
 import time
@@ -26,8 +27,9 @@ from vlmtune.launch.signals import Interrupted
 from vlmtune.launch.world import World
 
 log = logging.getLogger("vlmtune")
-COUNT, FIRST, ARRIVED, LISTENS, PROCESS = "errors", "error", "arrived", "first rank is here", "process"
-SECONDS = 10
+COUNT, FIRST, ARRIVED, LISTENS = "errors", "error", "arrived", "first rank is here"
+PROCESS, SIGNAL = "process", "signal"
+SECONDS, UNHEARD = 10, 60
 """That a rank waits for the store at most, and for the first rank to listen."""
 POLL = 0.1
 """Seconds between two looks into the store."""
@@ -59,7 +61,8 @@ def of_run(store: Any, attempt: int = 0, run: int = 0) -> Any:
 @contextmanager
 def reporting(world: World) -> Iterator[None]:
     """A rank other than the first tells the first one that it is there, and what ends it early."""
-    _note(world, f"{os.getpid()} {socket.gethostname()}")
+    process = f"{PROCESS} {world.rank}"
+    _note(world, process, f"{os.getpid()} {socket.gethostname()}")
     try:
         with memory_advice(), storage_advice():
             yield
@@ -67,20 +70,22 @@ def reporting(world: World) -> Iterator[None]:
         error = TrainingError(f"sys.exit({left.code!r}) was called")
         report(error, world)
         raise error from left
+    except (Interrupted, KeyboardInterrupt) as stopped:
+        _note(world, SIGNAL, str(getattr(stopped, "number", signal.SIGINT.value)))
+        raise
     except Exception as error:
         if is_broken_connection(error):  # because of another rank
             raise silent(error) from error
         report(error, world)
         raise
     finally:
-        _note(world, "")
+        _note(world, process, "")  # it has said what there was to say
 
 
-def _note(world: World, text: str) -> None:
-    """Have the first rank know that this one runs, and where, or that it has ended (by an empty text)."""
+def _note(world: World, key: str, text: str) -> None:
     if world.has_agent:
         with suppress(RuntimeError):
-            _store(world).set(f"{PROCESS} {world.rank}", text)
+            _store(world).set(key, text)
 
 
 def report(error: Exception, world: World) -> None:
@@ -91,7 +96,7 @@ def report(error: Exception, world: World) -> None:
     try:
         store = _store(world)
         tell(store, world.rank, error)
-        end = time.monotonic() + SECONDS
+        end = time.monotonic() + UNHEARD
         while not (_met() or store.check([LISTENS])):  # it may fail alike before, and the launcher then ends this one
             if time.monotonic() > end:
                 raise RuntimeError("the first rank does not listen yet")
@@ -186,7 +191,7 @@ def is_broken_connection(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(name in str(error) for name in ("gloo", "NCCL"))
 
 
-def cause(error: BaseException, world: World) -> VlmtuneError | None:
+def cause(error: BaseException, world: World) -> VlmtuneError | Interrupted | None:
     """What happened on another rank, where `error` follows from it: a broken connection, or a launcher's signal."""
     broken = is_broken_connection(error)
     if broken:
@@ -195,7 +200,7 @@ def cause(error: BaseException, world: World) -> VlmtuneError | None:
         return found
     if (broken or isinstance(error, Interrupted)) and (gone := lost(world)):
         return silent(error, f"rank {gone[0]}")
-    return silent(error) if broken else None
+    return (_signalled(world) or silent(error)) if broken else None
 
 
 def reported(world: World) -> VlmtuneError | None:
@@ -213,6 +218,14 @@ def _told(store: Any) -> VlmtuneError | None:
     if found["traceback"]:
         log.error("%s\n%s", found["problems"][0], found["traceback"])
     return of_kind(found["kind"], found["problems"])
+
+
+def _signalled(world: World) -> Interrupted | None:
+    """The signal that ended another rank."""
+    with suppress(RuntimeError):
+        if (store := _store(world)).check([SIGNAL]):
+            return Interrupted(int(store.get(SIGNAL)))
+    return None
 
 
 def lost(world: World) -> list[int]:

@@ -52,7 +52,7 @@ def compare(own: Mapping[str, Any], engine: Engine) -> None:
     if not differing:
         return
     problems = [_problem(name, found) for name in differing[:SHOWN]]
-    if more := len(differing) - SHOWN > 0:
+    if (more := len(differing) - SHOWN) > 0:
         problems.append(f"{more} more differences")
     problems[-1] += ". Start all ranks with the same command, rows and code"
     raise (DataError if all(name.startswith(ROWS) for name in differing) else ConfigError)(problems)
