@@ -19,7 +19,7 @@ from vlmtune.models.parts import find_parts
 from vlmtune.objectives.next_token import summed_loss
 from vlmtune.prompt.encode import Encoder
 from vlmtune.training import Best, Finish, Journal, Saving, Schedule, Scoring, Stopping, build_optimizer, loop, setup
-from vlmtune.training.agreement import check_ranks_agree
+from vlmtune.training.agreement import agree
 
 
 def build(config: Config, splits: dict[str, Split], folder: Path | None) -> setup.Setup:
@@ -29,8 +29,7 @@ def build(config: Config, splits: dict[str, Split], folder: Path | None) -> setu
     """
     # processes and number types
     engine = session.engine(config)
-    folder = session.agree_on_folder(folder, config, engine)
-    check_ranks_agree(config, splits, engine)
+    folder = agree(folder, config, splits, engine)
     dtypes = session.dtypes(config, engine)
 
     # the model, and which of its weights train

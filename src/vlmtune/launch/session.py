@@ -40,7 +40,7 @@ def engine(config: Config, *, trains: bool = True) -> Engine:
     `trains`: whether it is for training; else for answering. Raises ConfigError where the device can't compute in the
     asked precision, there are more processes than GPUs, or bitsandbytes is needed and can't be imported.
     """
-    from accelerate import Accelerator, PartialState
+    from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, set_seed
 
     quiet_libraries()
@@ -51,10 +51,7 @@ def engine(config: Config, *, trains: bool = True) -> Engine:
     unused = not config.uses_adapter or beside
     with surroundings.without_accelerate_settings() as hidden:
         on_cpu = not torch.cuda.is_available()  # or a launcher's CPU ranks would each believe to be alone
-        world = World.from_environment()
-        check_devices(world)
-        ranks.meet(world)
-        device = PartialState(cpu=on_cpu, timeout=TIMEOUT).device  # first: a question to CUDA would open GPU 0
+        device = join(on_cpu)  # first: a question to CUDA would open GPU 0
         mixed = mixed_precision(config, device)
         surroundings.log_ignored(
             hidden, {"ACCELERATE_MIXED_PRECISION": mixed, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"}
@@ -70,18 +67,33 @@ def engine(config: Config, *, trains: bool = True) -> Engine:
                 DistributedDataParallelKwargs(find_unused_parameters=unused, gradient_as_bucket_view=True)
             ],
         )
-    if accelerator.num_processes != world.processes:
-        raise ConfigError(
-            f"WORLD_SIZE is {world.processes}, and {accelerator.num_processes} processes found each other: LOCAL_RANK "
-            "is missing, or an MPI launcher set its own variables. Start them by torchrun --nproc_per_node N, or one "
-            "process with backend=accelerate backend.num_processes=N"
-        )
     accelerator.sync_gradients = True  # or a loop left half way in this process decides whether a step counts
     if (key := needs_bitsandbytes(config, trains)) is not None:
         import_bitsandbytes(key)
     log_idle_devices(accelerator, trains)
     made: Engine = accelerator
     return made
+
+
+def join(on_cpu: bool) -> torch.device:
+    """Join the other processes that the launcher started; returns the device of this one.
+
+    Raises ConfigError where they can't all be there, and the error of one that failed before it came here.
+    """
+    from accelerate import PartialState
+
+    world = World.from_environment()
+    check_devices(world)
+    ranks.meet(world)
+    state = PartialState(cpu=on_cpu, timeout=TIMEOUT)
+    if state.num_processes != world.processes:
+        raise ConfigError(
+            f"WORLD_SIZE is {world.processes}, and {state.num_processes} processes found each other: LOCAL_RANK is "
+            "missing, or an MPI launcher set its own variables. Start them by torchrun --nproc_per_node N, or one "
+            "process with backend=accelerate backend.num_processes=N"
+        )
+    device: torch.device = state.device
+    return device
 
 
 def forget_precision() -> None:

@@ -8,12 +8,14 @@ from __future__ import annotations
 import hashlib
 import socket
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from vlmtune.commands import PACKAGE
 from vlmtune.config.schema import Config
 from vlmtune.data.splits import Split
 from vlmtune.errors import ConfigError, DataError
+from vlmtune.launch import session
 from vlmtune.launch.engine import Engine
 from vlmtune.record import environment
 from vlmtune.training import resume
@@ -24,10 +26,15 @@ ROWS, SHOWN = "rows of ", 8
 """How the name of a split's rows begins, and the most differences that an error shows."""
 
 
-def check_ranks_agree(config: Config, splits: Mapping[str, Split], engine: Engine) -> None:
-    """Raise ConfigError or DataError, the same on every rank, if config, rows or code differ between them."""
+def agree(folder: Path | None, config: Config, splits: Mapping[str, Split], engine: Engine) -> Path:
+    """The first rank's run folder, and what it found there, on every rank (`session.agree_on_folder`).
+
+    Raises ConfigError or DataError, the same on every rank, if config, rows or code differ between them.
+    """
+    agreed = session.agree_on_folder(folder, config, engine)
     if engine.num_processes > 1:
         compare(facts(config, splits), engine)
+    return agreed
 
 
 def facts(config: Config, splits: Mapping[str, Split]) -> dict[str, Any]:
