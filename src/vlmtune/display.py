@@ -30,8 +30,8 @@ class StandardError(io.TextIOBase):
 
     def write(self, text: str) -> int:
         with suppress(OSError):
-            if sys.stderr is not None:
-                sys.stderr.write(text)
+            if sys.stderr is not None:  # during a bar, rich puts a proxy there that writes to us
+                getattr(sys.stderr, "rich_proxied_file", sys.stderr).write(text)
         return len(text)
 
     def flush(self) -> None:
