@@ -127,7 +127,7 @@ def _met() -> bool:
 def meet(world: World) -> None:
     """Return when all ranks are here. Raises the error of one that failed before.
 
-    Torch would wait for it, for hours, and for no signal. Without a launcher's store there is no other way.
+    Torch would wait for it for hours, and answer no signal; so it does where the launcher has no store of its own.
     """
     if world.is_alone or not world.has_agent:
         return
@@ -244,8 +244,6 @@ def lost(world: World) -> list[int]:
 def _runs_here(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)
     return True
