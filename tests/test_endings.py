@@ -82,7 +82,7 @@ ENDS_AS: dict[str, type[BaseException]] = {
 }
 BEFORE: dict[str, tuple[Any, str, set[str]]] = {
     "the step": (page, "summed_loss", set()),
-    "the checkpoint": (checkpoint, "save_checkpoint", set()),
+    "the checkpoint": (checkpoint, "write", set()),
     "the model": (finish, "save_model", {"checkpoints"}),
     "the evaluation": (scoring, "evaluate", {"checkpoints", "model"}),
     "the result": (runfolder, "make_result", {"checkpoints", "model"}),

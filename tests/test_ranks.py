@@ -8,14 +8,17 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from torch.distributed import TCPStore
 
 import tiny
-from vlmtune.errors import DataError, TrainingError, VlmtuneError
+from vlmtune.errors import ConfigError, DataError, TrainingError, VlmtuneError
 from vlmtune.launch import ranks, signals
 from vlmtune.launch.world import World
 from vlmtune.record import guard
@@ -28,10 +31,17 @@ def second() -> Iterator[World]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
-    yield World(rank=1, processes=2, address="127.0.0.1", port=port)
+    yield World(rank=1, processes=2, address="127.0.0.1", port=port, has_agent=True)
     del store
 
 
+@pytest.fixture
+def met(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ranks have joined."""
+    monkeypatch.setattr(ranks, "_met", lambda: True)
+
+
+@pytest.mark.usefixtures("met")
 def test_the_first_error_that_is_told_is_the_one(second: World) -> None:
     assert ranks.reported(second) is None
     ranks.report(DataError(["a.csv line 3: gone", "a.csv line 4: gone"]), second)
@@ -41,6 +51,7 @@ def test_the_first_error_that_is_told_is_the_one(second: World) -> None:
     assert found.problems == ["rank 1: a.csv line 3: gone", "rank 1: a.csv line 4: gone"]
 
 
+@pytest.mark.usefixtures("met")
 def test_a_broken_connection_gives_way_to_its_cause(second: World) -> None:
     ranks.report(ValueError("boom"), second)
     for follower in (RuntimeError("Connection closed by peer"), signals.Interrupted(signal.SIGTERM)):
@@ -59,6 +70,7 @@ def test_a_rank_that_was_killed_leaves_a_plain_sentence(second: World) -> None:
     assert guard.first_error(bug, second) is bug
 
 
+@pytest.mark.usefixtures("met")
 def test_the_launchers_signal_does_not_hide_the_error(
     second: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -79,6 +91,113 @@ def test_the_launchers_signal_does_not_hide_the_error(
         raise RuntimeError("Connection closed by peer")
     result = json.loads((tmp_path / "result.json").read_text())
     assert (result["status"], result["error"]["message"]) == ("failed", "rank 1: gone")
+
+
+# ---------------------------------------------------------------- a rank that is gone
+
+
+def ended() -> int:
+    """The id of a process that no longer runs."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_a_launchers_signal_is_told_from_a_schedulers(second: World) -> None:
+    """torchrun ends the first rank by the same SIGTERM where another one was killed."""
+    signalled = signals.Interrupted(signal.SIGTERM)
+    with ranks.reporting(second):
+        assert guard.first_error(signalled, second) is signalled  # the other one still runs
+    assert guard.first_error(signalled, second) is signalled  # it has ended in good order
+    ranks._store(second).set("process 1", f"{ended()} {socket.gethostname()}")
+    assert str(guard.first_error(signalled, second)).startswith("rank 1 ended and left no reason")
+    ranks._store(second).set("process 1", f"{ended()} another-machine")
+    assert guard.first_error(signalled, second) is signalled
+
+
+@pytest.mark.parametrize("stop", [signals.Interrupted(signal.SIGINT), KeyboardInterrupt()])
+def test_where_a_signal_ended_another_rank_it_ends_the_run(second: World, stop: BaseException) -> None:
+    """The second Ctrl-C, for instance, while one reads from a disk that hangs and the first one waits for it."""
+    with pytest.raises(type(stop)), ranks.reporting(second):
+        raise stop
+    found = guard.first_error(RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer"), second)
+    assert isinstance(found, signals.Interrupted)
+    assert found.number == signal.SIGINT
+
+
+def test_what_follows_from_another_rank_is_no_error_of_its_own(second: World) -> None:
+    """Of three ranks the second is killed: what the third sees of it is not the reason."""
+    with pytest.raises(TrainingError, match="left no reason"), ranks.reporting(second):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [::1]:18138")
+    assert ranks.reported(second) is None
+
+
+@pytest.mark.usefixtures("met")
+@pytest.mark.parametrize("code", [0, 3])
+def test_a_rank_must_not_leave_without_a_word(second: World, code: int) -> None:
+    """With code 0 a launcher would wait for the others for ever."""
+    with pytest.raises(TrainingError), ranks.reporting(second):
+        sys.exit(code)
+    assert str(ranks.reported(second)) == f"rank 1: sys.exit({code}) was called"
+
+
+@pytest.mark.usefixtures("met")
+def test_an_unexpected_error_of_another_rank_comes_with_its_traceback(
+    second: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(ValueError, match="boom"), ranks.reporting(second):
+        raise ValueError("boom")
+    assert "ValueError: boom" in str(ranks.reported(second))
+    assert "test_ranks.py" in caplog.text
+
+
+# ---------------------------------------------------------------- meeting
+
+
+def test_ranks_go_on_when_all_are_there(second: World) -> None:
+    first = replace(second, rank=0)
+    with ThreadPoolExecutor() as pool:
+        early = pool.submit(ranks.meet, first)
+        time.sleep(3 * ranks.POLL)
+        assert not early.done()
+        ranks.meet(second)
+        early.result(timeout=5)
+
+
+def test_a_rank_that_fails_before_is_not_waited_for(second: World) -> None:
+    first = replace(second, rank=0)
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(ranks.meet, first)
+        ranks.report(DataError("vqa.csv: no such file"), second)
+        with pytest.raises(DataError, match=r"rank 1: vqa\.csv: no such file"):
+            waiting.result(timeout=5)
+
+
+@pytest.mark.usefixtures("met")
+def test_an_error_is_no_error_of_the_next_run_or_start(second: World) -> None:
+    ranks.report(DataError("gone"), second)
+    assert ranks.reported(replace(second, attempt=1)) is None
+    with ranks.closed_at_exit(World()):
+        assert ranks.reported(second) is not None
+    assert ranks.reported(second) is None
+
+
+def test_where_the_first_rank_does_not_listen_the_error_is_shown(
+    second: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(ranks, "UNHEARD", 0.2)
+    ranks.report(DataError("gone"), second)
+    assert "rank 1: gone" in caplog.text
+
+
+def test_a_launcher_that_is_no_more_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its variables may be left over in a shell."""
+    monkeypatch.setattr(ranks, "SECONDS", 1)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        world = World(rank=0, processes=2, address="127.0.0.1", port=free.getsockname()[1], has_agent=True)
+        with pytest.raises(ConfigError, match=r"MASTER_PORT=\d+\) does not answer"):
+            ranks.meet(world)
 
 
 def test_without_a_store_an_error_stays_what_it_is() -> None:

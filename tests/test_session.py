@@ -155,3 +155,22 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(monkeypatch: p
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     with pytest.raises(ConfigError, match=r"tracker=tensorboard needs the package tensorboard: pip install 'vlmtune"):
         tracking.check(TrackerConfig(name="tensorboard"))
+
+
+BAR = """
+import logging
+from vlmtune import display
+with display.logging_to(None), display.bar("training", 2) as advance:
+    for _ in range(2):
+        advance(1, note="loss 1.0")
+        logging.getLogger("vlmtune").warning("said beside it")
+"""
+
+
+def test_a_bar_on_a_terminal_ends() -> None:
+    """Rich replaces standard error by a proxy that writes to our console, which must not write to the proxy again."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "FORCE_COLOR": "1"}
+    done = subprocess.run([sys.executable, "-c", BAR], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    assert done.stderr.count("said beside it") == 2
+    assert "2/2" in done.stderr

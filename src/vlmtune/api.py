@@ -37,17 +37,33 @@ def train(overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 def _in_processes(overrides: Sequence[str], folder: Path, count: int) -> dict[str, Any]:
     """As `run_in`, in processes that are started for it. Raises the error that ended the run."""
-    from vlmtune.commands import started
-    from vlmtune.config import paths
     from vlmtune.record.runfolder import read_result
 
-    place = f"hydra.run.dir={paths.quoted(str(folder))}"
-    code = processes.run([*started("train"), *overrides, place], count)
+    code = run_processes(overrides, folder, count)
     result = read_result(folder)
     if result is None or result["status"] == "failed" or code not in (0, 128 + result.get("signal", 0)):
         found = (result or {}).get("error") or {"type": "", "message": f"exit code {code}; see the output above"}
         raise of_kind(found["type"], [found["message"]])
     return result
+
+
+def run_processes(overrides: Sequence[str], folder: Path, count: int) -> int:
+    """Train in `folder` as so many processes. Returns the exit code; raises TrainingError where no process could tell
+    what went wrong, which is then in result.json too.
+    """
+    from vlmtune.commands import started
+    from vlmtune.config import paths
+    from vlmtune.record import guard
+
+    with guard.failure_written(folder, ALONE):
+        place = f"hydra.run.dir={paths.quoted(str(folder.absolute()))}"
+        return processes.run([*started("train"), *overrides, place], count)
+
+
+LEFT_ALONE = (
+    "accelerate launch was asked for several processes and started this one only, as it does where it finds no GPUs. "
+    "Several processes: backend=accelerate backend.num_processes=N without it, or torchrun --nproc_per_node N"
+)
 
 
 def run_in(folder: Path, config: Config, world: World = ALONE) -> dict[str, Any]:
@@ -64,9 +80,11 @@ def run_in(folder: Path, config: Config, world: World = ALONE) -> dict[str, Any]
     tracking.check(config.tracker)
     with surroundings.kept(), ranks.closed_at_exit(world):
         if not world.is_main:
-            with signals.ending_at_once(), logging_to(None), ranks.reporting(world):
+            with signals.ending_at_once(), logging_to(None, other_rank=True), ranks.reporting(world):
                 return _trained(config, None)
         with guard.held(folder, config, world):
+            if world.left_alone:
+                log.warning(LEFT_ALONE)
             complete = guard.own_result(folder, config)
             if complete is not None and world.is_alone:
                 log.info("%s: this run is complete, nothing is left to do", folder)

@@ -18,6 +18,9 @@ from rich.table import Table
 from vlmtune.errors import VlmtuneError
 
 log = logging.getLogger("vlmtune")
+own = logging.getLogger("vlmtune.own")
+"""For warnings about what only this process does: those of all others than the first rank are shown too."""
+own.setLevel(logging.WARNING)
 
 
 class StandardError(io.TextIOBase):
@@ -27,8 +30,8 @@ class StandardError(io.TextIOBase):
 
     def write(self, text: str) -> int:
         with suppress(OSError):
-            if sys.stderr is not None:
-                sys.stderr.write(text)
+            if sys.stderr is not None:  # during a bar, rich puts a proxy there that writes to us
+                getattr(sys.stderr, "rich_proxied_file", sys.stderr).write(text)
         return len(text)
 
     def flush(self) -> None:
@@ -65,12 +68,13 @@ class TrainLog(logging.FileHandler):
 
 
 @contextmanager
-def logging_to(folder: Path | None) -> Iterator[None]:
-    """Log to the console, and in full to `folder/train.log`, the error that ends the block too; without a folder (other
-    ranks) only warnings. The logger is afterwards as it was.
+def logging_to(folder: Path | None, *, other_rank: bool = False) -> Iterator[None]:
+    """Log to the console, and in full to `folder/train.log`, the error that ends the block too; without a folder only
+    warnings. `other_rank`: the first rank says the same, so only `own` warnings, and no bars. The logger is afterwards
+    as it was.
     """
     screen: logging.Handler
-    if console.is_terminal:
+    if console.is_terminal and not other_rank:
         screen = RichHandler(
             console=console, show_path=False, show_level=False, omit_repeated_times=False, markup=False
         )
@@ -82,8 +86,9 @@ def logging_to(folder: Path | None) -> Iterator[None]:
         file = TrainLog(folder / "train.log")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         handlers.append(file)
-    level, propagate = log.level, log.propagate
-    log.setLevel(logging.INFO if folder is not None else logging.WARNING)
+    level, propagate, quiet = log.level, log.propagate, console.quiet
+    log.setLevel(logging.ERROR if other_rank else logging.WARNING if folder is None else logging.INFO)
+    console.quiet = other_rank
     log.propagate = False
     for handler in handlers:
         log.addHandler(handler)
@@ -97,7 +102,7 @@ def logging_to(folder: Path | None) -> Iterator[None]:
         raise
     finally:
         log.setLevel(level)
-        log.propagate = propagate
+        log.propagate, console.quiet = propagate, quiet
         for handler in handlers:
             log.removeHandler(handler)
             handler.close()

@@ -31,6 +31,7 @@ from vlmtune.training import (
     loop,
     setup,
 )
+from vlmtune.training.agreement import agree
 
 
 def build(config: Config, splits: dict[str, Split], folder: Path | None) -> setup.Setup:
@@ -40,7 +41,7 @@ def build(config: Config, splits: dict[str, Split], folder: Path | None) -> setu
     """
     # processes and number types
     engine = session.engine(config)
-    folder = session.agree_on_folder(folder, config, engine)
+    folder = agree(folder, config, splits, engine)
     dtypes = session.dtypes(config, engine)
 
     # the model, and which of its weights train

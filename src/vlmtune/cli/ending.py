@@ -17,23 +17,29 @@ from vlmtune.launch.signals import Interrupted
 from vlmtune.memory import memory_advice
 
 
-def guard(job: Callable[[], int]) -> int:
-    """Run `job`. A user's mistake is printed as one message, without a traceback unless VLMTUNE_TRACEBACK is set."""
+def guard(job: Callable[[], int], *, quiet: bool = False) -> int:
+    """Run `job`. A user's mistake is printed as one message, without a traceback unless VLMTUNE_TRACEBACK is set.
+
+    `quiet`: print nothing, as another process does.
+    """
     try:
         with memory_advice(), storage_advice():
             return job()
     except VlmtuneError as error:
         if os.environ.get("VLMTUNE_TRACEBACK"):
             traceback.print_exc()
-        say(message(error), sys.stderr)
+        if not quiet:
+            say(message(error), sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except Interrupted as error:
-        say(error, sys.stderr)
+        if not quiet:
+            say(error, sys.stderr)
         return 128 + error.number
     except KeyboardInterrupt:
         return 130
     except Exception:
-        traceback.print_exc()
+        if not quiet:
+            traceback.print_exc()
         return 1
 
 

@@ -16,6 +16,7 @@ from vlmtune.commands import import_path, typed
 from vlmtune.config import compose
 from vlmtune.config.schema import home
 from vlmtune.errors import ConfigError, UsageError, nearest
+from vlmtune.launch import ranks
 from vlmtune.launch.world import World
 
 COMMANDS: dict[str, Any] = {"train": train, "predict": predict, "evaluate": evaluate}
@@ -67,11 +68,18 @@ def _run(command: str, world: World) -> int:
         elif codes[-1] >= 128:  # a signal is for the whole sweep
             leave(codes[-1])
 
+    if not world.is_main:
+        return guard(lambda: _join(command, world), quiet=True)
     prepare(command, COMMANDS[command].check, world)
-    if not world.is_main:  # the first rank makes the run folder; the others join it
-        return int(job(compose.compose(command, overrides_given(command)), world))
     with_hydra(command, guarded)
     return max(codes, default=0)
+
+
+def _join(command: str, world: World) -> int:
+    """Take part in the run whose folder the first rank makes, and which tells what goes wrong."""
+    with ranks.reporting(world):
+        prepare(command, COMMANDS[command].check, world)
+        return int(COMMANDS[command].job(compose.compose(command, overrides_given(command)), world))
 
 
 def with_hydra(command: str, job: Callable[[Any], None]) -> None:

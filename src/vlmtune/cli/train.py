@@ -7,7 +7,6 @@ from typing import Any
 
 from vlmtune import api
 from vlmtune.cli.words import overrides_given
-from vlmtune.commands import started
 from vlmtune.config import compose, launchers, paths
 from vlmtune.launch import processes
 from vlmtune.launch.world import World
@@ -37,7 +36,6 @@ def job(composed: Any, world: World) -> int:
     config = strict(compose.of_run(composed, overrides_given("train")))
     folder = Path(HydraConfig.get().runtime.output_dir) if HydraConfig.initialized() else Path()
     if (count := processes.to_start(config.backend, world)) > 1:
-        place = f"hydra.run.dir={paths.quoted(str(folder.absolute()))}"
-        return processes.run([*started("train"), *overrides_given("train"), place], count)
+        return api.run_processes(overrides_given("train"), folder, count)
     result = api.run_in(folder, config, world)
     return 128 + result["signal"] if result["status"] == "interrupted" else 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -18,12 +17,11 @@ from vlmtune.batching.loader import FAULTS, ignore_signals, worker_count
 from vlmtune.batching.workers import available, in_shared_memory
 from vlmtune.config.schema import TrainerConfig
 from vlmtune.data.records import Record
+from vlmtune.display import own
 from vlmtune.launch.engine import Engine
 from vlmtune.prompt.cache_folder import Entry
 from vlmtune.prompt.encode import Encoder
 from vlmtune.prompt.recent_images import RecentImages, key_of
-
-log = logging.getLogger("vlmtune")
 
 
 def dealt(rows: int, size: int, processes: int = 1) -> list[range]:
@@ -92,7 +90,7 @@ class Prepared:
         yield first
         for item in rest:
             if isinstance(item, FAULTS):  # this process prepares them by itself
-                log.warning("images of an evaluation are prepared later, one batch at a time: %s", item)
+                own.warning("images of an evaluation are prepared later, one batch at a time: %s", item)
             yield Images() if isinstance(item, FAULTS) else item.copied()
 
 

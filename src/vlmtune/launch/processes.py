@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import math
 import os
 import signal
 import socket
@@ -12,17 +11,20 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import IO, Any
 
 from vlmtune.commands import import_path
 from vlmtune.config.schema import BackendConfig
-from vlmtune.errors import ConfigError
+from vlmtune.errors import ConfigError, TrainingError
+from vlmtune.launch import ranks
 from vlmtune.launch.signals import handling
 from vlmtune.launch.world import World
 
-PATIENCE = 15.0
-"""Seconds that processes get to end by themselves after one of them failed, and again after SIGTERM."""
+GRACE = 2.0
+"""Seconds that processes get to end by themselves after one of them failed."""
+PATIENCE = 30.0
+"""Seconds that they get after SIGTERM; torchrun's."""
 SHOWN = 2000
 """The most characters to show of the output of a process that failed."""
 
@@ -54,30 +56,30 @@ def _gpus() -> int:
 
 
 def run(command: Sequence[str], count: int) -> int:
-    """Run `command` as `count` processes of one run. Returns the first rank's exit code, or that of one that failed.
+    """Run `command` as `count` processes of one run. Returns the first rank's exit code, or another's if that is 0.
 
-    Signals are passed on to all of them. If one fails, the others are ended. They also end if this process is killed.
-    Only the first rank writes to the terminal: it tells what failed on another one. If that one was killed, or the
-    first rank could not tell, the output of the one that failed is shown.
+    Signals are passed on to all of them. If one fails, the first rank is told and the others are ended. They also end
+    if this process is killed. Only the first rank writes to the terminal. Raises TrainingError with what ended the rank
+    that failed, and its output, where the first one could not tell.
     """
+    error, started = None, list[Any]()
     with ExitStack() as stack:
         outputs = [None, *(stack.enter_context(tempfile.TemporaryFile()) for _ in range(1, count))]
         meeting = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         shared = _environment(count, meeting.getsockname()[1])
-        started: list[Any] = []
-        failed = None
-        try:
-            with _passed_on(started) as signals:
-                started += (_start(command, rank, shared, output) for rank, output in enumerate(outputs))
-                store = _store(meeting)
-                failed = _wait(started, signals)
-        finally:
-            _end(started)
-        del store
-        if failed is not None and (started[failed].returncode < 0 or not 0 < started[0].returncode < 128):
-            _show(failed, started[failed].returncode, outputs[failed])
-    codes = [128 - process.returncode if process.returncode < 0 else process.returncode for process in started]
-    return next((code for code in codes if code), 0)
+        signals = stack.enter_context(_passed_on(started))
+        stack.callback(_end, started)
+        started += (_start(command, rank, shared, output) for rank, output in enumerate(outputs))
+        store = _store(meeting)
+        failed = _first_failure(started, signals)
+        if failed is not None and (code := started[failed].returncode) < 128:  # else a signal to that one ended it
+            error = _ending(code, outputs[failed])
+            ranks.tell(ranks.of_run(store), failed, error)
+        _wait(started, GRACE)
+    codes = [process.returncode for process in started]
+    if error is not None and not 0 < codes[0] < 128:
+        raise TrainingError(f"rank {failed}: {error}")
+    return next((128 - code if code < 0 else code for code in codes if code), 0)
 
 
 def _environment(count: int, port: int) -> dict[str, str]:
@@ -123,53 +125,64 @@ PR_SET_PDEATHSIG = 1
 
 @contextmanager
 def _passed_on(started: Sequence[Any]) -> Iterator[list[int]]:
-    """While inside, signals to this process go to all of `started`; yields the list of those that came."""
+    """While inside, signals to this process go to all of `started`, the third one as SIGKILL; yields the list of those
+    that came.
+    """
     signals: list[int] = []
 
     def handler(number: int, frame: Any) -> None:
         signals.append(number)
-        for process in started:
-            process.send_signal(number)  # does nothing for one that has ended
+        for process in started:  # does nothing for one that has ended
+            process.send_signal(number if len(signals) < 3 else signal.SIGKILL)
 
     with handling(handler):
         yield signals
 
 
-def _wait(started: Sequence[Any], signals: Sequence[int]) -> int | None:
-    """Return when all have ended, or `PATIENCE` after one failed: the rank that failed first. One that ended by one of
-    `signals` did not fail: the first rank may need longer, to write everything.
+def _first_failure(started: Sequence[Any], signals: Sequence[int]) -> int | None:
+    """Return when all have ended, or one has failed: its rank. One that ended by one of `signals` did not fail: the
+    first rank may need longer, to write everything.
     """
-    failed, end = None, math.inf
-    while time.monotonic() < end:
+    while True:
         codes = [process.poll() for process in started]
         fine = {None, 0, *(-number for number in signals), *(128 + number for number in signals)}
-        if failed is None and (wrong := [rank for rank, code in enumerate(codes) if code not in fine]):
-            failed, end = wrong[0], time.monotonic() + PATIENCE
+        if wrong := [rank for rank, code in enumerate(codes) if code not in fine]:
+            return wrong[0]
         if None not in codes:
-            break
+            return None
         time.sleep(0.05)
-    return failed
+
+
+def _wait(started: Sequence[Any], seconds: float) -> None:
+    """Return when all have ended, or after so many seconds."""
+    end = time.monotonic() + seconds
+    for process in started:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=max(end - time.monotonic(), 0))
 
 
 def _end(started: Sequence[Any]) -> None:
     """End those that still run: by SIGTERM, and after `PATIENCE` by SIGKILL to what is left of their groups."""
-    running = [process for process in started if process.poll() is None]
-    for process in running:
-        process.terminate()
-    end = time.monotonic() + PATIENCE
-    for process in running:
-        try:
-            process.wait(timeout=max(end - time.monotonic(), 0))
-        except subprocess.TimeoutExpired:
+    for process in started:
+        process.terminate()  # does nothing for one that has ended
+    _wait(started, PATIENCE)
+    for process in started:
+        if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
 
-def _show(rank: int, code: int, output: IO[bytes] | None) -> None:
-    """Print how a process ended, and the end of its output."""
+def _ending(code: int, output: IO[bytes] | None) -> TrainingError:
+    """How a process ended, and the end of its output."""
     said = ""
     if output is not None:
         output.seek(0)
         said = output.read().decode(errors="replace").strip()[-SHOWN:]
-    how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
-    print(f"rank {rank}: {how}", *filter(None, [said]), sep="\n", file=sys.stderr, flush=True)
+    how = f"failed with exit code {code}"
+    if code < 0:
+        how = f"killed by {signal.Signals(-code).name}" + OUT_OF_MEMORY * (code == -signal.SIGKILL)
+    return TrainingError("\n".join(filter(None, [how, said])))
+
+
+OUT_OF_MEMORY = ", most often as the machine is out of memory"
+"""Why the system kills a process."""

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from vlmtune import display
 from vlmtune.config.schema import AUTO, Config, TrainerConfig
 from vlmtune.errors import ConfigError, VlmtuneError
-from vlmtune.launch import steps, surroundings, tf32
+from vlmtune.launch import ranks, steps, surroundings, tf32
 from vlmtune.launch.engine import Engine
 from vlmtune.launch.world import World
 from vlmtune.packages import import_bitsandbytes
@@ -40,7 +40,7 @@ def engine(config: Config, *, trains: bool = True) -> Engine:
     `trains`: whether it is for training; else for answering. Raises ConfigError where the device can't compute in the
     asked precision, there are more processes than GPUs, or bitsandbytes is needed and can't be imported.
     """
-    from accelerate import Accelerator, PartialState
+    from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, set_seed
 
     quiet_libraries()
@@ -51,8 +51,7 @@ def engine(config: Config, *, trains: bool = True) -> Engine:
     unused = not config.uses_adapter or beside
     with surroundings.without_accelerate_settings() as hidden:
         on_cpu = not torch.cuda.is_available()  # or a launcher's CPU ranks would each believe to be alone
-        check_devices(World.from_environment())
-        device = PartialState(cpu=on_cpu, timeout=TIMEOUT).device  # first: a question to CUDA would open GPU 0
+        device = join(on_cpu)  # first: a question to CUDA would open GPU 0
         mixed = mixed_precision(config, device)
         surroundings.log_ignored(
             hidden, {"ACCELERATE_MIXED_PRECISION": mixed, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"}
@@ -76,6 +75,27 @@ def engine(config: Config, *, trains: bool = True) -> Engine:
     return made
 
 
+def join(on_cpu: bool) -> torch.device:
+    """Join the other processes that the launcher started; returns the device of this one.
+
+    Raises ConfigError where they can't all be there, and the error of one that failed before it came here.
+    """
+    from accelerate import PartialState
+
+    world = World.from_environment()
+    check_devices(world)
+    ranks.meet(world)
+    state = PartialState(cpu=on_cpu, timeout=TIMEOUT)
+    if state.num_processes != world.processes:
+        raise ConfigError(
+            f"WORLD_SIZE is {world.processes}, and {state.num_processes} processes found each other: LOCAL_RANK is "
+            "missing, or an MPI launcher set its own variables. Start them by torchrun --nproc_per_node N, or one "
+            "process with backend=accelerate backend.num_processes=N"
+        )
+    device: torch.device = state.device
+    return device
+
+
 def forget_precision() -> None:
     """Let the next Accelerator compute in another precision than the last one of this process.
 
@@ -93,9 +113,15 @@ def quiet_libraries() -> None:
 
     transformers_logging.set_verbosity_error()  # what matters of it is raised or logged by us
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, and it tells of kernels to install
-    for package in ("transformers", "peft", "bitsandbytes", "torch"):  # their deprecations are for us, not for users
+    for package in (
+        "transformers",
+        "peft",
+        "bitsandbytes",
+        "torch",
+        "accelerate",
+    ):  # their deprecations are for us, not for users
         warnings.filterwarnings("ignore", category=FutureWarning, module=package)
-    if not display.console.is_terminal:
+    if display.console.quiet or not display.console.is_terminal:
         transformers_logging.disable_progress_bar()
 
 

@@ -33,6 +33,8 @@ SETTINGS = (
     "ACCELERATE_USE_CPU",
     COMPILING,
     "ACCELERATE_FP8_",
+    "ACCELERATE_USE_SAGEMAKER",
+    "ACCELERATE_SAGEMAKER_",
 )
 """Variables, or their beginnings, by which `accelerate launch` hands its own config on."""
 OFF = ("", "0", "false", "no", "none", "off")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import logging
 import os
 import time
 import uuid
@@ -21,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-log = logging.getLogger("vlmtune")
+from vlmtune.display import own
 
 STALE_SECONDS = 600
 """After this time a partial file counts as left behind by a killed process."""
@@ -70,7 +69,7 @@ class CacheFolder:
             return None
         except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
             if not self.warned:
-                log.warning(
+                own.warning(
                     "%s: can't be used (%s); this and similar entries are computed again", self._path(key), error
                 )
             self.warned = True
@@ -84,7 +83,7 @@ class CacheFolder:
             write_entry(self._path(key), entry)
         except OSError as error:
             self.writable = False
-            log.warning("%s: can't be written (%s); nothing more is cached on disk", self.folder, error)
+            own.warning("%s: can't be written (%s); nothing more is cached on disk", self.folder, error)
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.safetensors"

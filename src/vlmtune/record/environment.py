@@ -8,6 +8,7 @@ import platform
 import resource
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +31,14 @@ def describe(seed: int, fingerprint: str, processor: Any) -> dict[str, Any]:
     """Everything that a result may depend on besides the config."""
     import torch
 
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or [
         platform.processor() or "cpu"
     ]
     return {
         "git": git_state(Path(__file__).parent),
-        "python": sys.version.split()[0],
+        "python": platform.python_version(),
         "platform": platform.platform(),
-        "versions": versions,
+        "versions": versions(),
         "devices": devices,
         "threads": torch.get_num_threads(),
         "variables": variables(),
@@ -52,6 +47,15 @@ def describe(seed: int, fingerprint: str, processor: Any) -> dict[str, Any]:
         "seed": seed,
         "data_fingerprint": fingerprint,
     }
+
+
+def versions() -> dict[str, str]:
+    """The version of each package that is installed, of those that a result depends on."""
+    found = {}
+    for name in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def git_state(folder: Path) -> dict[str, str] | None:

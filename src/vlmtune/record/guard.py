@@ -13,7 +13,7 @@ from vlmtune import display, durable
 from vlmtune.config import saved
 from vlmtune.config.schema import AUTO, Config, plain
 from vlmtune.config.strict import strict
-from vlmtune.errors import ConfigError, TrainingError, VlmtuneError, storage_advice
+from vlmtune.errors import ConfigError, VlmtuneError, storage_advice
 from vlmtune.launch import lock, ranks, scheduler, signals, steps
 from vlmtune.launch.world import World
 from vlmtune.memory import memory_advice
@@ -151,5 +151,4 @@ def first_error(error: BaseException, world: World) -> BaseException:
     follows = isinstance(error, Exception | signals.Interrupted) and not isinstance(error, VlmtuneError)
     if not follows or world.is_alone:
         return error
-    silent = TrainingError(ranks.SILENT) if ranks.is_broken_connection(error) else None
-    return ranks.reported(world) or silent or error
+    return ranks.cause(error, world) or error

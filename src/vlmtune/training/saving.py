@@ -12,7 +12,7 @@ from vlmtune.launch import session
 from vlmtune.models.parts import base_files
 from vlmtune.record import runfolder
 from vlmtune.record.progress import Progress
-from vlmtune.training import checkpoint, resume, snapshot
+from vlmtune.training import agreement, checkpoint, resume, snapshot
 from vlmtune.training.loop import StepReport
 from vlmtune.training.setup import Setup
 from vlmtune.training.snapshot import Snapshot
@@ -32,6 +32,7 @@ class Saving:
         self.run, self.stopping = run, stopping
         files = base_files(run.model, str(run.config.model.path))
         self.identity = resume.identity(run.config, run.loader, run.engine, files)
+        agreement.compare({**self.identity, "config": None}, run.engine)  # compared by `build`
         self.progress = self._resumed() if run.config.resume else Progress(first_total=run.loader.total_steps)
         self.saved: Progress | None = None
         """Of the last checkpoint that this process began to write."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import sys
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
@@ -13,9 +12,8 @@ from vlmtune.data.reader import RowReader
 from vlmtune.data.records import Record
 from vlmtune.data.sources.hub_rows import CheckedReader, HubReader, HubTable, undecoded
 from vlmtune.data.splits import Records, Split
+from vlmtune.display import own
 from vlmtune.errors import DataError
-
-log = logging.getLogger("vlmtune")
 
 
 class HubStream:
@@ -112,6 +110,6 @@ class StreamedRows(Records):
                 unusable += 1
                 if self.config.on_bad_row == "fail":
                     raise DataError(f"{record.place}: {'; '.join(faults)}; data.on_bad_row=drop skips such rows")
-                log.warning("skipped %s: %s", record.place, "; ".join(faults))
+                own.warning("skipped %s: %s", record.place, "; ".join(faults))
             if unusable >= rows:  # a whole pass, or an empty stream
                 raise DataError(f"{self.reader.file}: the stream has no usable row")
