@@ -54,11 +54,11 @@ if phase == "checks": before(proof, "decide")
 if phase == "step": before(Loader, "make", lambda loader, step, number: step == 4)
 if phase == "evaluation": before(Answering, "add")
 if phase == "save":  # the other one dies while the first one writes
-    real = checkpoint.save_checkpoint
-    def slow(root, model, optimizer, scaler, progress, *rest, **keywords):
-        time.sleep(4 * (progress.step == 4))
-        return real(root, model, optimizer, scaler, progress, *rest, **keywords)
-    checkpoint.save_checkpoint = slow
+    real = checkpoint.write
+    def slow(root, snapshot, **keywords):
+        time.sleep(4 * (snapshot.step == 4))
+        return real(root, snapshot, **keywords)
+    checkpoint.write = slow
     from vlmtune.training import saving
     save = saving.Saving.save
     def dying(self):

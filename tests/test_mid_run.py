@@ -141,12 +141,12 @@ PROGRAM = """
 import resource, sys
 import vlmtune
 from vlmtune.training import checkpoint
-real = checkpoint.save_checkpoint
+real = checkpoint.write
 def then_full(root, *given, **options):
     folder = real(root, *given, **options)
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
     return folder
-checkpoint.save_checkpoint = then_full
+checkpoint.write = then_full
 vlmtune.train(sys.argv[2:])
 """
 
