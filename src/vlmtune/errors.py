@@ -175,7 +175,7 @@ def storage_advice() -> Iterator[None]:
         raise
 
 
-EXTRAS = {"datasets": "hub", "pyarrow": "hub", "tensorboard": "tensorboard", "num2words": "smolvlm"}
+EXTRAS = {"datasets": "hub", "pyarrow": "hub", "tensorboard": "tensorboard", "num2words": "smolvlm", "ray": "ray"}
 """Packages that only some runs need, and the extra of vlmtune that brings each."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import math
 import os
 import signal
@@ -17,7 +18,7 @@ from typing import IO, Any
 
 from vlmtune.commands import PACKAGE
 from vlmtune.config.schema import BackendConfig
-from vlmtune.errors import ConfigError
+from vlmtune.errors import ConfigError, to_install
 from vlmtune.launch.signals import handling
 from vlmtune.launch.world import World
 
@@ -28,10 +29,13 @@ SHOWN = 2000
 
 
 def to_start(backend: BackendConfig, world: World) -> int:
-    """How many processes this one has to start; 1: none, the run happens in this process.
+    """How many processes this one has to start; 1: none, the run happens in this process, or in Ray's workers.
 
-    Raises ConfigError if a launcher started another number of them than asked for, or if no number is known.
+    Raises ConfigError if a launcher started another number of them than asked for, if no number is known, or if Ray
+    can't be used.
     """
+    if backend.name == "ray":
+        _check_ray(world)
     if backend.name != "accelerate":
         return 1
     if not world.is_alone:
@@ -45,6 +49,15 @@ def to_start(backend: BackendConfig, world: World) -> int:
     if not count:
         raise ConfigError("backend=accelerate: this machine has no GPU to count; set backend.num_processes")
     return count
+
+
+def _check_ray(world: World) -> None:
+    if importlib.util.find_spec("ray") is None:
+        raise ConfigError(f"backend=ray needs the package ray: {to_install('ray')}")
+    if not world.is_alone:
+        raise ConfigError(
+            f"backend=ray: but a launcher started {world.processes} processes; start this command once, without it"
+        )
 
 
 def _gpus() -> int:
@@ -82,12 +95,16 @@ def run(command: Sequence[str], count: int) -> int:
 
 def _environment(count: int, port: int) -> dict[str, str]:
     """What torchrun sets for all processes, a share of the cores for each, and the path of this package."""
-    path = os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = str(max(cores // count, 1))
-    world = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "GROUP_RANK": "0", "PYTHONPATH": path}
+    world = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "GROUP_RANK": "0", "PYTHONPATH": python_path()}
     store = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RESTART_COUNT": "0"}
     return {"OMP_NUM_THREADS": threads, **os.environ, **world, **store, "TORCHELASTIC_USE_AGENT_STORE": "True"}
+
+
+def python_path() -> str:
+    """PYTHONPATH for other processes of a run, so that they import the package that this one did."""
+    return os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
 
 
 def _store(meeting: socket.socket) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,9 @@ def held(folder: Path, config: Config, world: World) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         with lock.held(folder):
             _prepare(folder, config, world)
-            with display.logging_to(folder), signals.ending_at_once(), failure_written(folder, world):
+            # Ray may start the run again: what ended it is written down where that is known
+            written = nullcontext() if config.backend.name == "ray" else failure_written(folder, world)
+            with display.logging_to(folder), signals.ending_at_once(), written:
                 yield
 
 
