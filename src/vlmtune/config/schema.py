@@ -311,7 +311,7 @@ class BackendConfig:
     """With backend=accelerate: processes on this machine; null: one per GPU."""
     num_workers: Any = None
     """With backend=ray, as all keys below: number of workers, or [least, most]: as many as the cluster has room for,
-    which may change during the run. Needs trainer.rows_per_step then."""
+    which may change during the run. Needs trainer.rows_per_step (with batch_tokens: passes_per_step)."""
     use_gpu: bool = False
     """Each worker gets a GPU; else none is used."""
     resources_per_worker: dict[str, float] = field(default_factory=dict)

@@ -206,6 +206,9 @@ def _of_ray(config: Config) -> Iterator[str]:
     count, reserved = backend.num_workers, backend.resources_per_worker
     if not _is_count(count):
         yield f"backend.num_workers={count}: must be the number of workers, or the least and the most: [1,4]"
+    size = "passes_per_step" if config.trainer.batch_tokens else "rows_per_step"
+    if isinstance(count, list) and getattr(config.trainer, size) is None:
+        yield f"backend.num_workers={count}: how many start is not known; set trainer.{size}, which they share"
     if bool(reserved.get("GPU", backend.use_gpu)) != backend.use_gpu:
         yield f"backend.resources_per_worker: GPU is {reserved['GPU']:g} with backend.use_gpu={backend.use_gpu}"
     yield from (f"backend.resources_per_worker: {name} is below 0" for name, each in reserved.items() if each < 0)

@@ -85,6 +85,13 @@ def run_config(backend: BackendConfig, folder: Path) -> RunConfig:
     )
 
 
+def connection(backend: BackendConfig) -> dict[str, Any]:
+    """What `ray.init` is told: which cluster, and that its own output is not for this terminal."""
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    found = {"address": backend.address} if backend.address else {"address": "local", "include_dashboard": False}
+    return {**found, **quiet, "runtime_env": {"env_vars": {"PYTHONPATH": python_path()}}}
+
+
 class Mistakes(UserCallback):  # type: ignore[misc]
     """Ends the run where a worker met what the user has to put right: started again, it would only meet it again."""
 
@@ -127,11 +134,9 @@ def _connected(backend: BackendConfig) -> Iterator[None]:
         yield
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    options = {"address": backend.address} if backend.address else {"address": "local", "include_dashboard": False}
-    environment = {"env_vars": {"PYTHONPATH": python_path()}}
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(**options, runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR)
+        ray.init(**connection(backend))
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ConfigError(f"backend.address={backend.address}: Ray can't be reached: {error}") from error
     if threading.current_thread() is threading.main_thread():

@@ -1,0 +1,272 @@
+"""backend=ray on a real Ray of this machine: lost workers, a change of their number, a user's mistake, signals.
+
+One Ray serves all of them. Bit by bit means: as the straight run on as many workers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from safetensors.torch import load_file
+
+import tiny
+import vlmtune
+from vlmtune import api
+from vlmtune.config import compose
+from vlmtune.config.schema import BackendConfig
+from vlmtune.display import Followed
+from vlmtune.errors import ConfigError, DataError, TrainingError
+from vlmtune.launch import lock, on_ray, processes
+from vlmtune.launch.signals import STOP_FILE, Interrupted, StopRequest
+from vlmtune.launch.world import ALONE, World
+
+pytestmark = pytest.mark.xdist_group("ray")
+
+STEPS, ROWS = 8, 22
+
+# ---------------------------------------------------------------- without a cluster
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["backend=ray"], r"backend\.num_workers=None: must be the number of workers, or the least and the most"),
+        (["backend=ray", "backend.num_workers=0"], r"backend\.num_workers=0: must be"),
+        (["backend=ray", "backend.num_workers=[4,1]"], r"backend\.num_workers=\[4, 1\]: must be"),
+        (["backend=ray", "backend.num_workers=[1,2,3]"], r"backend\.num_workers=\[1, 2, 3\]: must be"),
+        (
+            ["backend=ray", "backend.num_workers=1", "backend.resources_per_worker={GPU: 1}"],
+            "GPU is 1 with backend.use",
+        ),
+        (["backend=ray", "backend.num_workers=1", "backend.resources_per_worker={CPU: -1}"], "CPU is below 0"),
+        (["backend=ray", "backend.num_processes=2"], r"backend\.num_processes=2: is for backend=accelerate"),
+        (["backend=accelerate", "backend.num_workers=2"], r"backend\.num_workers=2: is for backend=ray"),
+        (["backend.use_gpu=true"], r"backend\.use_gpu=True: is for backend=ray"),
+    ],
+)
+def test_what_does_not_go_together(words: list[str], problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        compose.read("train", words)
+
+
+def test_what_ray_is_told(tmp_path: Path) -> None:
+    told = BackendConfig("ray", num_workers=[1, 4], use_gpu=True, resources_per_worker={"CPU": 2}, max_failures=5)
+    workers = on_ray.scaling(told)
+    assert (workers.min_workers, workers.max_workers, workers.use_gpu) == (1, 4, True)
+    assert workers.total_resources == {"CPU": 8, "GPU": 4}
+    assert on_ray.scaling(BackendConfig("ray", num_workers=3)).total_resources == {"CPU": 3}
+    failing = on_ray.run_config(told, tmp_path).failure_config
+    assert (failing.max_failures, failing.max_preemption_failures) == (5, -1)
+    assert (
+        on_ray.run_config(BackendConfig("ray", max_preemptions=2), tmp_path).failure_config.max_preemption_failures == 2
+    )
+    assert on_ray.run_config(told, tmp_path).storage_path == str(tmp_path / ".ray")
+    assert on_ray.run_config(BackendConfig("ray", storage="s3://bucket/x"), tmp_path).storage_path == "s3://bucket/x"
+    assert on_ray.connection(told)["address"] == "local"
+    assert on_ray.connection(BackendConfig("ray", address="auto"))["address"] == "auto"
+
+
+def test_what_it_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    told = BackendConfig("ray", num_workers=2)
+    assert processes.to_start(told, ALONE) == 1
+    with pytest.raises(ConfigError, match="a launcher started 4 processes"):
+        processes.to_start(told, World(processes=4))
+    with pytest.raises(ConfigError, match=r"absent: this worker's machine does not have it"):
+        api._in_worker({"folder": str(tmp_path / "absent")})
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ConfigError, match=r"pip install 'vlmtune\[ray\]'"):
+        processes.to_start(told, ALONE)
+
+
+LINE = "2026-01-01 10:00:00,000"
+
+
+def test_what_another_process_logs_is_shown_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In whole lines. Of an error that it went on after, one line; the last one is for the caller to show."""
+    path = tmp_path / "train.log"
+    path.write_text(f"{LINE} INFO earlier\n")
+    log = Followed(path)
+    with path.open("a") as file:
+        for text in (
+            f"{LINE} INFO a table\nof two lines\n{LINE} WARNING half",
+            f" a line\n{LINE} ERROR lost\nfile 1\n",
+        ):
+            file.write(text)
+            file.flush()
+            log.show()
+        file.write(f"{LINE} INFO resuming\n{LINE} ERROR the last\nfile 2\n")
+    log.show()
+    assert capsys.readouterr().err == "a table\nof two lines\nhalf a line\nlost\nresuming\n"
+
+
+def test_a_signal_is_handed_on_while_a_worker_is_at_work(tmp_path: Path) -> None:
+    asking, request = on_ray.Asking(tmp_path), StopRequest(tmp_path / STOP_FILE)
+    with pytest.raises(Interrupted):
+        asking(signal.SIGTERM, None)
+    assert request.signal is None
+    with lock.held(tmp_path):
+        asking(signal.SIGINT, None)
+        assert request.signal == signal.SIGINT
+        with pytest.raises(Interrupted):
+            asking(signal.SIGINT, None)
+
+
+# ---------------------------------------------------------------- with one
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """A Ray with room for two workers, one of them on a machine with a `slot`."""
+    from ray.cluster_utils import Cluster
+
+    place = Path(tempfile.mkdtemp(prefix="ray"))  # short, as the paths of sockets must be
+    environment = {
+        "PYTHONPATH": os.pathsep.join([*sys.path, "tests"]),
+        "RAY_AUTH_MODE": "disabled",  # or Ray leaves a token in the user's home
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
+        "RAY_TMPDIR": str(place),
+    }
+    with pytest.MonkeyPatch.context() as patched:
+        for name, value in environment.items():
+            patched.setenv(name, value)
+        made = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+        ray.init(address=made.address, log_to_driver=False, logging_level="ERROR")
+        yield made
+        ray.shutdown()
+        made.shutdown()
+    shutil.rmtree(place, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ray")
+
+
+@pytest.fixture(scope="module")
+def overrides(checkpoint_of: Callable[[str], Path], folder: Path) -> Callable[..., list[str]]:
+    """Eight steps of four rows, of which one epoch has 22, on two workers. `plan`: as in ray_rows.py."""
+
+    def make(name: str, *more: str, **plan: Any) -> list[str]:
+        rows = folder / f"{name}_rows"
+        rows.mkdir(exist_ok=True)
+        table = tiny.write_csv(rows, [(f"what is {i}?", ("red", "blue")[i % 2]) for i in range(ROWS)], per_image=2)
+        (rows / "plan.json").write_text(json.dumps(plan))
+        model = ["model=auto", f"model.path={checkpoint_of('qwen2_vl')}", "adapter.lora_dropout=0.1", "tracker=none"]
+        data = ["data=csv", f"data.train={table}", "data._target_=ray_rows.load", f"hydra.run.dir={folder / name}"]
+        steps = ["trainer.batch_size=2", f"trainer.max_steps={STEPS}", "trainer.learning_rate=1e-2"]
+        often = ["trainer.log_every=1", "trainer.save_every=2", "data.cache_features=off"]
+        return [*model, *data, *steps, *often, "backend=ray", "backend.num_workers=2", *more]
+
+    return make
+
+
+def logged(run: Path, name: str) -> dict[int, float]:
+    """A column of metrics.jsonl by step."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row[name] for row in rows if name in row}
+
+
+def made(run: Path) -> list[dict[str, Any]]:
+    """The micro-batches that the workers of a run made."""
+    return [json.loads(file.read_text()) for file in run.with_name(f"{run.name}_rows").glob("made_*.json")]
+
+
+def rows_of_steps(run: Path) -> dict[int, list[int]]:
+    """The rows of each step over all ranks, of the last start that made it."""
+    notes, found = made(run), {}
+    for step in {note["step"] for note in notes}:
+        own = [note for note in notes if note["step"] == step]
+        _, last = max(note["start"] for note in own)
+        found[step] = sorted(row for note in own if note["start"][1] == last for row in note["rows"])
+    return found
+
+
+def weights(run: Path) -> dict[str, bytes]:
+    tensors = load_file(run / "model" / "adapter_model.safetensors")
+    return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
+
+
+@pytest.fixture(scope="module")
+def straight(cluster: Any, overrides: Callable[..., list[str]], folder: Path) -> Path:
+    result = vlmtune.train(overrides("straight"))
+    assert (result["status"], result["steps"]) == ("completed", STEPS)
+    return folder / "straight"
+
+
+def test_a_run_in_two_workers(straight: Path) -> None:
+    """Its files are those of any run, and each epoch has each row once."""
+    assert json.loads((straight / "result.json").read_text())["status"] == "completed"
+    assert not [file for file in straight.iterdir() if file.name.startswith(".") and file.name != ".lock"]
+    steps = rows_of_steps(straight)
+    first = [row for step in range(ROWS // 4 + 1) for row in steps[step]]
+    assert sorted(first) == list(range(ROWS))
+    assert {note["ranks"] for note in made(straight)} == {2}
+
+
+def test_lost_workers(
+    straight: Path, overrides: Callable[..., list[str]], folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Rank 1 is killed where no restart is left, which is an error; then rank 0 where one is. What both runs log, train
+    and end with is what the straight run did, and the terminal has each line once.
+    """
+    words = overrides("lost", kill=[[1, 3], [0, 5]])
+    with pytest.raises(TrainingError, match=r"no restart is left.*resume=") as lost:
+        vlmtune.train([*words, "backend.max_failures=0"])
+    assert "rank 1: " in str(lost.value)
+    assert json.loads((folder / "lost" / "result.json").read_text())["error"]["type"] == "TrainingError"
+    capfd.readouterr()
+    assert vlmtune.train([*words, "backend.max_failures=1", "resume=auto"])["status"] == "completed"
+    assert weights(folder / "lost") == weights(straight)
+    for name in ("train/loss", "train/examples"):
+        assert logged(folder / "lost", name) == logged(straight, name)
+    assert rows_of_steps(folder / "lost") == rows_of_steps(straight)
+    shown = capfd.readouterr().err
+    assert [shown.count(f"resuming from step {step}") for step in (2, 4)] == [1, 1]
+    assert "pid=" not in shown
+
+
+def test_a_mistake_is_not_tried_again(straight: Path, overrides: Callable[..., list[str]], folder: Path) -> None:
+    """One that only rank 1 meets, while the other waits for it."""
+    with pytest.raises(DataError, match="rank 1 can't read a row of step 2"):
+        vlmtune.train(overrides("mistaken", fail=[[1, 2]]))
+    result = json.loads((folder / "mistaken" / "result.json").read_text())
+    assert (result["status"], result["error"]["type"], result["steps"]) == ("failed", "DataError", 2)
+    assert len([note for note in made(folder / "mistaken") if note["step"] == 0]) == 2
+
+
+def test_a_signal_ends_it_after_the_step(
+    cluster: Any, straight: Path, overrides: Callable[..., list[str]], folder: Path
+) -> None:
+    """The command's own process gets it; the run goes on from that step."""
+    words = overrides("stopped", f"backend.address={cluster.address}", seconds=0.2)
+    run = folder / "stopped"
+    with subprocess.Popen([sys.executable, "src/train.py", *words], stderr=subprocess.PIPE, text=True) as command:
+        end = time.monotonic() + 100
+        while not (run / "metrics.jsonl").exists() or not logged(run, "train/loss"):
+            assert time.monotonic() < end
+            assert command.poll() is None
+            time.sleep(0.05)
+        command.send_signal(signal.SIGTERM)
+        shown = command.communicate(timeout=60)[1]
+    result = json.loads((run / "result.json").read_text())
+    assert command.returncode == 128 + signal.SIGTERM, shown
+    assert (result["status"], result["signal"]) == ("interrupted", signal.SIGTERM)
+    assert 0 < result["steps"] < STEPS
+    assert (run / "checkpoints" / f"step_{result['steps']:06d}").is_dir()
+    assert shown.count("fine-tuning") == 1
+    assert vlmtune.train([*words, "resume=auto"])["status"] == "completed"
+    assert weights(run) == weights(straight)
