@@ -26,22 +26,29 @@ def load(config: DataConfig) -> Any:
 
 
 def follow(folder: Path) -> None:
-    plan = json.loads((folder / "plan.json").read_text())
+    """Note what this process makes, and do what the plan says: "kill" or "fail" the [rank, step]s in it, and "hold"
+    each rank of [ranks, step] as long as that is in the plan.
+    """
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     real = Loader.make
+
+    def planned(what: str) -> Any:
+        return json.loads((folder / "plan.json").read_text()).get(what, [])
+
     start = [time.monotonic(), os.environ["MASTER_PORT"]]  # which the ranks of one start share
 
     def make(self: Loader, step: int, number: int) -> Any:
         rows = self.order.passes(step, rank)[number : number + 1]
         note = {"step": step, "start": start, "ranks": ranks, "rows": rows[0] if rows else []}
-        (folder / f"made_{rank}_{time.monotonic_ns()}.json").write_text(json.dumps(note))
-        if [rank, step] in plan.get("kill", []) and once(folder / f"killed_{rank}_{step}"):
+        file = folder / f"made_{rank}_{time.monotonic_ns()}"
+        file.write_text(json.dumps(note))
+        file.rename(file.with_suffix(".json"))  # there in full
+        if [rank, step] in planned("kill") and once(folder / f"killed_{rank}_{step}"):
             os.kill(os.getpid(), signal.SIGKILL)
-        if [rank, step] in plan.get("fail", []):
+        if [rank, step] in planned("fail"):
             raise DataError(f"rank {rank} can't read a row of step {step}")
-        while [ranks, step] in plan.get("hold", []):
+        while [ranks, step] in planned("hold"):
             time.sleep(0.1)
-        time.sleep(plan.get("seconds", 0))
         return real(self, step, number)
 
     Loader.make = make  # type: ignore[method-assign]

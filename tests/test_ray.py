@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,14 @@ from vlmtune.launch.world import ALONE, World
 pytestmark = pytest.mark.xdist_group("ray")
 
 STEPS, ROWS = 8, 22
+ELASTIC = [
+    "backend.num_workers=[1,2]",
+    "backend.resources_per_worker={CPU: 1, slot: 1}",
+    "trainer.rows_per_step=4",
+    "adapter.lora_dropout=0",
+]
+PREEMPTION = 2
+"""DRAIN_NODE_REASON_PREEMPTION of Ray's autoscaler.proto."""
 
 # ---------------------------------------------------------------- without a cluster
 
@@ -51,6 +60,7 @@ STEPS, ROWS = 8, 22
             "GPU is 1 with backend.use",
         ),
         (["backend=ray", "backend.num_workers=1", "backend.resources_per_worker={CPU: -1}"], "CPU is below 0"),
+        (["backend=ray", "backend.num_workers=[1,4]"], r"how many start is not known; set trainer\.rows_per_step"),
         (["backend=ray", "backend.num_processes=2"], r"backend\.num_processes=2: is for backend=accelerate"),
         (["backend=accelerate", "backend.num_workers=2"], r"backend\.num_workers=2: is for backend=ray"),
         (["backend.use_gpu=true"], r"backend\.use_gpu=True: is for backend=ray"),
@@ -128,7 +138,7 @@ def test_a_signal_is_handed_on_while_a_worker_is_at_work(tmp_path: Path) -> None
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    """A Ray with room for two workers, one of them on a machine with a `slot`."""
+    """A Ray with room for two workers, and for one that wants a `slot`."""
     from ray.cluster_utils import Cluster
 
     place = Path(tempfile.mkdtemp(prefix="ray"))  # short, as the paths of sockets must be
@@ -137,13 +147,15 @@ def cluster() -> Iterator[Any]:
         "RAY_AUTH_MODE": "disabled",  # or Ray leaves a token in the user's home
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+        "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5",
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
         "RAY_TMPDIR": str(place),
     }
     with pytest.MonkeyPatch.context() as patched:
         for name, value in environment.items():
             patched.setenv(name, value)
-        made = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+        head = {"num_cpus": 2, "resources": {"slot": 1}, "include_dashboard": False}
+        made = Cluster(initialize_head=True, head_node_args=head)
         ray.init(address=made.address, log_to_driver=False, logging_level="ERROR")
         yield made
         ray.shutdown()
@@ -195,6 +207,26 @@ def rows_of_steps(run: Path) -> dict[int, list[int]]:
     return found
 
 
+def ranks_of_steps(run: Path) -> list[int]:
+    """How many ranks made each step, in the last start that did."""
+    notes = sorted(made(run), key=lambda note: note["start"])
+    found = {note["step"]: note["ranks"] for note in notes}
+    return [found[step] for step in sorted(found)]
+
+
+def at_step(run: Path, ranks: int, step: int) -> bool:
+    return any((note["ranks"], note["step"]) == (ranks, step) for note in made(run))
+
+
+def wait_for(news: Callable[[], bool], run: Future[Any] | None = None) -> None:
+    """Return once there is `news`, of a run that has not ended."""
+    end = time.monotonic() + 300
+    while not news():
+        assert time.monotonic() < end
+        assert run is None or not run.done(), run.exception()
+        time.sleep(0.1)
+
+
 def weights(run: Path) -> dict[str, bytes]:
     tensors = load_file(run / "model" / "adapter_model.safetensors")
     return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
@@ -217,28 +249,6 @@ def test_a_run_in_two_workers(straight: Path) -> None:
     assert {note["ranks"] for note in made(straight)} == {2}
 
 
-def test_lost_workers(
-    straight: Path, overrides: Callable[..., list[str]], folder: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """Rank 1 is killed where no restart is left, which is an error; then rank 0 where one is. What both runs log, train
-    and end with is what the straight run did, and the terminal has each line once.
-    """
-    words = overrides("lost", kill=[[1, 3], [0, 5]])
-    with pytest.raises(TrainingError, match=r"no restart is left.*resume=") as lost:
-        vlmtune.train([*words, "backend.max_failures=0"])
-    assert "rank 1: " in str(lost.value)
-    assert json.loads((folder / "lost" / "result.json").read_text())["error"]["type"] == "TrainingError"
-    capfd.readouterr()
-    assert vlmtune.train([*words, "backend.max_failures=1", "resume=auto"])["status"] == "completed"
-    assert weights(folder / "lost") == weights(straight)
-    for name in ("train/loss", "train/examples"):
-        assert logged(folder / "lost", name) == logged(straight, name)
-    assert rows_of_steps(folder / "lost") == rows_of_steps(straight)
-    shown = capfd.readouterr().err
-    assert [shown.count(f"resuming from step {step}") for step in (2, 4)] == [1, 1]
-    assert "pid=" not in shown
-
-
 def test_a_mistake_is_not_tried_again(straight: Path, overrides: Callable[..., list[str]], folder: Path) -> None:
     """One that only rank 1 meets, while the other waits for it."""
     with pytest.raises(DataError, match="rank 1 can't read a row of step 2"):
@@ -248,25 +258,152 @@ def test_a_mistake_is_not_tried_again(straight: Path, overrides: Callable[..., l
     assert len([note for note in made(folder / "mistaken") if note["step"] == 0]) == 2
 
 
-def test_a_signal_ends_it_after_the_step(
-    cluster: Any, straight: Path, overrides: Callable[..., list[str]], folder: Path
+def test_a_change_of_the_number_of_workers(
+    cluster: Any, straight: Path, overrides: Callable[..., list[str]], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The command's own process gets it; the run goes on from that step."""
-    words = overrides("stopped", f"backend.address={cluster.address}", seconds=0.2)
+    """One worker waits at the fourth step until there are two: it costs no restart, and the steps stay the same."""
+    monkeypatch.setattr(on_ray, "RESIZE_SECONDS", 1.0)
+    words = overrides("elastic", *ELASTIC, "backend.max_failures=0", hold=[[1, 3]])
+    with ThreadPoolExecutor(1) as pool:  # the main thread adds the machine: Ray sets a handler of signals there
+        run = pool.submit(vlmtune.train, words)
+        wait_for(lambda: at_step(folder / "elastic", 1, 3), run)
+        machine = cluster.add_node(num_cpus=1, resources={"slot": 1})
+        assert run.result()["status"] == "completed"
+    cluster.remove_node(machine)
+    assert rows_of_steps(folder / "elastic") == rows_of_steps(straight)
+    assert ranks_of_steps(folder / "elastic") == [1, 1, 2, 2, 2, 2, 2, 2]
+    assert_losses_of_one_process(overrides, folder, "elastic")
+
+
+def assert_losses_of_one_process(overrides: Callable[..., list[str]], folder: Path, name: str) -> None:
+    """The run's losses are those of the same steps in this process, but for the order of sums."""
+    alone = folder / f"{name}_alone"
+    words = overrides(alone.name, *ELASTIC[2:], "data._target_=vlmtune.data.table.read_files")
+    vlmtune.train([word for word in words if not word.startswith("backend")])
+    for column, tolerance in (("train/loss", 1e-4), ("train/examples", 0)):
+        assert logged(folder / name, column) == pytest.approx(logged(alone, column), abs=tolerance)
+
+
+def test_a_signal_and_a_lost_first_rank(
+    cluster: Any,
+    straight: Path,
+    overrides: Callable[..., list[str]],
+    folder: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """The command's own process gets the signal in the fourth step, after which the run ends. It goes on, and its first
+    rank is killed in the sixth. What it logs, trains and ends with is what the straight run did.
+    """
+    words = overrides("stopped", f"backend.address={cluster.address}", "backend.max_failures=1", hold=[[2, 3]])
     run = folder / "stopped"
     with subprocess.Popen([sys.executable, "src/train.py", *words], stderr=subprocess.PIPE, text=True) as command:
-        end = time.monotonic() + 100
-        while not (run / "metrics.jsonl").exists() or not logged(run, "train/loss"):
-            assert time.monotonic() < end
-            assert command.poll() is None
-            time.sleep(0.05)
+        wait_for(lambda: at_step(run, 2, 3))
         command.send_signal(signal.SIGTERM)
-        shown = command.communicate(timeout=60)[1]
+        wait_for((run / STOP_FILE).exists)
+        (run.with_name("stopped_rows") / "plan.json").write_text(json.dumps({"kill": [[0, 5]]}))
+        shown = command.communicate(timeout=100)[1]
     result = json.loads((run / "result.json").read_text())
     assert command.returncode == 128 + signal.SIGTERM, shown
-    assert (result["status"], result["signal"]) == ("interrupted", signal.SIGTERM)
-    assert 0 < result["steps"] < STEPS
-    assert (run / "checkpoints" / f"step_{result['steps']:06d}").is_dir()
+    assert (result["status"], result["signal"], result["steps"]) == ("interrupted", signal.SIGTERM, 4)
     assert shown.count("fine-tuning") == 1
+    capfd.readouterr()
     assert vlmtune.train([*words, "resume=auto"])["status"] == "completed"
+    shown = capfd.readouterr().err
+    assert shown.count("resuming from step 4") == 2
+    assert "pid=" not in shown
+    assert_equal(run, straight)
+
+
+def assert_equal(run: Path, straight: Path) -> None:
     assert weights(run) == weights(straight)
+    assert rows_of_steps(run) == rows_of_steps(straight)
+    for column in ("train/loss", "train/examples"):
+        assert logged(run, column) == logged(straight, column)
+    assert json.loads((run / "result.json").read_text())["status"] == "completed"
+
+
+# ---------------------------------------------------------------- more of them
+
+
+@pytest.mark.slow
+def test_where_no_restart_is_left(straight: Path, overrides: Callable[..., list[str]], folder: Path) -> None:
+    """The error says which rank was lost, and the same command goes on."""
+    words = overrides("lost", kill=[[1, 3]])
+    with pytest.raises(TrainingError, match=r"no restart is left.*resume=") as lost:
+        vlmtune.train([*words, "backend.max_failures=0"])
+    assert "rank 1: " in str(lost.value)
+    result = json.loads((folder / "lost" / "result.json").read_text())
+    assert (result["status"], result["error"]["type"]) == ("failed", "TrainingError")
+    vlmtune.train([*words, "resume=auto"])
+    assert_equal(folder / "lost", straight)
+
+
+@pytest.mark.slow
+def test_a_machine_that_is_taken_away(
+    cluster: Any, straight: Path, overrides: Callable[..., list[str]], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two workers, which wait at the fourth step. It costs one of the restarts that are for this alone."""
+    monkeypatch.setattr(on_ray, "RESIZE_SECONDS", 1.0)
+    budgets = ["backend.max_failures=0", "backend.max_preemptions=1"]
+    words = overrides("preempted", *ELASTIC, *budgets, hold=[[2, 3]])
+    machine = cluster.add_node(num_cpus=1, resources={"slot": 1})
+    with ThreadPoolExecutor(1) as pool:
+        run = pool.submit(vlmtune.train, words)
+        wait_for(lambda: at_step(folder / "preempted", 2, 3), run)
+        gcs = ray._raylet.GcsClient(address=cluster.address)
+        assert gcs.drain_node(machine.node_id, PREEMPTION, "", int(time.time() * 1000) + 1000)[0]
+        time.sleep(2)
+        cluster.remove_node(machine)
+        assert run.result()["status"] == "completed"
+    assert rows_of_steps(folder / "preempted") == rows_of_steps(straight)
+    assert ranks_of_steps(folder / "preempted")[1:] == [2, 1, 1, 1, 1, 1, 1]
+    assert_losses_of_one_process(overrides, folder, "preempted")
+
+
+@pytest.mark.slow
+def test_two_workers_train_as_two_processes(straight: Path, overrides: Callable[..., list[str]], folder: Path) -> None:
+    words = overrides("processes", "data._target_=vlmtune.data.table.read_files")
+    own = [word for word in words if not word.startswith("backend")]
+    vlmtune.train([*own, "backend=accelerate", "backend.num_processes=2"])
+    assert weights(folder / "processes") == weights(straight)
+
+
+@pytest.mark.slow
+def test_a_signal_while_ray_waits_for_room(cluster: Any, overrides: Callable[..., list[str]], folder: Path) -> None:
+    address = f"backend.address={cluster.address}"
+    words = overrides("waiting", address, "backend.resources_per_worker={CPU: 1, nothing: 1}")
+    with subprocess.Popen([sys.executable, "src/train.py", *words]) as command:
+        wait_for((folder / "waiting" / ".ray" / "waiting").exists)
+        time.sleep(5)
+        command.send_signal(signal.SIGTERM)
+        assert command.wait(timeout=60) == 128 + signal.SIGTERM
+    assert json.loads((folder / "waiting" / "result.json").read_text())["status"] == "interrupted"
+
+
+@pytest.mark.slow
+def test_a_sweep_on_a_ray_of_its_own(overrides: Callable[..., list[str]], folder: Path) -> None:
+    """Each trial has workers of its own; nothing of Ray is left."""
+    place = Path(tempfile.mkdtemp(prefix="ray"))
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([*sys.path, "tests"]),
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_TMPDIR": str(place),
+    }
+    sweep = folder / "sweep"
+    words = ["-m", *overrides("unused"), "adapter.r=2,4", f"hydra.sweep.dir={sweep}"]
+    try:
+        subprocess.run([sys.executable, "src/train.py", *words], env=environment, check=True, capture_output=True)
+        assert not [file for file in Path("/proc").glob("*/cmdline") if str(place).encode() in read_or_empty(file)]
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+    for trial, rank in (("0", 2), ("1", 4)):
+        assert json.loads((sweep / trial / "result.json").read_text())["status"] == "completed"
+        assert json.loads((sweep / trial / "model" / "adapter_config.json").read_text())["r"] == rank
+
+
+def read_or_empty(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError:  # the process has ended
+        return b""
