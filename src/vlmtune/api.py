@@ -17,6 +17,7 @@ from vlmtune.launch.world import ALONE, World
 from vlmtune.predict.predictor import Predictor
 
 log = logging.getLogger("vlmtune")
+COMPLETE = "this run is complete, nothing is left to do"
 
 
 def train(overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -62,11 +63,13 @@ def run_in(folder: Path, config: Config, world: World = ALONE) -> dict[str, Any]
 
 def _on_ray(folder: Path, config: Config) -> dict[str, Any]:
     """As `run_in`, in Ray's workers. They go on from the folder's last checkpoint whenever Ray starts them again."""
+    from vlmtune import display
     from vlmtune.launch import on_ray, signals
     from vlmtune.record import guard, runfolder
 
     guard.check_free(folder, config)
     if (complete := guard.own_result(folder, config)) is not None:
+        display.say(f"{folder}: {COMPLETE}")
         return complete
     config, folder = runfolder.absolute(config), folder.absolute()
     config.resume = str(folder) if config.resumed_folder else AUTO
@@ -80,7 +83,7 @@ def _on_ray(folder: Path, config: Config) -> dict[str, Any]:
 
 def _in_worker(settings: dict[str, Any]) -> dict[str, Any] | int:
     """The run in one of Ray's workers: its result, or the number of the signal that ended it before its first step."""
-    from vlmtune.config.strict import strict
+    from vlmtune.config.strict import literal, strict
     from vlmtune.launch.signals import Interrupted
 
     folder = Path(settings["folder"])
@@ -89,7 +92,7 @@ def _in_worker(settings: dict[str, Any]) -> dict[str, Any] | int:
             f"{folder}: this worker's machine does not have it; choose a shared disk: hydra.run.dir=FOLDER"
         )
     try:
-        return _run_here(folder, strict(OmegaConf.create(settings["config"])), World.from_environment())
+        return _run_here(folder, strict(OmegaConf.create(literal(settings["config"]))), World.from_environment())
     except Interrupted as stopped:
         return stopped.number
 
@@ -109,7 +112,7 @@ def _run_here(folder: Path, config: Config, world: World) -> dict[str, Any]:
         with guard.held(folder, config, world):
             complete = guard.own_result(folder, config)
             if complete is not None and world.is_alone:
-                log.info("%s: this run is complete, nothing is left to do", folder)
+                log.info("%s: %s", folder, COMPLETE)
                 return complete
             result = _run_held(folder, config)
             return complete or result

@@ -318,7 +318,8 @@ class BackendConfig:
     """What each worker reserves, by Ray's names, for instance {CPU: 4, GPU: 1}; empty: one GPU with `use_gpu`, else one
     CPU."""
     address: str | None = None
-    """Address of a Ray cluster, `auto` for the one of this machine; null: a Ray of this machine for this run alone."""
+    """Address of a Ray cluster, `auto` for the one of this machine; null: a Ray of this machine for this run alone. A
+    Python program that has called ray.init stays on that one."""
     storage: str | None = None
     """Folder or URI for Ray's own files about the run, which stay there; null: in the run folder until the end."""
     max_failures: int = number(3, least=-1)

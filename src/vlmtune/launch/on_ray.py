@@ -14,6 +14,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,21 +45,21 @@ def run(work: Callable[[dict[str, Any]], Any], settings: dict[str, Any], folder:
     once. Raises VlmtuneError as a worker raised it, TrainingError where Ray gave up, signals.Interrupted.
     """
     (folder / signals.STOP_FILE).unlink(missing_ok=True)  # of a process that was killed
-    with _connected(backend), signals.handling(Asking(folder)):
-        trainer = TorchTrainer(
-            work,
-            train_loop_config=settings,
-            torch_config=TorchConfig(timeout_s=int(TIMEOUT.total_seconds())),
-            scaling_config=scaling(backend),
-            run_config=run_config(backend, folder),
-        )
-        try:
+    try:
+        with signals.handling(Asking(folder)), _connected(backend):
+            trainer = TorchTrainer(
+                work,
+                train_loop_config=settings,
+                torch_config=TorchConfig(timeout_s=int(TIMEOUT.total_seconds())),
+                scaling_config=scaling(backend),
+                run_config=run_config(backend, folder),
+            )
             return _followed(trainer.fit, folder).return_value
-        except TrainingFailedError as error:
-            raise _explained(error, folder) from error
-        finally:
-            (folder / signals.STOP_FILE).unlink(missing_ok=True)
-            shutil.rmtree(folder / OWN_FILES, ignore_errors=True)
+    except TrainingFailedError as error:
+        raise _explained(error, folder) from error
+    finally:
+        (folder / signals.STOP_FILE).unlink(missing_ok=True)
+        shutil.rmtree(folder / OWN_FILES, ignore_errors=True)
 
 
 def scaling(backend: BackendConfig) -> ScalingConfig:
@@ -143,23 +144,21 @@ def _connected(backend: BackendConfig) -> Iterator[None]:
         signal.signal(signal.SIGTERM, handler)  # Ray has set its own
     try:
         if not backend.address:
-            _check_room(scaling(backend))
+            _check_room(backend)
         yield
     finally:
         ray.shutdown()
 
 
-def _check_room(workers: ScalingConfig) -> None:
+def _check_room(backend: BackendConfig) -> None:
     """Raise ConfigError where a Ray of this machine alone has no room for the workers: it would wait for ever."""
-    has = ray.cluster_resources()
-    for name, needed in ScalingConfig(
-        num_workers=workers.min_workers, use_gpu=workers.use_gpu, resources_per_worker=workers.resources_per_worker
-    ).total_resources.items():
+    least, has = scaling(backend).min_workers, ray.cluster_resources()
+    for name, needed in scaling(replace(backend, num_workers=least)).total_resources.items():
         if needed > has.get(name, 0):
             raise ConfigError(
-                f"backend.num_workers={workers.min_workers}: these workers reserve {name}: {needed:g}, and this "
-                f"machine has {has.get(name, 0):g}; start fewer, let each reserve less (backend.resources_per_worker), "
-                "or set backend.address to that of a cluster"
+                f"backend.num_workers={least}: these workers reserve {name}: {needed:g}, and this machine has "
+                f"{has.get(name, 0):g}; start fewer, let each reserve less (backend.resources_per_worker), or set "
+                "backend.address to that of a cluster"
             )
 
 
