@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,13 @@ import tiny
 import vlmtune
 from vlmtune import api
 from vlmtune.config import compose
-from vlmtune.config.schema import BackendConfig
+from vlmtune.config.schema import BackendConfig, Config, DataConfig
 from vlmtune.display import Followed
 from vlmtune.errors import ConfigError, DataError, TrainingError
 from vlmtune.launch import lock, on_ray, processes
 from vlmtune.launch.signals import STOP_FILE, Interrupted, StopRequest
 from vlmtune.launch.world import ALONE, World
+from vlmtune.record import runfolder
 
 pytestmark = pytest.mark.xdist_group("ray")
 
@@ -93,6 +95,11 @@ def test_what_it_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert processes.to_start(told, ALONE) == 1
     with pytest.raises(ConfigError, match="a launcher started 4 processes"):
         processes.to_start(told, World(processes=4))
+    relative = runfolder.absolute(Config(data=DataConfig(image_root="images", cache_folder="cache"))).data
+    assert (relative.image_root, relative.cache_folder) == (
+        str(Path("images").absolute()),
+        str(Path("cache").absolute()),
+    )
     with pytest.raises(ConfigError, match=r"absent: this worker's machine does not have it"):
         api._in_worker({"folder": str(tmp_path / "absent")})
     monkeypatch.setitem(sys.modules, "ray", None)
@@ -131,6 +138,17 @@ def test_a_signal_is_handed_on_while_a_worker_is_at_work(tmp_path: Path) -> None
         assert request.signal == signal.SIGINT
         with pytest.raises(Interrupted):
             asking(signal.SIGINT, None)
+
+
+def test_a_lock_that_is_let_go_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the machine of a first rank that is gone: the next first rank waits, but not for ever."""
+    with ExitStack() as held:
+        held.enter_context(lock.held(tmp_path))
+        monkeypatch.setattr("vlmtune.launch.lock.time.sleep", lambda seconds: held.close())
+        lock.wait(tmp_path)
+    monkeypatch.setattr(lock, "LEASE", 0)
+    with lock.held(tmp_path), pytest.raises(ConfigError, match="is in use by process"):
+        lock.wait(tmp_path)
 
 
 # ---------------------------------------------------------------- with one
@@ -250,9 +268,9 @@ def test_a_run_in_two_workers(straight: Path) -> None:
 
 
 def test_a_mistake_is_not_tried_again(straight: Path, overrides: Callable[..., list[str]], folder: Path) -> None:
-    """One that only rank 1 meets, while the other waits for it."""
+    """One that only rank 1 meets, in a process that prepares batches, while the other rank waits for it."""
     with pytest.raises(DataError, match="rank 1 can't read a row of step 2"):
-        vlmtune.train(overrides("mistaken", fail=[[1, 2]]))
+        vlmtune.train(overrides("mistaken", "trainer.num_workers=1", fail=[[1, 2]]))
     result = json.loads((folder / "mistaken" / "result.json").read_text())
     assert (result["status"], result["error"]["type"], result["steps"]) == ("failed", "DataError", 2)
     assert len([note for note in made(folder / "mistaken") if note["step"] == 0]) == 2

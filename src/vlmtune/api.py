@@ -84,15 +84,18 @@ def _on_ray(folder: Path, config: Config) -> dict[str, Any]:
 def _in_worker(settings: dict[str, Any]) -> dict[str, Any] | int:
     """The run in one of Ray's workers: its result, or the number of the signal that ended it before its first step."""
     from vlmtune.config.strict import literal, strict
+    from vlmtune.launch import lock
     from vlmtune.launch.signals import Interrupted
 
-    folder = Path(settings["folder"])
+    folder, world = Path(settings["folder"]), World.from_environment()
     if not folder.is_dir():
         raise ConfigError(
             f"{folder}: this worker's machine does not have it; choose a shared disk: hydra.run.dir=FOLDER"
         )
+    if world.is_main:
+        lock.wait(folder)  # which the first rank of an earlier start may hold a little longer
     try:
-        return _run_here(folder, strict(OmegaConf.create(literal(settings["config"]))), World.from_environment())
+        return _run_here(folder, strict(OmegaConf.create(literal(settings["config"]))), world)
     except Interrupted as stopped:
         return stopped.number
 

@@ -309,12 +309,12 @@ class BackendConfig:
     `ray`: start workers on a Ray cluster, and start them again where one is lost."""
     num_processes: int | None = number(None, least=1)
     """With backend=accelerate: processes on this machine; null: one per GPU."""
-    num_workers: Any = None
+    num_workers: Any = field(default=None, metadata={"values": "int, [int, int] or null"})
     """With backend=ray, as all keys below: number of workers, or [least, most]: as many as the cluster has room for,
     which may change during the run. Needs trainer.rows_per_step (with batch_tokens: passes_per_step)."""
     use_gpu: bool = False
     """Each worker gets a GPU; else none is used."""
-    resources_per_worker: dict[str, float] = field(default_factory=dict)
+    resources_per_worker: dict[str, float] = field(default_factory=dict, metadata={"values": "{resource: float}"})
     """What each worker reserves, by Ray's names, for instance {CPU: 4, GPU: 1}; empty: one GPU with `use_gpu`, else one
     CPU."""
     address: str | None = None

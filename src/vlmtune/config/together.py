@@ -177,15 +177,7 @@ def of_quantization(config: Config) -> Iterator[str]:
 
 OF_BACKEND = {
     "accelerate": ("num_processes",),
-    "ray": (
-        "num_workers",
-        "use_gpu",
-        "resources_per_worker",
-        "address",
-        "storage",
-        "max_failures",
-        "max_preemptions",
-    ),
+    "ray": ("num_workers", "use_gpu", "resources_per_worker", "address", "storage", "max_failures", "max_preemptions"),
 }
 """The keys that only one backend reads."""
 

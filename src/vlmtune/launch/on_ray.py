@@ -139,7 +139,8 @@ def _connected(backend: BackendConfig) -> Iterator[None]:
     try:
         ray.init(**connection(backend))
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ConfigError(f"backend.address={backend.address}: Ray can't be reached: {error}") from error
+        at = f"backend.address={backend.address}: no Ray is reached there"
+        raise ConfigError(f"{at if backend.address else 'backend=ray: Ray does not start here'}: {error}") from error
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)  # Ray has set its own
     try:
@@ -187,12 +188,7 @@ def _explained(error: TrainingFailedError, folder: Path) -> Exception:
     cause = getattr(error, "controller_failure", None)
     if isinstance(cause, VlmtuneError):
         return cause
-    failures = getattr(error, "worker_failures", {})
-    lines = [f"rank {rank}: {type(each).__name__}: {str(each).strip()}" for rank, each in sorted(failures.items())]
-    return TrainingError(
-        [
-            "workers were lost, and no restart is left (backend.max_failures, backend.max_preemptions); to go on from "
-            f"the last checkpoint: resume={folder}",
-            *(lines or [str(error)]),
-        ]
-    )
+    lost = getattr(error, "worker_failures", {})
+    reasons = [f"rank {rank}: {type(each).__name__}: {str(each).strip()}" for rank, each in sorted(lost.items())]
+    end = "a worker was lost, and no restart is left (backend.max_failures)" if lost else f"Ray ended the run: {error}"
+    return TrainingError([f"{end}; to go on from the last checkpoint: resume={folder}", *reasons])
