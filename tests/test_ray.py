@@ -53,14 +53,10 @@ PREEMPTION = 2
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
-        (["backend=ray"], r"backend\.num_workers=None: must be the number of workers, or the least and the most"),
-        (["backend=ray", "backend.num_workers=0"], r"backend\.num_workers=0: must be"),
-        (["backend=ray", "backend.num_workers=[4,1]"], r"backend\.num_workers=\[4, 1\]: must be"),
-        (["backend=ray", "backend.num_workers=[1,2,3]"], r"backend\.num_workers=\[1, 2, 3\]: must be"),
-        (
-            ["backend=ray", "backend.num_workers=1", "backend.resources_per_worker={GPU: 1}"],
-            "GPU is 1 with backend.use",
-        ),
+        (["backend=ray"], r"backend\.num_workers: must be the number of workers, or the least and the most"),
+        (["backend=ray", "backend.num_workers=0"], r"backend\.num_workers: must be"),
+        (["backend=ray", "backend.num_workers=[4,1]"], r"backend\.num_workers: must be"),
+        (["backend=ray", "backend.num_workers=[1,2,3]"], r"backend\.num_workers: must be"),
         (["backend=ray", "backend.num_workers=1", "backend.resources_per_worker={CPU: -1}"], "CPU is below 0"),
         (["backend=ray", "backend.num_workers=[1,4]"], r"how many start is not known; set trainer\.rows_per_step"),
         (["backend=ray", "backend.num_processes=2"], r"backend\.num_processes=2: is for backend=accelerate"),

@@ -197,7 +197,7 @@ def _of_ray(config: Config) -> Iterator[str]:
     backend = config.backend
     count, reserved = backend.num_workers, backend.resources_per_worker
     if not _is_count(count):
-        yield f"backend.num_workers={count}: must be the number of workers, or the least and the most: [1,4]"
+        yield "backend.num_workers: must be the number of workers, or the least and the most of them: [1,4]"
     size = "passes_per_step" if config.trainer.batch_tokens else "rows_per_step"
     if isinstance(count, list) and getattr(config.trainer, size) is None:
         yield f"backend.num_workers={count}: how many start is not known; set trainer.{size}, which they share"
