@@ -32,7 +32,7 @@ def measure(setup: Setup, count: int, rounds: int) -> str:
     """One line: seconds of a step, of a checkpoint that is waited for, and of one in the background."""
     steps = ours(setup)
     steps(2)
-    with Saving(setup, Stopping(setup.engine)) as saving:
+    with Saving(setup, Stopping(setup)) as saving:
 
         def save() -> None:
             saving.progress.step += 1

@@ -86,6 +86,8 @@ def row(key: str, field: dataclasses.Field[Any], sentence: str, default: Any) ->
 def values(field: dataclasses.Field[Any]) -> str:
     """What a field takes: its choices, or its type and bounds."""
     rule = field.metadata
+    if "values" in rule:
+        return str(rule["values"])
     if "choices" in rule:
         return ", ".join(f"`{choice}`" for choice in rule["choices"])
     if "files" in rule or "per_split" in rule:

@@ -26,7 +26,11 @@ from vlmtune.models.quantization import quantization_config
 
 ROOT = config.home()
 OPTIONS = [(group, option) for group, options in compose.groups().items() for option in options]
-READABLE = {("model", "auto"): ["model.path=folder"], ("data", "csv"): ["data.train=rows.csv"]}
+READABLE = {
+    ("model", "auto"): ["model.path=folder"],
+    ("data", "csv"): ["data.train=rows.csv"],
+    ("backend", "ray"): ["backend.num_workers=2"],
+}
 """What an option asks the user for."""
 
 

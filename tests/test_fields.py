@@ -49,7 +49,7 @@ from vlmtune.config.schema import (
 from vlmtune.data.table import load as load_table
 from vlmtune.errors import ConfigError, DataError, ModelError, TrainingError
 from vlmtune.evaluation import answering, generate
-from vlmtune.launch import session
+from vlmtune.launch import on_ray, session
 from vlmtune.launch.processes import to_start
 from vlmtune.launch.world import ALONE
 from vlmtune.models import adapters
@@ -809,6 +809,8 @@ def read(
         load_table(DataConfig(train=str(hub_set(folder)), **STREAMED), TaskConfig(), 0)
         hub_options(ModelConfig(path="somebody/some-model"))
         to_start(BackendConfig("accelerate", 1), ALONE)
+        told = BackendConfig("ray", num_workers=1)
+        on_ray.scaling(told), on_ray.run_config(told, folder), on_ray.connection(told)
         yield seen
 
 

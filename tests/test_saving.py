@@ -56,7 +56,7 @@ def run(checkpoint_of: Callable[[str], Path], tmp_path: Path) -> tiny.Run:
 
 
 def saving_of(run: tiny.Run) -> Saving:
-    saving = Saving(run, Stopping(run.engine))
+    saving = Saving(run, Stopping(run))
     saving.progress = run.progress
     return saving
 

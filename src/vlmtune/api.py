@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vlmtune.config.schema import Config
+from omegaconf import OmegaConf
+
+from vlmtune.config.schema import AUTO, Config, plain
 from vlmtune.errors import ConfigError, of_kind
 from vlmtune.launch import processes
 from vlmtune.launch.world import ALONE, World
@@ -16,6 +18,7 @@ from vlmtune.memory import memory_advice
 from vlmtune.predict.predictor import Predictor
 
 log = logging.getLogger("vlmtune")
+COMPLETE = "this run is complete, nothing is left to do"
 
 
 def train(overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -72,6 +75,50 @@ def run_in(folder: Path, config: Config, world: World = ALONE) -> dict[str, Any]
     Raises ConfigError if the folder holds another run, and any error that ends the run early: with several processes
     the error of the process that failed first.
     """
+    return _on_ray(folder, config) if config.backend.name == "ray" else _run_here(folder, config, world)
+
+
+def _on_ray(folder: Path, config: Config) -> dict[str, Any]:
+    """As `run_in`, in Ray's workers. They go on from the folder's last checkpoint whenever Ray starts them again."""
+    from vlmtune import display
+    from vlmtune.launch import on_ray, signals
+    from vlmtune.record import guard, runfolder
+
+    guard.check_free(folder, config)
+    if (complete := guard.own_result(folder, config)) is not None:
+        display.say(f"{folder}: {COMPLETE}")
+        return complete
+    config, folder = runfolder.absolute(config), folder.absolute()
+    config.resume = str(folder) if config.resumed_folder else AUTO
+    folder.mkdir(parents=True, exist_ok=True)
+    with guard.failure_written(folder, ALONE):
+        ended = on_ray.run(_in_worker, {"folder": str(folder), "config": plain(config)}, folder, config.backend)
+        if isinstance(ended, int):
+            raise signals.Interrupted(ended)
+    return dict(ended)
+
+
+def _in_worker(settings: dict[str, Any]) -> dict[str, Any] | int:
+    """The run in one of Ray's workers: its result, or the number of the signal that ended it before its first step."""
+    from vlmtune.config.strict import literal, strict
+    from vlmtune.launch import lock
+    from vlmtune.launch.signals import Interrupted
+
+    folder, world = Path(settings["folder"]), World.from_environment()
+    if not folder.is_dir():
+        raise ConfigError(
+            f"{folder}: this worker's machine does not have it; choose a shared disk: hydra.run.dir=FOLDER"
+        )
+    if world.is_main:
+        lock.wait(folder)  # which the first rank of an earlier start may hold a little longer
+    try:
+        return _run_here(folder, strict(OmegaConf.create(literal(settings["config"]))), world)
+    except Interrupted as stopped:
+        return stopped.number
+
+
+def _run_here(folder: Path, config: Config, world: World) -> dict[str, Any]:
+    """As `run_in`, in this process."""
     from vlmtune.display import logging_to
     from vlmtune.launch import ranks, signals, surroundings
     from vlmtune.record import environment, guard, tracking
@@ -87,7 +134,7 @@ def run_in(folder: Path, config: Config, world: World = ALONE) -> dict[str, Any]
                 log.warning(LEFT_ALONE)
             complete = guard.own_result(folder, config)
             if complete is not None and world.is_alone:
-                log.info("%s: this run is complete, nothing is left to do", folder)
+                log.info("%s: %s", folder, COMPLETE)
                 return complete
             result = _run_held(folder, config)
             return complete or result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -50,6 +51,10 @@ class StandardError(io.TextIOBase):
 console = Console(file=StandardError())  # type: ignore[arg-type]  # rich writes and flushes it, no more
 SECONDS_BETWEEN_LINES = 10.0
 """Where no terminal shows a bar, a line like it is logged this often at most."""
+
+
+LOGGED = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} ([A-Z]+) ")
+"""How a message in train.log begins; it may have further lines."""
 
 
 class TrainLog(logging.FileHandler):
@@ -106,6 +111,42 @@ def logging_to(folder: Path | None, *, other_rank: bool = False) -> Iterator[Non
         for handler in handlers:
             log.removeHandler(handler)
             handler.close()
+
+
+def say(text: str) -> None:
+    """Show a line of text, or several, in a process that logs nothing itself."""
+    console.file.write(text + "\n")
+    console.file.flush()
+
+
+class Followed:
+    """Shows what another process writes to its train.log. The error that ends it is left to the process that reports
+    it; of one that it went on after, the first line is shown.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.read = path, path.stat().st_size if path.exists() else 0
+        self.level, self.error = "", ""
+
+    def show(self) -> None:
+        """Show the whole lines that are new."""
+        if not self.path.exists():
+            return
+        with self.path.open("rb") as file:
+            file.seek(self.read)
+            text = file.read().rpartition(b"\n")[0]
+        self.read += len(text) + 1 if text else 0
+        for line in text.decode("utf-8", "replace").splitlines():
+            self._show(line)
+
+    def _show(self, line: str) -> None:
+        if begun := LOGGED.match(line):
+            if self.error:
+                say(self.error)
+            self.level, line = begun[1], line[begun.end() :]
+            self.error = line if self.level == "ERROR" else ""
+        if self.level != "ERROR":
+            say(line)
 
 
 @contextmanager

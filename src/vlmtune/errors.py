@@ -138,6 +138,7 @@ EXTRAS = {
     "pyarrow": "hub",
     "tensorboard": "tensorboard",
     "num2words": "smolvlm",
+    "ray": "ray",
     "hydra-submitit-launcher": "slurm",
 }
 """Packages that only some runs need, and the extra of vlmtune that brings each."""

@@ -78,7 +78,7 @@ def build(config: Config, splits: dict[str, Split], folder: Path | None) -> setu
 
 def fit(run: setup.Setup) -> dict[str, Any]:
     """Train the run that `build` made and write its result to the run folder. Returns the content of result.json."""
-    stopping = Stopping(run.engine)
+    stopping = Stopping(run)
     with stopping.watching(), Saving(run, stopping) as saving, Journal(run, saving.progress) as journal:
         scoring = Scoring(run, journal, stopping)
         best = Best(scoring, saving)

@@ -311,10 +311,29 @@ class TrackerConfig:
 
 @dataclass
 class BackendConfig:
-    name: str = one_of("local", "accelerate")
-    """`local`: this process, or those that torchrun or `accelerate launch` started. `accelerate`: start processes."""
+    name: str = one_of("local", "accelerate", "ray")
+    """`local`: this process, or those that torchrun or `accelerate launch` started. `accelerate`: start processes.
+    `ray`: start workers on a Ray cluster, and start them again where one is lost."""
     num_processes: int | None = number(None, least=1)
     """With backend=accelerate: processes on this machine; null: one per GPU."""
+    num_workers: Any = field(default=None, metadata={"values": "int, [int, int] or null"})
+    """With backend=ray, as all keys below: number of workers, or [least, most]: as many as the cluster has room for,
+    which may change during the run. Without trainer.rows_per_step, a step has the rows of the most workers."""
+    use_gpu: bool = False
+    """Each worker gets a GPU; else none is used."""
+    resources_per_worker: dict[str, float] = field(default_factory=dict, metadata={"values": "{resource: float}"})
+    """What each worker reserves, by Ray's names, for instance {CPU: 4, GPU: 1}; empty: one GPU with `use_gpu`, else one
+    CPU."""
+    address: str | None = None
+    """Address of a Ray cluster, `auto` for the one of this machine; null: a Ray of this machine for this run alone. A
+    Python program that has called ray.init stays on that one."""
+    storage: str | None = None
+    """Folder or URI for Ray's own files about the run, which stay there; null: in the run folder until the end."""
+    max_failures: int = number(3, least=-1)
+    """How often the run goes on from its last checkpoint after a worker was lost; -1: always. A user's mistake ends it
+    at once."""
+    max_preemptions: int = number(-1, least=-1)
+    """As `max_failures`, for workers whose machine was taken away by the cluster (a spot instance)."""
 
 
 @dataclass

@@ -9,14 +9,14 @@ from typing import Any
 
 from vlmtune.config import fields as known_fields
 from vlmtune.config import peft_fields, quantization_fields
-from vlmtune.config.schema import PARTS, READ_FILES, READ_HUB, Config, ModelConfig
+from vlmtune.config.schema import PARTS, READ_FILES, READ_HUB, BackendConfig, Config, ModelConfig
 from vlmtune.errors import ConfigError, nearest
 from vlmtune.metrics import resolve
 
 
 def combinations(config: Config) -> list[str]:
     """All problems of `config`, whose values already have the right types and bounds."""
-    groups = (of_model, of_trainer, of_data, of_stream, of_optimizer, of_task, of_adapter, of_quantization)
+    groups = (of_model, of_trainer, of_data, of_stream, of_optimizer, of_task, of_adapter, of_quantization, of_backend)
     return [problem for group in groups for problem in group(config)]
 
 
@@ -175,6 +175,40 @@ def of_quantization(config: Config) -> Iterator[str]:
     if not config.uses_adapter:
         yield "quantization: quantized weights can't be trained; add an adapter, for instance adapter=lora"
     yield from quantization_fields.problems(config.quantization)
+
+
+OF_BACKEND = {
+    "accelerate": ("num_processes",),
+    "ray": ("num_workers", "use_gpu", "resources_per_worker", "address", "storage", "max_failures", "max_preemptions"),
+}
+"""The keys that only one backend reads."""
+
+
+def of_backend(config: Config) -> Iterator[str]:
+    backend, default = config.backend, BackendConfig()
+    for owner, keys in OF_BACKEND.items():
+        for key in keys if owner != backend.name else ():
+            value, unset = getattr(backend, key), getattr(default, key)
+            if value != unset:
+                yield f"backend.{key}={value}: is for backend={owner}; leave it out"
+    if backend.name == "ray":
+        yield from _of_ray(config)
+
+
+def _of_ray(config: Config) -> Iterator[str]:
+    backend = config.backend
+    count, reserved = backend.num_workers, backend.resources_per_worker
+    if not _is_count(count):
+        yield "backend.num_workers: must be the number of workers, or the least and the most of them: [1,4]"
+    if bool(reserved.get("GPU", backend.use_gpu)) != backend.use_gpu:
+        yield f"backend.resources_per_worker: GPU is {reserved['GPU']:g} with backend.use_gpu={backend.use_gpu}"
+    yield from (f"backend.resources_per_worker: {name} is below 0" for name, each in reserved.items() if each < 0)
+
+
+def _is_count(count: Any) -> bool:
+    """Whether it is a number of workers, or a range of them."""
+    numbers = count if isinstance(count, list) and len(count) == 2 else [count]
+    return all(type(number) is int and number > 0 for number in numbers) and numbers[0] <= numbers[-1]
 
 
 def _attention(model: ModelConfig) -> Iterator[str]:

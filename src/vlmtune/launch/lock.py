@@ -6,6 +6,7 @@ import fcntl
 import logging
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,8 @@ from vlmtune.errors import ConfigError
 log = logging.getLogger("vlmtune")
 
 NAME = ".lock"
+LEASE = 180.0
+"""Seconds after which a shared disk has let go of a lock whose machine is gone; NFS takes up to 90."""
 HELD: set[IO[str]] = set()
 """The lock files of this process."""
 
@@ -65,6 +68,19 @@ def check(folder: Path) -> None:
             return
         with file:
             _take(file, folder)
+
+
+def wait(folder: Path) -> None:
+    """Return once no running process holds the folder, or raise ConfigError after `LEASE` seconds."""
+    end = time.monotonic() + LEASE
+    while True:
+        try:
+            check(folder)
+            return
+        except ConfigError:
+            if time.monotonic() >= end:
+                raise
+        time.sleep(1)
 
 
 def _take(file: IO[str], folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 import signal
 import socket
@@ -16,7 +17,7 @@ from typing import IO, Any
 
 from vlmtune.commands import import_path
 from vlmtune.config.schema import BackendConfig
-from vlmtune.errors import ConfigError, TrainingError
+from vlmtune.errors import ConfigError, TrainingError, to_install
 from vlmtune.launch import ranks
 from vlmtune.launch.signals import handling
 from vlmtune.launch.world import World
@@ -30,10 +31,13 @@ SHOWN = 2000
 
 
 def to_start(backend: BackendConfig, world: World) -> int:
-    """How many processes this one has to start; 1: none, the run happens in this process.
+    """How many processes this one has to start; 1: none, the run happens in this process, or in Ray's workers.
 
-    Raises ConfigError if a launcher started another number of them than asked for, or if no number is known.
+    Raises ConfigError if a launcher started another number of them than asked for, if no number is known, or if Ray
+    can't be used.
     """
+    if backend.name == "ray":
+        _check_ray(world)
     if backend.name != "accelerate":
         return 1
     if not world.is_alone:
@@ -47,6 +51,15 @@ def to_start(backend: BackendConfig, world: World) -> int:
     if not count:
         raise ConfigError("backend=accelerate: this machine has no GPU to count; set backend.num_processes")
     return count
+
+
+def _check_ray(world: World) -> None:
+    if importlib.util.find_spec("ray") is None:
+        raise ConfigError(f"backend=ray needs the package ray: {to_install('ray')}")
+    if not world.is_alone:
+        raise ConfigError(
+            f"backend=ray: but a launcher started {world.processes} processes; start this command once, without it"
+        )
 
 
 def _gpus() -> int:

@@ -236,7 +236,7 @@ def agree_on_folder(folder: Path | None, config: Config, engine: Engine) -> Path
     from accelerate.utils import broadcast_object_list
 
     trainer = config.trainer
-    steps.fix(trainer, engine.num_processes)
+    steps.fix(config, engine.num_processes)
     agreed: list[Any] = [str(folder), config.resume, trainer.rows_per_step, trainer.passes_per_step]
     if engine.num_processes > 1:
         broadcast_object_list(agreed)

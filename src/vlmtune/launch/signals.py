@@ -12,6 +12,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
@@ -85,11 +86,29 @@ def ending_at_once() -> Iterator[None]:
         yield
 
 
-class StopRequest:
-    """A signal that asks to end after the step."""
+STOP_FILE = ".stop"
+"""In the run folder: holds the number of a signal that a process elsewhere got for the run."""
 
-    def __init__(self) -> None:
-        self.signal: int | None = None
+
+def ask_to_stop(folder: Path, number: int) -> None:
+    """Ask the run in `folder`, whose processes get no signals of their own, to end after its step."""
+    partial = folder / f"{STOP_FILE}.partial"
+    partial.write_text(str(int(number)))
+    partial.replace(folder / STOP_FILE)
+
+
+class StopRequest:
+    """A signal that asks to end after the step: one that this process got, or whose number is in `file`."""
+
+    def __init__(self, file: Path | None = None) -> None:
+        self.file = file
+        self.received: int | None = None
+
+    @property
+    def signal(self) -> int | None:
+        if self.received is None and self.file is not None and self.file.exists():
+            self.received = int(self.file.read_text())
+        return self.received
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -100,7 +119,7 @@ class StopRequest:
         before: dict[Any, Any] = {}
 
         def handler(number: int, frame: Any) -> None:
-            self.signal = self.signal or number
+            self.received = self.received or number
             for repeated in {number, signal.SIGINT} & before.keys():
                 signal.signal(repeated, before[repeated])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vlmtune.config.schema import TrainerConfig
+from vlmtune.config.schema import Config, TrainerConfig
 
 
 def step_size(trainer: TrainerConfig, processes: int) -> int:
@@ -13,8 +13,12 @@ def step_size(trainer: TrainerConfig, processes: int) -> int:
     return trainer.rows_per_step or trainer.batch_size * passes
 
 
-def fix(trainer: TrainerConfig, processes: int) -> None:
-    """Write down the step size of a run that first starts on so many processes."""
+def fix(config: Config, processes: int) -> None:
+    """Write down the step size of a run that first starts on so many processes; of a range of workers, where chance
+    decides how many start, that of the most.
+    """
+    trainer, workers = config.trainer, config.backend.num_workers
+    processes = workers[-1] if isinstance(workers, list) else processes
     key = "passes_per_step" if trainer.batch_tokens else "rows_per_step"
     setattr(trainer, key, step_size(trainer, processes))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,9 @@ def held(folder: Path, config: Config, world: World) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         with lock.held(folder):
             _prepare(folder, config, world)
-            with signals.ending_at_once(), display.logging_to(folder), failure_written(folder, world):
+            # Ray may start the run again: what ended it is written down where that is known
+            written = nullcontext() if config.backend.name == "ray" else failure_written(folder, world)
+            with signals.ending_at_once(), display.logging_to(folder), written:
                 yield
 
 
@@ -79,7 +81,7 @@ def _prepare(folder: Path, config: Config, world: World) -> None:
     if config.resume == AUTO and own_result(folder, config) is None:
         _resume_or_start(folder, config)
     if config.resume != AUTO:  # else nothing is left to do
-        steps.fix(config.trainer, world.processes)
+        steps.fix(config, world.processes)
     if config.resume:  # the files of a resumed run are touched once it is known to be the same run
         return
     if (folder / "base").exists():  # of a start that failed, perhaps with another seed

@@ -120,10 +120,14 @@ def write_config(path: Path, config: Config) -> None:
 def absolute(config: Config) -> Config:
     """The config with absolute paths, which mean the same from every working directory."""
     known = {name: _each(_absolute, getattr(config.data, name)) for name in ("train", "validation", "test")}
-    known["image_root"] = _each(lambda path: str(Path(path).expanduser().absolute()), config.data.image_root)
+    known |= {name: _each(_absolute_folder, getattr(config.data, name)) for name in ("image_root", "cache_folder")}
     path = config.model.path
     local = str(Path(path).absolute()) if path is not None and Path(path).is_dir() else path
     return replace(config, data=replace(config.data, **known), model=replace(config.model, path=local))
+
+
+def _absolute_folder(path: str) -> str:
+    return str(Path(path).expanduser().absolute())
 
 
 def _each(change: Callable[[str], str], value: Any) -> Any:

@@ -8,14 +8,16 @@ from contextlib import contextmanager
 import torch
 
 from vlmtune.launch import signals
-from vlmtune.launch.engine import Engine
+from vlmtune.training.setup import Setup
 
 
 class Stopping:
     """Watches for signals. A signal that reached only some processes stops all of them."""
 
-    def __init__(self, engine: Engine):
-        self.engine, self.own = engine, signals.StopRequest()
+    def __init__(self, run: Setup):
+        self.engine = run.engine
+        elsewhere = run.writes and run.config.backend.name == "ray"  # whose workers get no signals
+        self.own = signals.StopRequest(run.folder / signals.STOP_FILE if elsewhere else None)
         self.signal: int | None = None
         """The signal that ends the run, the same on every process."""
 
