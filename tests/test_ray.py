@@ -30,7 +30,7 @@ from vlmtune.config import compose
 from vlmtune.config.schema import BackendConfig, Config, DataConfig
 from vlmtune.display import Followed
 from vlmtune.errors import ConfigError, DataError, TrainingError
-from vlmtune.launch import lock, on_ray, processes
+from vlmtune.launch import lock, on_ray, processes, steps
 from vlmtune.launch.signals import STOP_FILE, Interrupted, StopRequest
 from vlmtune.launch.world import ALONE, World
 from vlmtune.record import runfolder
@@ -41,7 +41,6 @@ STEPS, ROWS = 8, 22
 ELASTIC = [
     "backend.num_workers=[1,2]",
     "backend.resources_per_worker={CPU: 1, slot: 1}",
-    "trainer.rows_per_step=4",
     "adapter.lora_dropout=0",
 ]
 PREEMPTION = 2
@@ -66,6 +65,14 @@ PREEMPTION = 2
 def test_what_does_not_go_together(words: list[str], problem: str) -> None:
     with pytest.raises(ConfigError, match=problem):
         compose.read("train", words)
+
+
+@pytest.mark.parametrize(("workers", "rows"), [([1, 4], 32), (2, 16)])
+def test_a_range_of_workers_has_the_step_of_the_most(workers: Any, rows: int) -> None:
+    """How many start is up to chance."""
+    config, _ = compose.read("train", ["backend=ray", f"backend.num_workers={workers}", "trainer.batch_size=8"])
+    steps.fix(config, 2)
+    assert config.trainer.rows_per_step == rows
 
 
 def test_what_ray_is_told(tmp_path: Path) -> None:
@@ -291,7 +298,9 @@ def test_a_change_of_the_number_of_workers(
 def assert_losses_of_one_process(overrides: Callable[..., list[str]], folder: Path, name: str) -> None:
     """The run's losses are those of the same steps in this process, but for the order of sums."""
     alone = folder / f"{name}_alone"
-    words = overrides(alone.name, *ELASTIC[2:], "data._target_=vlmtune.data.table.read_files")
+    words = overrides(
+        alone.name, "trainer.rows_per_step=4", *ELASTIC[2:], "data._target_=vlmtune.data.table.read_files"
+    )
     vlmtune.train([word for word in words if not word.startswith("backend")])
     for column, tolerance in (("train/loss", 1e-4), ("train/examples", 0)):
         assert logged(folder / name, column) == pytest.approx(logged(alone, column), abs=tolerance)
