@@ -157,14 +157,16 @@ def log_idle_devices(engine: Engine, trains: bool) -> None:
         log.info("computing on one of %d GPUs; backend=accelerate uses all of them", torch.cuda.device_count())
 
 
-def prepared(model: Any, optimizer: Any, engine: Engine, *, same_buffers: bool) -> tuple[Any, Any]:
-    """Both as the loop takes them: with several ranks, in the wrapper that averages gradients.
+def prepared(model: Any, optimizer: Any, engine: Engine, *, sharded: bool, same_buffers: bool) -> tuple[Any, Any]:
+    """Both as the loop takes them: with several ranks, in the wrapper that averages gradients. A `sharded` model
+    averages them itself.
 
     `same_buffers`: whether training leaves the model's buffers as they are; the others are sent from the first rank to
     all at each step, so that a batch norm's averages stay the same.
     """
     engine.ddp_handler.broadcast_buffers = not same_buffers
-    wrapped, optimizer = engine.prepare(model, optimizer)
+    wrapped = engine.prepare_model(model, evaluation_mode=sharded)
+    optimizer = engine.prepare(optimizer)
     if isinstance(wrapped, DistributedDataParallel):
         wrapped.device_ids = None  # or it would move what a batch keeps on the CPU, to be read there
     return wrapped, optimizer

@@ -23,6 +23,7 @@ from torch import Tensor
 from vlmtune import durable
 from vlmtune.durable import whole
 from vlmtune.errors import CheckpointError
+from vlmtune.models.sharding import full, share_of
 from vlmtune.record.progress import Progress
 from vlmtune.training import resume
 
@@ -48,7 +49,7 @@ def saved_buffers(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    return {name: full(tensor.detach()).cpu().contiguous().clone() for name, tensor in tensors.items()}
 
 
 def split_state(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -90,19 +91,24 @@ def save_checkpoint(
     identity: dict[str, Any],
     *,
     keep: int,
+    writes: bool = True,
 ) -> Path:
     """Write `root/step_000123`, then delete all but the `keep` newest checkpoints and the best one.
 
-    `identity`: what a run that resumes from here is compared with (`resume.identity`).
+    `identity`: what a run that resumes from here is compared with (`resume.identity`). `writes`: or this process only
+    contributes its share of a sharded model.
     """
     folder = root / f"step_{progress.step:06d}"
-    tensors, rest = split_state(optimizer.state_dict())
+    moments, rest = split_state(optimizer.state_dict())
+    weights, moments = _plain(trained_tensors(model)), _plain(moments)
+    if not writes:
+        return folder
     state = {"progress": dataclasses.asdict(progress), "identity": identity, "optimizer": rest}
     if scaler is not None:
         state["scaler"] = scaler.state_dict()
     with whole(folder) as partial:
-        save_file(_plain(trained_tensors(model)), partial / "model.safetensors")
-        save_file(_plain(tensors), partial / "optimizer.safetensors")
+        save_file(weights, partial / "model.safetensors")
+        save_file(moments, partial / "optimizer.safetensors")
         (partial / "state.json").write_text(json.dumps(state, indent=1))
     for old in all_checkpoints(root)[:-keep]:
         if progress.best_step is None or old.name != f"step_{progress.best_step:06d}":
@@ -210,7 +216,7 @@ def load_weights(folder: Path, model: torch.nn.Module) -> None:
         raise CheckpointError(f"{folder}: its weights are not those that this run trains, for instance {names}")
     with torch.no_grad():
         for name, tensor in own.items():
-            tensor.copy_(saved[name])
+            tensor.copy_(share_of(saved[name], tensor))
 
 
 def load_checkpoint(
@@ -233,9 +239,18 @@ def load_checkpoint(
 def _load_optimizer(folder: Path, optimizer: Any, saved: dict[str, Any]) -> None:
     """Load the moments from a checkpoint; learning rates, weight decay and betas come from this run's config."""
     own = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    weights = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     try:
-        optimizer.load_state_dict(join_state(_read(folder / "optimizer.safetensors"), saved))
-    except (ValueError, KeyError) as error:
+        state = join_state(_read(folder / "optimizer.safetensors"), saved)
+        for index, values in state["state"].items():
+            state["state"][index] = _shares(values, weights[index])
+        optimizer.load_state_dict(state)
+    except (ValueError, KeyError, IndexError) as error:
         raise CheckpointError(f"{folder}: holds the state of a different optimizer: {error}") from error
     for group, values in zip(optimizer.param_groups, own, strict=True):
         group |= values
+
+
+def _shares(state: dict[str, Any], weight: Tensor) -> dict[str, Any]:
+    """What this process keeps of a weight's state."""
+    return {name: share_of(value, weight) if isinstance(value, Tensor) else value for name, value in state.items()}

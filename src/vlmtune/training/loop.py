@@ -200,8 +200,9 @@ def _gradient_norm(
     applied: torch.Tensor | None = getattr(getattr(optimizer, "optimizer", optimizer), "applied_norm", lambda: None)()
     if applied is not None:
         return applied
-    norm: torch.Tensor = engine.clip_grad_norm_(parameters, max_norm if max_norm is not None else math.inf)
-    return norm
+    norm = engine.clip_grad_norm_(parameters, max_norm if max_norm is not None else math.inf)
+    whole: torch.Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of a sharded model
+    return whole
 
 
 class Patience:

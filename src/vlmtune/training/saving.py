@@ -8,6 +8,7 @@ from vlmtune.data import fingerprint
 from vlmtune.errors import CheckpointError
 from vlmtune.launch import session
 from vlmtune.models.parts import base_of
+from vlmtune.models.sharding import is_sharded
 from vlmtune.record import runfolder
 from vlmtune.record.progress import Progress
 from vlmtune.training import checkpoint, resume
@@ -51,7 +52,7 @@ class Saving:
     def save(self) -> None:
         """Write a checkpoint. Every process must call this."""
         run = self.run
-        if run.writes:
+        if run.writes or is_sharded(run.model):
             path = checkpoint.save_checkpoint(
                 run.folder / "checkpoints",
                 run.model,
@@ -60,6 +61,7 @@ class Saving:
                 self.progress,
                 self.identity,
                 keep=run.config.trainer.keep_checkpoints,
+                writes=run.writes,
             )
             log.info("saved %s", path)
         run.engine.wait_for_everyone()
