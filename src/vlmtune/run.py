@@ -35,7 +35,8 @@ def build(config: Config, splits: dict[str, Split], folder: Path | None) -> setu
     adapters.check(config)
     if config.model.fresh:
         load.make_fresh(config.model, folder / "base", config.trainer.seed, engine)
-    model, processor = load.load(config.model, config.quantization, device=engine.device, **dtypes)
+    sharded = sharding.is_asked(config.sharding, engine)
+    model, processor = load.load(config.model, config.quantization, device=engine.device, sharded=sharded, **dtypes)
     parts = find_parts(model)
     multiple = rewrites.length_multiple(engine.device, dtypes["compute_dtype"])
     encoder = Encoder.of(processor, config, pad_to_multiple_of=multiple)

@@ -42,8 +42,9 @@ def load(
     dtype: torch.dtype,
     compute_dtype: torch.dtype,
     device: torch.device,
+    sharded: bool = False,
 ) -> tuple[Any, Any]:
-    """The model, on `device` in `dtype` with the asked parts quantized, and its processor.
+    """The model, on `device` in `dtype` with the asked parts quantized, so that it can be `sharded`, and its processor.
 
     Raises ModelError: no such model, no network, no licence, damaged files; ConfigError: a value that doesn't fit it.
     """
@@ -53,7 +54,7 @@ def load(
     with explained(config):
         ask_hub(config)
         processor = load_processor(config)
-        model = _load_model(config, quantization, dtype, compute_dtype, device, processor)
+        model = _load_model(config, quantization, dtype, compute_dtype, device, processor, sharded=sharded)
     if device.type == "cpu":
         keep_trainable_on_cpu(model)
     if rewritten := rewrite(model, config.rewrites, device, compute_dtype):
@@ -85,6 +86,8 @@ def _load_model(
     compute_dtype: torch.dtype,
     device: torch.device,
     processor: Any,
+    *,
+    sharded: bool,
 ) -> Any:
     options = hub_options(config)
     cls, architecture = _architecture(config, processor)
@@ -96,7 +99,7 @@ def _load_model(
         with torch.device("meta"):
             skeleton = cls._from_config(architecture) if hasattr(cls, "_from_config") else cls.from_config(architecture)
         skip = whole_modules(skeleton, find_parts(skeleton), quantization)
-        options["quantization_config"] = quantization_config(quantization, skip, compute_dtype)
+        options["quantization_config"] = quantization_config(quantization, skip, compute_dtype, sharded=sharded)
         check_method(options["quantization_config"], quantization.method, device)
     with attention.explained(config):
         model, report = cls.from_pretrained(
@@ -177,7 +180,7 @@ def load_trained(
     if not saved.is_dir():
         raise CheckpointError(f"{folder}: this run has not saved a model; its result.json says why")
     durable.verify(saved)
-    types = {"dtype": dtype, "compute_dtype": compute_dtype}
+    types: dict[str, Any] = {"dtype": dtype, "compute_dtype": compute_dtype}
     given = attention.usable(config.model, compute_dtype)
     if not config.uses_adapter:
         own = dataclasses.replace(given, path=str(saved))

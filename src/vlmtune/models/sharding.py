@@ -18,6 +18,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, 
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from vlmtune.config.schema import ShardingConfig
+from vlmtune.config.together import NO_SHARDED_SCALER
 from vlmtune.errors import ConfigError
 from vlmtune.launch.engine import Engine
 from vlmtune.models.parts import base_of
@@ -43,7 +44,7 @@ def shard(model: Any, config: ShardingConfig, engine: Engine) -> bool:
         return False
     base = base_of(model)
     units = [*blocks(base), base]
-    if problems := [*_problems(model, units)]:
+    if problems := [*_problems(model, units, engine)]:
         raise ConfigError([f"sharding=fsdp: {problem}" for problem in problems])
     on_gpu = engine.device.type == "cuda"
     mesh = init_device_mesh(engine.device.type, (engine.num_processes,))
@@ -65,8 +66,8 @@ def blocks(base: Any) -> list[nn.Module]:
     return [block for each in lists for block in each if type(block).__name__ in names]
 
 
-def _problems(model: Any, units: list[nn.Module]) -> Iterator[str]:
-    """Why a model can't be sharded."""
+def _problems(model: Any, units: list[nn.Module], engine: Engine) -> Iterator[str]:
+    """Why a model can't be sharded. config/together.py refuses what the config alone shows."""
     *inner, base = units
     if not inner:
         yield f"transformers names no blocks of {type(base).__name__}; use sharding=none"
@@ -74,10 +75,9 @@ def _problems(model: Any, units: list[nn.Module]) -> Iterator[str]:
     if len(types := {str(p.dtype).removeprefix("torch.") for p in trained}) > 1:
         yield f"trained weights must have one type, and these have {' and '.join(sorted(types))}; use model.dtype=auto"
     if any(not p.is_floating_point() for p in base.parameters()):
-        yield (
-            "quantized weights that are stored as integers can't be sharded; use quantization=nf4 with "
-            "bnb_4bit_quant_storage unset"
-        )
+        yield "a checkpoint that is stored quantized, as integers; open the whole one, with quantization=nf4"
+    if engine.scaler is not None:
+        yield NO_SHARDED_SCALER
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in base.modules()):
         yield "the averages of a batch norm would differ between processes; use sharding=none"
     owners: dict[nn.Parameter, set[int]] = {}
@@ -123,6 +123,13 @@ def full(tensor: Tensor) -> Tensor:
         return tensor
     whole: Tensor = tensor.detach().to(tensor.device_mesh.device_type).full_tensor()  # type: ignore[attr-defined]
     return whole
+
+
+def own_share(tensor: Tensor) -> tuple[Tensor, int]:
+    """The part of a tensor that this process keeps, and its number; all of it is number 0."""
+    if not isinstance(tensor, DTensor):
+        return tensor, 0
+    return tensor.to_local(), tensor.device_mesh.get_local_rank()
 
 
 def share_of(tensor: Tensor, like: Tensor) -> Tensor:
