@@ -192,7 +192,7 @@ def of_sharding(config: Config) -> Iterator[str]:
     if config.adapter.method == "adalora":
         yield "sharding=fsdp: AdaLoRA ranks its directions by whole gradients; use another adapter"
     if optimizer.name not in ("adamw", "muon"):
-        yield f"optimizer.name={optimizer.name}: takes whole tensors; with sharding=fsdp use adamw, whose state is sharded"
+        yield f"optimizer.name={optimizer.name}: takes whole tensors; with sharding=fsdp use adamw, which needs a share"
     if optimizer.offload:
         yield "optimizer.offload: with sharding=fsdp use sharding.cpu_offload=true"
     if sharding.cpu_offload and optimizer.name == "muon":

@@ -21,12 +21,13 @@ from vlmtune.prompt.encode import Encoder
 
 def keep_in_step(model: Any, encoder: Encoder, records: Records, engine: Engine) -> None:
     """From here on, a training pass without images has the encoder of a sharded `model` run on a plain image where
-    another process has images. Nothing is done if all `records` have some.
+    another process has images. Nothing is done if all `records` have some, or the model always takes some (Idefics).
     """
-    if not records.on_demand and all(record.images for record in records):
-        return
     base = base_of(model)
-    tower = IdleTower(base.base_model.get_image_features, encoder, engine)
+    encode = getattr(base.base_model, "get_image_features", None)
+    if encode is None or (not records.on_demand and all(record.images for record in records)):
+        return
+    tower = IdleTower(encode, encoder, engine)
     base.register_forward_pre_hook(tower.ask, with_kwargs=True)
     base.get_decoder().register_forward_pre_hook(tower.run, with_kwargs=True)
 

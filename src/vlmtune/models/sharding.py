@@ -43,7 +43,7 @@ def shard(model: Any, config: ShardingConfig, engine: Engine) -> bool:
             log.info("sharding=fsdp: one process keeps all weights, as with sharding=none")
         return False
     base = base_of(model)
-    units = [*blocks(base), base]
+    units = [base, *blocks(base)]
     if problems := [*_problems(model, units, engine)]:
         raise ConfigError([f"sharding=fsdp: {problem}" for problem in problems])
     on_gpu = engine.device.type == "cuda"
@@ -52,7 +52,7 @@ def shard(model: Any, config: ShardingConfig, engine: Engine) -> bool:
     for parameter in model.parameters():
         if parameter.requires_grad:  # or a difference between the processes' new weights would stay
             torch.distributed.broadcast(parameter.data, src=0)
-    for unit in units:
+    for unit in reversed(units):  # the rest of the model last
         reshard = None if unit is base else config.reshard_after_forward
         fully_shard(unit, mesh=mesh, reshard_after_forward=reshard, offload_policy=offload)
     log.info("sharding   over %d processes, in %d units", engine.num_processes, len(units))
@@ -60,17 +60,17 @@ def shard(model: Any, config: ShardingConfig, engine: Engine) -> bool:
 
 
 def blocks(base: Any) -> list[nn.Module]:
-    """The blocks of a transformers model, by the names that transformers itself must not split, in their order."""
-    names = {name for module in base.modules() for name in getattr(module, "_no_split_modules", None) or ()}
-    lists = [module for module in base.modules() if isinstance(module, nn.ModuleList)]
-    return [block for each in lists for block in each if type(block).__name__ in names]
+    """The blocks of a transformers model, of language model and vision tower: the layers that it can checkpoint."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def _problems(model: Any, units: list[nn.Module], engine: Engine) -> Iterator[str]:
     """Why a model can't be sharded. config/together.py refuses what the config alone shows."""
-    *inner, base = units
+    base, *inner = units
     if not inner:
-        yield f"transformers names no blocks of {type(base).__name__}; use sharding=none"
+        yield f"transformers knows no blocks of {type(base).__name__}; use sharding=none"
     trained = [p for p in model.parameters() if p.requires_grad]
     if len(types := {str(p.dtype).removeprefix("torch.") for p in trained}) > 1:
         yield f"trained weights must have one type, and these have {' and '.join(sorted(types))}; use model.dtype=auto"
