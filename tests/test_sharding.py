@@ -32,7 +32,6 @@ from vlmtune.config.schema import ShardingConfig
 from vlmtune.errors import ConfigError
 from vlmtune.models import sharding
 from vlmtune.models.parts import base_of
-from vlmtune.models.quantization import quantization_config
 from vlmtune.objectives import next_token
 
 pytestmark = pytest.mark.xdist_group("sharding")  # one worker, one launch
@@ -241,7 +240,7 @@ ROUNDED = ("model.dtype=bf16", *FULL)
 
 @pytest.fixture(scope="module")
 def rounded(overrides: Make, folder: Path) -> Path:
-    """Each of `NEAR` with shares and without, and bf16 weights that are rounded at random: six steps and twice three."""
+    """Each of `NEAR` with shares and without, and bf16 weights that are rounded at random: six steps, twice three."""
     jobs = [overrides(name, FSDP, *words) for name, words in NEAR.items()]
     jobs += [overrides(f"{name}_whole", *words) for name, words in NEAR.items()]
     jobs += [overrides("rounded", FSDP, *ROUNDED), overrides("rounded_on", FSDP, *ROUNDED, steps=3)]
@@ -331,7 +330,7 @@ def test_each_block_of_tower_and_language_model_is_a_unit(ranks: Any, model_of: 
     names = ("VisionBlock", "EncoderLayer", "VisionLayer")
     expected += [m for m in model.get_encoder(modality="image").modules() if type(m).__name__.endswith(names)]
     assert len(expected) >= 4
-    assert sharding.shard(model, ShardingConfig("fsdp"), ranks)
+    sharding.shard(model, ShardingConfig("fsdp"), ranks)
     assert all(isinstance(unit, FSDPModule) for unit in [*expected, model])
     for parameter in model.parameters():
         assert isinstance(parameter, DTensor)
@@ -355,7 +354,7 @@ def test_one_process_has_nothing_to_share(ranks: Any, model_of: Any, caplog: pyt
     ranks.num_processes = 1
     model = model_of("llava")
     with caplog.at_level("INFO", "vlmtune"):
-        assert not sharding.shard(model, ShardingConfig("fsdp"), ranks)
+        sharding.shard(model, ShardingConfig("fsdp"), ranks)
     assert "one process keeps all weights" in caplog.text
     assert not sharding.is_sharded(model)
 
@@ -437,9 +436,12 @@ def test_what_the_config_shows_is_refused_at_once(words: list[str], said: str) -
         compose.read("train", words)
 
 
-def test_four_bit_weights_are_stored_so_that_they_can_be_sharded() -> None:
-    stored = [
-        quantization_config(tiny.method(tiny.QUANTIZED["nf4"]), [], torch.bfloat16, sharded=sharded)
-        for sharded in (False, True)
-    ]
-    assert [each.bnb_4bit_quant_storage for each in stored] == [torch.uint8, torch.bfloat16]
+@pytest.mark.parametrize(
+    ("count", "given", "wanted"), [(2, None, "bfloat16"), (2, "float32", "float32"), (1, None, None)]
+)
+def test_four_bit_weights_are_stored_so_that_they_can_be_sharded(count: int, given: str | None, wanted: str) -> None:
+    config = tiny.config(None, quantization={**tiny.QUANTIZED["nf4"], "bnb_4bit_quant_storage": given})
+    config.sharding.name = "fsdp"
+    engine: Any = SimpleNamespace(num_processes=count, mixed_precision="bf16")
+    assert sharding.storage(config, engine).fields["bnb_4bit_quant_storage"] == wanted
+    assert config.quantization.fields["bnb_4bit_quant_storage"] == given, "the config stays what was asked for"

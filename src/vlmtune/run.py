@@ -33,10 +33,8 @@ def build(config: Config, splits: dict[str, Split], folder: Path | None) -> setu
 
     # the model, and which of its weights train
     adapters.check(config)
-    if config.model.fresh:
-        load.make_fresh(config.model, folder / "base", config.trainer.seed, engine)
-    sharded = sharding.is_asked(config.sharding, engine)
-    model, processor = load.load(config.model, config.quantization, device=engine.device, sharded=sharded, **dtypes)
+    load.make_fresh(config.model, folder / "base", config.trainer.seed, engine)
+    model, processor = load.load(config.model, sharding.storage(config, engine), device=engine.device, **dtypes)
     parts = find_parts(model)
     multiple = rewrites.length_multiple(engine.device, dtypes["compute_dtype"])
     encoder = Encoder.of(processor, config, pad_to_multiple_of=multiple)
@@ -56,8 +54,8 @@ def build(config: Config, splits: dict[str, Split], folder: Path | None) -> setu
     proof.prove_passes(model, parts, loader, decision, rows, config, engine)
 
     # shares of the model, optimizer and schedule
-    if sharding.shard(model, config.sharding, engine):
-        idle_tower.keep_in_step(model, encoder, records, engine)
+    sharding.shard(model, config.sharding, engine)
+    idle_tower.keep_in_step(model, encoder, records, engine)
     optimizer = build_optimizer(model, parts, config.trainer, config.optimizer, engine)
     scheduler = Schedule(optimizer, config.trainer, loader.total_steps)
     adapters.set_total_steps(model, config, loader.total_steps)

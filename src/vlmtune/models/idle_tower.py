@@ -16,6 +16,7 @@ from torch import Tensor
 from vlmtune.data.splits import Records
 from vlmtune.launch.engine import Engine
 from vlmtune.models.parts import base_of
+from vlmtune.models.sharding import is_sharded
 from vlmtune.prompt.encode import Encoder
 
 
@@ -25,7 +26,8 @@ def keep_in_step(model: Any, encoder: Encoder, records: Records, engine: Engine)
     """
     base = base_of(model)
     encode = getattr(base.base_model, "get_image_features", None)
-    if encode is None or (not records.on_demand and all(record.images for record in records)):
+    known = not records.on_demand and all(record.images for record in records)
+    if not is_sharded(model) or encode is None or known:
         return
     tower = IdleTower(encode, encoder, engine)
     base.register_forward_pre_hook(tower.ask, with_kwargs=True)

@@ -42,9 +42,8 @@ def load(
     dtype: torch.dtype,
     compute_dtype: torch.dtype,
     device: torch.device,
-    sharded: bool = False,
 ) -> tuple[Any, Any]:
-    """The model, on `device` in `dtype` with the asked parts quantized, so that it can be `sharded`, and its processor.
+    """The model, on `device` in `dtype` with the asked parts quantized, and its processor.
 
     Raises ModelError: no such model, no network, no licence, damaged files; ConfigError: a value that doesn't fit it.
     """
@@ -54,7 +53,7 @@ def load(
     with explained(config):
         ask_hub(config)
         processor = load_processor(config)
-        model = _load_model(config, quantization, dtype, compute_dtype, device, processor, sharded=sharded)
+        model = _load_model(config, quantization, dtype, compute_dtype, device, processor)
     if device.type == "cpu":
         keep_trainable_on_cpu(model)
     if rewritten := rewrite(model, config.rewrites, device, compute_dtype):
@@ -86,8 +85,6 @@ def _load_model(
     compute_dtype: torch.dtype,
     device: torch.device,
     processor: Any,
-    *,
-    sharded: bool,
 ) -> Any:
     options = hub_options(config)
     cls, architecture = _architecture(config, processor)
@@ -99,7 +96,7 @@ def _load_model(
         with torch.device("meta"):
             skeleton = cls._from_config(architecture) if hasattr(cls, "_from_config") else cls.from_config(architecture)
         skip = whole_modules(skeleton, find_parts(skeleton), quantization)
-        options["quantization_config"] = quantization_config(quantization, skip, compute_dtype, sharded=sharded)
+        options["quantization_config"] = quantization_config(quantization, skip, compute_dtype)
         check_method(options["quantization_config"], quantization.method, device)
     with attention.explained(config):
         model, report = cls.from_pretrained(
@@ -151,9 +148,11 @@ def _architecture(config: ModelConfig, processor: Any) -> tuple[Any, Any]:
 
 
 def make_fresh(config: ModelConfig, folder: Path, seed: int, engine: Engine) -> None:
-    """Have the first rank write an untrained model with the function that `model.fresh` names, unless a resumed run has
-    one already; point `config.path` at it.
+    """Have the first rank write an untrained model with the function that `model.fresh` names, if it names one, unless
+    a resumed run has one already; point `config.path` at it.
     """
+    if not config.fresh:
+        return
     module, _, function = str(config.fresh).rpartition(".")
     try:
         build = getattr(importlib.import_module(module), function)
@@ -180,7 +179,7 @@ def load_trained(
     if not saved.is_dir():
         raise CheckpointError(f"{folder}: this run has not saved a model; its result.json says why")
     durable.verify(saved)
-    types: dict[str, Any] = {"dtype": dtype, "compute_dtype": compute_dtype}
+    types = {"dtype": dtype, "compute_dtype": compute_dtype}
     given = attention.usable(config.model, compute_dtype)
     if not config.uses_adapter:
         own = dataclasses.replace(given, path=str(saved))

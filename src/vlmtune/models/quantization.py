@@ -21,11 +21,8 @@ SKIP_FIELDS = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules"
 """What transformers' classes call the list of modules that stay whole."""
 
 
-def quantization_config(
-    quantization: MethodConfig, skip: list[str], compute_dtype: torch.dtype, *, sharded: bool = False
-) -> Any:
-    """transformers' config object for `quantization`, which leaves the modules `skip` as they are. 4-bit weights that
-    will be `sharded` are stored as if they were of the compute type: FSDP leaves integers whole.
+def quantization_config(quantization: MethodConfig, skip: list[str], compute_dtype: torch.dtype) -> Any:
+    """transformers' config object for `quantization`, which leaves the modules `skip` as they are.
 
     The list replaces transformers' own (which spares the head alone and quantizes vision tower and projector); names
     that the user gives are added to it. Raises ConfigError where the class refuses a value, or has no such list.
@@ -34,9 +31,8 @@ def quantization_config(
     cls = _config_class(method, fields)
     if fields.get("bnb_4bit_compute_dtype", "") is None:
         fields["bnb_4bit_compute_dtype"] = compute_dtype
-    if fields.get("bnb_4bit_quant_storage") is None:
-        fields.pop("bnb_4bit_quant_storage", None)
-        fields |= {"bnb_4bit_quant_storage": compute_dtype} if sharded else {}
+    if "bnb_4bit_quant_storage" in fields and fields["bnb_4bit_quant_storage"] is None:
+        del fields["bnb_4bit_quant_storage"]
     key = next((name for name in SKIP_FIELDS if name in inspect.signature(cls).parameters), None)
     if key is None:
         raise ConfigError(f"quantization.method={method}: can't be limited to quantization.parts; use nf4, fp4 or int8")

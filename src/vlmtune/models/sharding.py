@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,9 +18,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from vlmtune.config.schema import ShardingConfig
+from vlmtune.config.schema import Config, MethodConfig, ShardingConfig
 from vlmtune.config.together import NO_SHARDED_SCALER
 from vlmtune.errors import ConfigError
+from vlmtune.launch import session
 from vlmtune.launch.engine import Engine
 from vlmtune.models.parts import base_of
 
@@ -31,8 +33,21 @@ def is_asked(config: ShardingConfig, engine: Engine) -> bool:
     return config.name == "fsdp" and engine.num_processes > 1
 
 
-def shard(model: Any, config: ShardingConfig, engine: Engine) -> bool:
-    """Shard `model` in place over all processes, where the config asks for it. Returns whether it did.
+def storage(config: Config, engine: Engine) -> MethodConfig:
+    """How a run's weights are quantized. In 4 bits, those that will be sharded are stored as if they were of the
+    compute type: integers can't be sharded.
+    """
+    quantization, key = config.quantization, "bnb_4bit_quant_storage"
+    four = quantization.method == "bitsandbytes_4bit" and quantization.fields.get(key) is None
+    if not (four and is_asked(config.sharding, engine)):
+        return quantization
+    dtype = str(session.DTYPES.get(engine.mixed_precision, torch.float32)).removeprefix("torch.")
+    log.info("4-bit weights are stored as %s, so that they can be sharded", dtype)
+    return replace(quantization, fields={**quantization.fields, key: dtype})
+
+
+def shard(model: Any, config: ShardingConfig, engine: Engine) -> None:
+    """Shard `model` in place over all processes, where the config asks for it.
 
     Each block of the language model and of the vision tower is a unit, which is gathered as a whole; the rest is one
     more, which stays gathered from a forward pass to the end of its backward pass. Raises ConfigError for what can't be
@@ -41,7 +56,7 @@ def shard(model: Any, config: ShardingConfig, engine: Engine) -> bool:
     if not is_asked(config, engine):
         if config.name == "fsdp":
             log.info("sharding=fsdp: one process keeps all weights, as with sharding=none")
-        return False
+        return
     base = base_of(model)
     units = [base, *blocks(base)]
     if problems := [*_problems(model, units, engine)]:
@@ -56,7 +71,7 @@ def shard(model: Any, config: ShardingConfig, engine: Engine) -> bool:
         reshard = None if unit is base else config.reshard_after_forward
         fully_shard(unit, mesh=mesh, reshard_after_forward=reshard, offload_policy=offload)
     log.info("sharding   over %d processes, in %d units", engine.num_processes, len(units))
-    return True
+    session.free_memory()
 
 
 def blocks(base: Any) -> list[nn.Module]:
