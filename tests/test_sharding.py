@@ -18,17 +18,18 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import distributed, nn
+from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import tiny
 import tiny_families
 import vlmtune
+from fake_ranks import first_of_two
 from test_two_ranks import answers, losses, started
 from vlmtune.config import compose
 from vlmtune.config.schema import ShardingConfig
+from vlmtune.data.splits import RecordList
 from vlmtune.errors import ConfigError
 from vlmtune.models import sharding
 from vlmtune.models.parts import base_of
@@ -317,10 +318,12 @@ def test_every_family_trains_all_weights_on_rows_with_and_without_images(
 
 @pytest.fixture
 def ranks() -> Iterator[Any]:
-    """This process as the first of two: it sends and receives nothing."""
-    distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
-    yield SimpleNamespace(device=torch.device("cpu"), num_processes=2, scaler=None)
-    distributed.destroy_process_group()
+    with first_of_two() as engine:
+        yield engine
+
+
+def shard(model: Any, config: ShardingConfig, ranks: Any) -> None:
+    sharding.shard(model, config, None, RecordList([]), ranks)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -330,7 +333,7 @@ def test_each_block_of_tower_and_language_model_is_a_unit(ranks: Any, model_of: 
     names = ("VisionBlock", "EncoderLayer", "VisionLayer")
     expected += [m for m in model.get_encoder(modality="image").modules() if type(m).__name__.endswith(names)]
     assert len(expected) >= 4
-    sharding.shard(model, ShardingConfig("fsdp"), ranks)
+    shard(model, ShardingConfig("fsdp"), ranks)
     assert all(isinstance(unit, FSDPModule) for unit in [*expected, model])
     for parameter in model.parameters():
         assert isinstance(parameter, DTensor)
@@ -345,7 +348,7 @@ def test_units_are_made_as_the_config_says(
     """The rest of the model, which comes last, is needed again at once in the backward pass."""
     made: list[dict[str, Any]] = []
     monkeypatch.setattr(sharding, "fully_shard", lambda unit, **options: made.append(options))
-    sharding.shard(model_of("llava"), ShardingConfig("fsdp", offload, reshard), ranks)
+    shard(model_of("llava"), ShardingConfig("fsdp", offload, reshard), ranks)
     assert [options["reshard_after_forward"] for options in made] == [reshard] * (len(made) - 1) + [None]
     assert all(isinstance(options["offload_policy"], CPUOffloadPolicy) == offload for options in made)
 
@@ -354,7 +357,7 @@ def test_one_process_has_nothing_to_share(ranks: Any, model_of: Any, caplog: pyt
     ranks.num_processes = 1
     model = model_of("llava")
     with caplog.at_level("INFO", "vlmtune"):
-        sharding.shard(model, ShardingConfig("fsdp"), ranks)
+        shard(model, ShardingConfig("fsdp"), ranks)
     assert "one process keeps all weights" in caplog.text
     assert not sharding.is_sharded(model)
 
@@ -397,7 +400,7 @@ def test_a_model_that_cannot_be_sharded_is_refused(
     model = model_of("llava")
     change(model, ranks)
     with pytest.raises(ConfigError, match=rf"sharding=fsdp: [^\n]*{said}"):
-        sharding.shard(model, ShardingConfig("fsdp"), ranks)
+        shard(model, ShardingConfig("fsdp"), ranks)
     assert not sharding.is_sharded(model)
 
 
@@ -408,12 +411,12 @@ def test_a_weight_outside_the_model_is_refused(ranks: Any, model_of: Any) -> Non
     around.get_base_model = lambda: around.inner  # type: ignore[assignment]
     assert base_of(around) is around.inner
     with pytest.raises(ConfigError, match="several blocks or to none"):
-        sharding.shard(around, ShardingConfig("fsdp"), ranks)
+        shard(around, ShardingConfig("fsdp"), ranks)
 
 
 def test_a_model_without_blocks_is_refused(ranks: Any) -> None:
     with pytest.raises(ConfigError, match="knows no blocks of Linear"):
-        sharding.shard(nn.Linear(2, 2), ShardingConfig("fsdp"), ranks)
+        shard(nn.Linear(2, 2), ShardingConfig("fsdp"), ranks)
 
 
 @pytest.mark.parametrize(

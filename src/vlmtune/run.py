@@ -14,7 +14,7 @@ from vlmtune.batching.loader import Loader
 from vlmtune.config.schema import Config
 from vlmtune.data.splits import Split
 from vlmtune.launch import session
-from vlmtune.models import adapters, gradient_checkpointing, idle_tower, load, rewrites, sharding
+from vlmtune.models import adapters, gradient_checkpointing, load, rewrites, sharding
 from vlmtune.models.parts import find_parts
 from vlmtune.objectives.next_token import summed_loss
 from vlmtune.prompt.encode import Encoder
@@ -54,8 +54,7 @@ def build(config: Config, splits: dict[str, Split], folder: Path | None) -> setu
     proof.prove_passes(model, parts, loader, decision, rows, config, engine)
 
     # shares of the model, optimizer and schedule
-    sharding.shard(model, config.sharding, engine)
-    idle_tower.keep_in_step(model, encoder, records, engine)
+    sharding.shard(model, config.sharding, encoder, records, engine)
     optimizer = build_optimizer(model, parts, config.trainer, config.optimizer, engine)
     scheduler = Schedule(optimizer, config.trainer, loader.total_steps)
     adapters.set_total_steps(model, config, loader.total_steps)

@@ -16,18 +16,16 @@ from torch import Tensor
 from vlmtune.data.splits import Records
 from vlmtune.launch.engine import Engine
 from vlmtune.models.parts import base_of
-from vlmtune.models.sharding import is_sharded
 from vlmtune.prompt.encode import Encoder
 
 
 def keep_in_step(model: Any, encoder: Encoder, records: Records, engine: Engine) -> None:
-    """From here on, a training pass without images has the encoder of a sharded `model` run on a plain image where
+    """From here on, a training pass without images has the encoder of the sharded `model` run on a plain image where
     another process has images. Nothing is done if all `records` have some, or the model always takes some (Idefics).
     """
     base = base_of(model)
     encode = getattr(base.base_model, "get_image_features", None)
-    known = not records.on_demand and all(record.images for record in records)
-    if not is_sharded(model) or encode is None or known:
+    if encode is None or (not records.on_demand and all(record.images for record in records)):
         return
     tower = IdleTower(encode, encoder, engine)
     base.register_forward_pre_hook(tower.ask, with_kwargs=True)

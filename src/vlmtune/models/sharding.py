@@ -20,10 +20,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from vlmtune.config.schema import Config, MethodConfig, ShardingConfig
 from vlmtune.config.together import NO_SHARDED_SCALER
+from vlmtune.data.splits import Records
 from vlmtune.errors import ConfigError
 from vlmtune.launch import session
 from vlmtune.launch.engine import Engine
+from vlmtune.models import idle_tower
 from vlmtune.models.parts import base_of
+from vlmtune.prompt.encode import Encoder
 
 log = logging.getLogger("vlmtune")
 
@@ -46,8 +49,8 @@ def storage(config: Config, engine: Engine) -> MethodConfig:
     return replace(quantization, fields={**quantization.fields, key: dtype})
 
 
-def shard(model: Any, config: ShardingConfig, engine: Engine) -> None:
-    """Shard `model` in place over all processes, where the config asks for it.
+def shard(model: Any, config: ShardingConfig, encoder: Encoder, records: Records, engine: Engine) -> None:
+    """Shard `model` in place over all processes, where the config asks for it. `records`: that it will train on.
 
     Each block of the language model and of the vision tower is a unit, which is gathered as a whole; the rest is one
     more, which stays gathered from a forward pass to the end of its backward pass. Raises ConfigError for what can't be
@@ -70,6 +73,7 @@ def shard(model: Any, config: ShardingConfig, engine: Engine) -> None:
     for unit in reversed(units):  # the rest of the model last
         reshard = None if unit is base else config.reshard_after_forward
         fully_shard(unit, mesh=mesh, reshard_after_forward=reshard, offload_policy=offload)
+    idle_tower.keep_in_step(model, encoder, records, engine)
     log.info("sharding   over %d processes, in %d units", engine.num_processes, len(units))
     session.free_memory()
 
