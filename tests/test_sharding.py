@@ -31,6 +31,8 @@ from vlmtune.config import compose
 from vlmtune.config.schema import ShardingConfig
 from vlmtune.data.splits import RecordList
 from vlmtune.errors import ConfigError
+from vlmtune.launch import session
+from vlmtune.launch.world import World
 from vlmtune.models import sharding
 from vlmtune.models.parts import base_of
 from vlmtune.objectives import next_token
@@ -437,6 +439,25 @@ def test_a_model_without_blocks_is_refused(ranks: Any) -> None:
 def test_what_the_config_shows_is_refused_at_once(words: list[str], said: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(said)):
         compose.read("train", words)
+
+
+@pytest.mark.parametrize(
+    ("processes", "on_cpu", "offload", "wanted"),
+    [
+        (2, False, True, {"backend": "cuda:nccl,cpu:gloo"}),
+        (1, False, True, {}),
+        (2, True, True, {}),
+        (2, False, False, {}),
+    ],
+)
+def test_shares_on_the_cpu_are_exchanged_there(
+    processes: int, on_cpu: bool, offload: bool, wanted: dict[str, str]
+) -> None:
+    """NCCL only takes what is on a GPU."""
+    config = tiny.config(None)
+    config.sharding = ShardingConfig("fsdp", offload)
+    options = session.exchange(config, World(processes=processes), on_cpu=on_cpu)
+    assert options == {"timeout": session.TIMEOUT, **wanted}
 
 
 @pytest.mark.parametrize(

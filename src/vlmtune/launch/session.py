@@ -51,8 +51,9 @@ def engine(config: Config, *, trains: bool = True) -> Engine:
     unused = not config.uses_adapter or beside
     with surroundings.without_accelerate_settings() as hidden:
         on_cpu = not torch.cuda.is_available()  # or a launcher's CPU ranks would each believe to be alone
-        check_devices(World.from_environment())
-        device = PartialState(cpu=on_cpu, timeout=TIMEOUT).device  # first: a question to CUDA would open GPU 0
+        check_devices(world := World.from_environment())
+        options = exchange(config, world, on_cpu=on_cpu)
+        device = PartialState(cpu=on_cpu, **options).device  # first: a question to CUDA would open GPU 0
         mixed = mixed_precision(config, device)
         surroundings.log_ignored(
             hidden, {"ACCELERATE_MIXED_PRECISION": mixed, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"}
@@ -72,8 +73,13 @@ def engine(config: Config, *, trains: bool = True) -> Engine:
     if (key := needs_bitsandbytes(config, trains)) is not None:
         import_bitsandbytes(key)
     log_idle_devices(accelerator, trains)
-    made: Engine = accelerator
-    return made
+    return accelerator
+
+
+def exchange(config: Config, world: World, *, on_cpu: bool) -> dict[str, Any]:
+    """Options of the process group. Shares of a model that are kept in the CPU's memory are exchanged there."""
+    both = config.sharding.cpu_offload and not world.is_alone and not on_cpu
+    return {"timeout": TIMEOUT, **({"backend": "cuda:nccl,cpu:gloo"} if both else {})}
 
 
 def forget_precision() -> None:

@@ -185,6 +185,8 @@ def _pass(
 
 def _scale(parameters: list[torch.Tensor], factor: float | torch.Tensor) -> None:
     """Scale the gradients accumulated so far."""
+    if isinstance(factor, torch.Tensor):
+        factor = factor.to(parameters[0].device)  # where a sharded model may be kept on the CPU
     for parameter in parameters:
         if parameter.grad is not None:
             parameter.grad.mul_(factor)
