@@ -47,7 +47,7 @@ def problems(*overrides: str) -> list[str]:
 # ---------------------------------------------------------------- the files
 
 
-APART = ("adapter", "quantization", "experiment", "sweeps")
+APART = ("adapter", "quantization", "sharding", "experiment", "sweeps")
 """Groups whose options don't go with every option of others."""
 
 

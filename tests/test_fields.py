@@ -26,9 +26,11 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
 
 import tiny
 import wandb_offline
+from fake_ranks import first_of_two
 from grids import thinned
 from vlmtune import api
 from vlmtune import run as page
@@ -42,17 +44,19 @@ from vlmtune.config.schema import (
     MethodConfig,
     ModelConfig,
     OptimizerConfig,
+    ShardingConfig,
     TaskConfig,
     TrackerConfig,
     nested_schema,
 )
+from vlmtune.data.splits import RecordList
 from vlmtune.data.table import load as load_table
 from vlmtune.errors import ConfigError, DataError, ModelError, TrainingError
 from vlmtune.evaluation import answering, generate
 from vlmtune.launch import on_ray, session
 from vlmtune.launch.processes import to_start
 from vlmtune.launch.world import ALONE
-from vlmtune.models import adapters
+from vlmtune.models import adapters, sharding
 from vlmtune.models.load import load
 from vlmtune.models.parts import Parts, find_parts
 from vlmtune.objectives import next_token as loss
@@ -785,7 +789,7 @@ def read(
     checkpoint_of: Callable[[str], Path], table: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[set[str]]:
     """The keys that are read by two runs, which between them turn on what has to be turned on, by opening one of them,
-    and by reading a hub.
+    by reading a hub, and by sharding a model.
     """
     seen: set[str] = set()
     folder = tmp_path_factory.mktemp("read")
@@ -811,6 +815,9 @@ def read(
         to_start(BackendConfig("accelerate", 1), ALONE)
         told = BackendConfig("ray", num_workers=1)
         on_ray.scaling(told), on_ray.run_config(told, folder), on_ray.connection(told)
+        with first_of_two() as engine:
+            model = AutoModelForImageTextToText.from_pretrained(path)
+            sharding.shard(model, ShardingConfig("fsdp"), None, RecordList([]), engine)  # type: ignore[arg-type]
         yield seen
 
 

@@ -14,7 +14,7 @@ from vlmtune.batching.loader import Loader
 from vlmtune.config.schema import Config
 from vlmtune.data.splits import Split
 from vlmtune.launch import session
-from vlmtune.models import adapters, gradient_checkpointing, load, rewrites
+from vlmtune.models import adapters, gradient_checkpointing, load, rewrites, sharding
 from vlmtune.models.parts import find_parts
 from vlmtune.objectives.next_token import summed_loss
 from vlmtune.prompt.encode import Encoder
@@ -46,9 +46,8 @@ def build(config: Config, splits: dict[str, Split], folder: Path | None) -> setu
 
     # the model, and which of its weights train
     adapters.check(config)
-    if config.model.fresh:
-        load.make_fresh(config.model, folder / "base", config.trainer.seed, engine)
-    model, processor = load.load(config.model, config.quantization, device=engine.device, **dtypes)
+    load.make_fresh(config.model, folder / "base", config.trainer.seed, engine)
+    model, processor = load.load(config.model, sharding.storage(config, engine), device=engine.device, **dtypes)
     parts = find_parts(model)
     multiple = rewrites.length_multiple(engine.device, dtypes["compute_dtype"])
     encoder = Encoder.of(processor, config, pad_to_multiple_of=multiple)
@@ -67,7 +66,8 @@ def build(config: Config, splits: dict[str, Split], folder: Path | None) -> setu
     loader = Loader(encoder, records, decision.plan, decision.layout, config.trainer, engine, model)
     proof.prove_passes(model, parts, loader, decision, rows, config, engine)
 
-    # optimizer and schedule
+    # shares of the model, optimizer and schedule
+    sharding.shard(model, config.sharding, encoder, records, engine)
     optimizer = build_optimizer(model, parts, config.trainer, config.optimizer, engine)
     scheduler = Schedule(optimizer, config.trainer, loader.total_steps)
     adapters.set_total_steps(model, config, loader.total_steps)

@@ -337,6 +337,20 @@ class BackendConfig:
 
 
 @dataclass
+class ShardingConfig:
+    name: str = one_of("none", "fsdp")
+    """`none`: each process has the whole model. `fsdp`: each keeps a share of all weights, gradients and the
+    optimizer's state, and gathers one block of layers at a time (torch's FSDP2). One process alone trains as with
+    `none`."""
+    cpu_offload: bool = False
+    """Keep the shares in the CPU's memory and take the optimizer's steps there: frees the device's memory, and a step
+    takes longer."""
+    reshard_after_forward: bool = True
+    """Free a gathered block after its forward pass and gather it again in the backward pass: needs less memory and a
+    third more communication."""
+
+
+@dataclass
 class MethodConfig:
     """A method of another package: `adapter` or `quantization`. In YAML its `fields` are on the same level as the
     others."""
@@ -382,6 +396,8 @@ class Config:
     """Experiment tracking: metrics and samples."""
     backend: BackendConfig = field(default_factory=BackendConfig)
     """The processes of the run."""
+    sharding: ShardingConfig = field(default_factory=ShardingConfig)
+    """What each process keeps of the model."""
     resume: str | None = None
     """A run folder to resume from its newest undamaged checkpoint. `auto`: resume the run in hydra.run.dir if it has a
     checkpoint, else start it there; for launchers that start the same command again."""

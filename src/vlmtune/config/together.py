@@ -9,14 +9,17 @@ from typing import Any
 
 from vlmtune.config import fields as known_fields
 from vlmtune.config import peft_fields, quantization_fields
-from vlmtune.config.schema import PARTS, READ_FILES, READ_HUB, BackendConfig, Config, ModelConfig
+from vlmtune.config.schema import PARTS, READ_FILES, READ_HUB, BackendConfig, Config, ModelConfig, ShardingConfig
 from vlmtune.errors import ConfigError, nearest
 from vlmtune.metrics import resolve
 
 
 def combinations(config: Config) -> list[str]:
     """All problems of `config`, whose values already have the right types and bounds."""
-    groups = (of_model, of_trainer, of_data, of_stream, of_optimizer, of_task, of_adapter, of_quantization, of_backend)
+    of_data_and_task = (of_data, of_stream, of_task)
+    of_weights = (of_model, of_adapter, of_quantization)
+    of_training = (of_trainer, of_optimizer, of_backend, of_sharding)
+    groups = (*of_weights, *of_data_and_task, *of_training)
     return [problem for group in groups for problem in group(config)]
 
 
@@ -209,6 +212,37 @@ def _is_count(count: Any) -> bool:
     """Whether it is a number of workers, or a range of them."""
     numbers = count if isinstance(count, list) and len(count) == 2 else [count]
     return all(type(number) is int and number > 0 for number in numbers) and numbers[0] <= numbers[-1]
+
+
+NO_SHARDED_SCALER = (
+    "fp16 would leave a step out on one process and not on the others; use trainer.precision=bf16 or fp32"
+)
+"""Why fp16's gradient scaler and a sharded model don't go together."""
+
+
+def of_sharding(config: Config) -> Iterator[str]:
+    sharding, optimizer = config.sharding, config.optimizer
+    if sharding.name == "none":
+        usual = vars(ShardingConfig())
+        yield from (f"sharding.{key}: is for sharding=fsdp" for key, v in vars(sharding).items() if v != usual[key])
+        return
+    if config.trainer.precision == "fp16":
+        yield f"sharding=fsdp: {NO_SHARDED_SCALER}"
+    if config.adapter.method == "adalora":
+        yield "sharding=fsdp: AdaLoRA ranks its directions by whole gradients; use another adapter"
+    if optimizer.name not in ("adamw", "muon"):
+        yield f"optimizer.name={optimizer.name}: takes whole tensors; with sharding=fsdp use adamw, which needs a share"
+    if optimizer.offload:
+        yield "optimizer.offload: with sharding=fsdp use sharding.cpu_offload=true"
+    if sharding.cpu_offload and config.backend.name == "ray" and config.backend.use_gpu:
+        yield "sharding.cpu_offload: Ray's workers exchange on their GPUs alone; use backend=accelerate"
+    if sharding.cpu_offload and optimizer.name == "muon":
+        yield f"sharding.cpu_offload: {NO_OFFLOAD['muon']}; use optimizer=adamw"
+    method, storage = config.quantization.method, str(config.quantization.fields.get("bnb_4bit_quant_storage"))
+    if method not in (None, "bitsandbytes_4bit"):
+        yield f"sharding=fsdp: the weights of {method} are integers, which can't be sharded; use quantization=nf4"
+    elif "int" in storage:
+        yield f"quantization.bnb_4bit_quant_storage={storage}: integers can't be sharded; leave it out"
 
 
 def _attention(model: ModelConfig) -> Iterator[str]:

@@ -93,7 +93,8 @@ def generate(
             else:
                 batch = padded(encoder, rows, answered=False, side="left").to(device)
                 inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, **batch.inputs}
-                made = model.generate(use_cache=True, **inputs, **arguments)
+                # each process by itself, also with a model that is sharded, which is gathered here
+                made = model.generate(use_cache=True, synced_gpus=False, **inputs, **arguments)
                 out = made[:, batch.input_ids.shape[1] :].tolist()
         answers += encoder.answers.decode(out)
         advance(len(rows))

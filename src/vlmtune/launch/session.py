@@ -51,7 +51,7 @@ def engine(config: Config, *, trains: bool = True) -> Engine:
     unused = not config.uses_adapter or beside
     with surroundings.without_accelerate_settings() as hidden:
         on_cpu = not torch.cuda.is_available()  # or a launcher's CPU ranks would each believe to be alone
-        device = join(on_cpu)  # first: a question to CUDA would open GPU 0
+        device = join(config, on_cpu=on_cpu)  # first: a question to CUDA would open GPU 0
         mixed = mixed_precision(config, device)
         surroundings.log_ignored(
             hidden, {"ACCELERATE_MIXED_PRECISION": mixed, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"}
@@ -71,11 +71,16 @@ def engine(config: Config, *, trains: bool = True) -> Engine:
     if (key := needs_bitsandbytes(config, trains)) is not None:
         import_bitsandbytes(key)
     log_idle_devices(accelerator, trains)
-    made: Engine = accelerator
-    return made
+    return accelerator
 
 
-def join(on_cpu: bool) -> torch.device:
+def exchange(config: Config, world: World, *, on_cpu: bool) -> dict[str, Any]:
+    """Options of the process group. Shares of a model that are kept in the CPU's memory are exchanged there."""
+    both = config.sharding.cpu_offload and not world.is_alone and not on_cpu
+    return {"timeout": TIMEOUT, **({"backend": "cuda:nccl,cpu:gloo"} if both else {})}
+
+
+def join(config: Config, *, on_cpu: bool) -> torch.device:
     """Join the other processes that the launcher started; returns the device of this one.
 
     Raises ConfigError where they can't all be there, and the error of one that failed before it came here.
@@ -85,7 +90,7 @@ def join(on_cpu: bool) -> torch.device:
     world = World.from_environment()
     check_devices(world)
     ranks.meet(world)
-    state = PartialState(cpu=on_cpu, timeout=TIMEOUT)
+    state = PartialState(cpu=on_cpu, **exchange(config, world, on_cpu=on_cpu))
     if state.num_processes != world.processes:
         raise ConfigError(
             f"WORLD_SIZE is {world.processes}, and {state.num_processes} processes found each other: LOCAL_RANK is "
@@ -183,14 +188,16 @@ def log_idle_devices(engine: Engine, trains: bool) -> None:
         log.info("computing on one of %d GPUs; backend=accelerate uses all of them", torch.cuda.device_count())
 
 
-def prepared(model: Any, optimizer: Any, engine: Engine, *, same_buffers: bool) -> tuple[Any, Any]:
-    """Both as the loop takes them: with several ranks, in the wrapper that averages gradients.
+def prepared(model: Any, optimizer: Any, engine: Engine, *, sharded: bool, same_buffers: bool) -> tuple[Any, Any]:
+    """Both as the loop takes them: with several ranks, in the wrapper that averages gradients. A `sharded` model
+    averages them itself.
 
     `same_buffers`: whether training leaves the model's buffers as they are; the others are sent from the first rank to
     all at each step, so that a batch norm's averages stay the same.
     """
     engine.ddp_handler.broadcast_buffers = not same_buffers
-    wrapped, optimizer = engine.prepare(model, optimizer)
+    wrapped = engine.prepare_model(model, evaluation_mode=sharded)
+    optimizer = engine.prepare(optimizer)
     if isinstance(wrapped, DistributedDataParallel):
         wrapped.device_ids = None  # or it would move what a batch keeps on the CPU, to be read there
     return wrapped, optimizer

@@ -20,7 +20,7 @@ log = logging.getLogger("vlmtune")
 LOGGERS = ("vlmtune", "hydra", "bitsandbytes")
 OTHER_ARITHMETIC = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_FSDP": "Accelerate's FSDP",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
 }
@@ -49,8 +49,8 @@ def without_accelerate_settings() -> Iterator[dict[str, str]]:
     for name, what in OTHER_ARITHMETIC.items():
         if os.environ.get(name, "").lower() not in OFF:
             raise ConfigError(
-                f"{name}={os.environ[name]}: vlmtune does not train with {what}. Launch without it "
-                "(accelerate launch --multi_gpu, or torchrun --nproc_per_node N), or unset the variable"
+                f"{name}={os.environ[name]}: vlmtune does not train with {what}; sharding=fsdp shards a model. Launch "
+                "without it (accelerate launch --multi_gpu, or torchrun --nproc_per_node N), or unset the variable"
             )
     hidden = {name: value for name, value in os.environ.items() if name.startswith(SETTINGS)}
     for name in hidden:

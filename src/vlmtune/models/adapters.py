@@ -183,13 +183,18 @@ def set_total_steps(model: Any, config: Config, steps: int) -> None:
 
 
 @without_bitsandbytes()
-def adapter_state(model: Any) -> dict[str, torch.Tensor]:
-    """The tensors that PEFT saves of an adapter; empty for a model without one."""
+def adapter_state(
+    model: Any, state: dict[str, torch.Tensor] | None = None, *, embeddings: bool | str = False
+) -> dict[str, torch.Tensor]:
+    """The tensors that PEFT saves of an adapter, out of `state` (the model's own); empty for a model without one.
+
+    `embeddings`: whether the base's own are among them, unchanged; `auto`: as PEFT decides.
+    """
     from peft import PeftModel, get_peft_model_state_dict
 
     if not isinstance(model, PeftModel):
         return {}
-    return get_peft_model_state_dict(model, save_embedding_layers=False)  # or the base's own may be added, unchanged
+    return get_peft_model_state_dict(model, state, save_embedding_layers=embeddings)
 
 
 def saved_name(name: str) -> str:

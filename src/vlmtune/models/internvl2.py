@@ -230,19 +230,21 @@ def source_files(config: ModelConfig) -> str:
     return path if Path(path).is_dir() else snapshot_download(path, ignore_patterns=list(WEIGHTS), **remote(config))
 
 
-def save_original(model: Any, config: ModelConfig, folder: Path) -> None:
-    """Write a whole model in the layout of the checkpoint that `config` opened: fused weights under their original
-    names, and every file of the checkpoint but its weights, so that what reads the original reads this.
+def save_original(model: Any, config: ModelConfig, folder: Path, state: dict[str, Tensor] | None = None) -> None:
+    """Write a whole model, or its tensors `state`, in the layout of the checkpoint that `config` opened: fused weights
+    under their original names, and every file of the checkpoint but its weights, so that what reads the original reads
+    this.
 
     The files are opened again and compared. Raises CheckpointError where they differ.
     """
     import shutil
 
-    model.save_pretrained(folder, save_original_format=True)
+    state = model.state_dict() if state is None else state
+    model.save_pretrained(folder, state_dict=dict(state), save_original_format=True)
     shutil.copytree(source_files(config), folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*WEIGHTS, ".*"))
-    again = type(model).from_pretrained(folder, config=model.config, dtype=model.dtype)
+    again = InternVL2ForConditionalGeneration.from_pretrained(folder, config=model.config, dtype=model.dtype)
     written = again.state_dict()
-    lost = [n for n, t in model.state_dict().items() if n not in written or not torch.equal(written[n], t.cpu())]
+    lost = [n for n, t in state.items() if n not in written or not torch.equal(written[n], t.cpu())]
     if lost:
         raise CheckpointError(f"{folder}: the saved files do not hold the trained value of {lost[0]}")
 

@@ -150,9 +150,11 @@ def _architecture(config: ModelConfig, processor: Any) -> tuple[Any, Any]:
 
 
 def make_fresh(config: ModelConfig, folder: Path, seed: int, engine: Engine) -> None:
-    """Have the first rank write an untrained model with the function that `model.fresh` names, unless a resumed run has
-    one already; point `config.path` at it.
+    """Have the first rank write an untrained model with the function that `model.fresh` names, if it names one, unless
+    a resumed run has one already; point `config.path` at it.
     """
+    if not config.fresh:
+        return
     module, _, function = str(config.fresh).rpartition(".")
     try:
         build = getattr(importlib.import_module(module), function)

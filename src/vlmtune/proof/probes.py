@@ -19,7 +19,7 @@ from vlmtune.errors import ConfigError
 from vlmtune.evaluation.generate import generate
 from vlmtune.launch import session
 from vlmtune.launch.engine import Engine
-from vlmtune.models import rewrites
+from vlmtune.models import rewrites, sharding
 from vlmtune.models.features import FeatureStore, refusal
 from vlmtune.models.parts import Parts
 from vlmtune.prompt.encode import Encoder
@@ -129,7 +129,7 @@ def choose_cache(
     shown = [record for record in rows if record.images]
     if reason := _needs_no_cache(config.data, shown, engine, seen_once):
         return _uncached(setting, reason)
-    refused = refusal(model, parts)
+    refused = refusal(model, parts) or sharding.refusal(config.sharding, engine)
     if refused and setting == "auto":
         return _uncached(setting, refused)
     store: PixelStore

@@ -23,6 +23,7 @@ from torch import Tensor
 from vlmtune import durable
 from vlmtune.durable import whole
 from vlmtune.errors import CheckpointError
+from vlmtune.models.sharding import share_of
 from vlmtune.record.progress import Progress
 from vlmtune.training import resume
 from vlmtune.training.snapshot import Snapshot, join_state, trained_tensors
@@ -158,7 +159,7 @@ def load_weights(folder: Path, model: torch.nn.Module) -> None:
         raise CheckpointError(f"{folder}: its weights are not those that this run trains, for instance {names}")
     with torch.no_grad():
         for name, tensor in own.items():
-            tensor.copy_(saved[name])
+            tensor.copy_(share_of(saved[name], tensor))
 
 
 def load_checkpoint(
@@ -186,9 +187,18 @@ def load_checkpoint(
 def _load_optimizer(folder: Path, optimizer: Any, saved: dict[str, Any]) -> None:
     """Load the moments from a checkpoint; learning rates, weight decay and betas come from this run's config."""
     own = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    weights = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     try:
-        optimizer.load_state_dict(join_state(_read(folder / "optimizer.safetensors"), saved))
-    except (ValueError, KeyError) as error:
+        state = join_state(_read(folder / "optimizer.safetensors"), saved)
+        for index, values in state["state"].items():
+            state["state"][index] = _shares(values, weights[index])
+        optimizer.load_state_dict(state)
+    except (ValueError, KeyError, IndexError) as error:
         raise CheckpointError(f"{folder}: holds the state of a different optimizer: {error}") from error
     for group, values in zip(optimizer.param_groups, own, strict=True):
         group |= values
+
+
+def _shares(state: dict[str, Any], weight: Tensor) -> dict[str, Any]:
+    """What this process keeps of a weight's state."""
+    return {name: share_of(value, weight) if isinstance(value, Tensor) else value for name, value in state.items()}

@@ -15,7 +15,7 @@ from vlmtune.prompt.image_cache import PixelStore
 from vlmtune.record import card, environment, report, runfolder
 from vlmtune.training.best import Best
 from vlmtune.training.journal import Journal
-from vlmtune.training.model_folder import save_model
+from vlmtune.training.model_folder import save_model, whole_state
 from vlmtune.training.setup import Setup
 
 log = logging.getLogger("vlmtune")
@@ -43,8 +43,10 @@ class Finish:
         run = self.run
         final = self._choose()
         self.saving.check_weights()
+        state = whole_state(run.model)
         if run.writes:  # before anything else can fail
-            save_model(run.model, run.processor, run.folder / "model", run.config.model)
+            save_model(run.model, run.processor, run.folder / "model", run.config.model, state)
+        del state
         try:
             metrics, final = self._score(final)
         except Exception:

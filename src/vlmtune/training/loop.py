@@ -189,6 +189,8 @@ def _pass(
 
 def _scale(parameters: list[torch.Tensor], factor: float | torch.Tensor) -> None:
     """Scale the gradients accumulated so far."""
+    if isinstance(factor, torch.Tensor):
+        factor = factor.to(parameters[0].device)  # where a sharded model may be kept on the CPU
     for parameter in parameters:
         if parameter.grad is not None:
             parameter.grad.mul_(factor)
@@ -204,8 +206,9 @@ def _gradient_norm(
     applied: torch.Tensor | None = getattr(getattr(optimizer, "optimizer", optimizer), "applied_norm", lambda: None)()
     if applied is not None:
         return applied
-    norm: torch.Tensor = engine.clip_grad_norm_(parameters, max_norm if max_norm is not None else math.inf)
-    return norm
+    norm = engine.clip_grad_norm_(parameters, max_norm if max_norm is not None else math.inf)
+    whole: torch.Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of a sharded model
+    return whole
 
 
 class Patience:

@@ -86,6 +86,7 @@ RULES: dict[str, Rule] = {
     "preflight": Rule.FREE,
     "quantization": Rule.FIXED,
     "resume": Rule.FREE,
+    "sharding": Rule.FREE,
     "task.caption_prompt": Rule.FIXED,
     "task.metrics": Rule.RECORDED,
     "task.name": Rule.FREE,

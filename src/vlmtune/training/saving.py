@@ -10,6 +10,7 @@ from types import TracebackType
 from vlmtune.errors import CheckpointError, NonFinite
 from vlmtune.launch import session
 from vlmtune.models.parts import base_files
+from vlmtune.models.sharding import is_sharded
 from vlmtune.record import runfolder
 from vlmtune.record.progress import Progress
 from vlmtune.training import agreement, checkpoint, resume, snapshot
@@ -96,6 +97,8 @@ class Saving:
         if run.writes:
             state = (run.model, run.optimizer, run.engine.scaler, self.progress, self.identity)
             self.writing = self.writer.submit(self._write, snapshot.take(*state))
+        elif is_sharded(run.model):
+            snapshot.contribute(run.model, run.optimizer)
 
     def _write(self, taken: Snapshot) -> None:
         trainer = self.run.config.trainer

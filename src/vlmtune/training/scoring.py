@@ -10,6 +10,7 @@ from vlmtune.data.records import Record
 from vlmtune.data.splits import Records
 from vlmtune.evaluation.evaluate import Evaluation, evaluate
 from vlmtune.launch import session
+from vlmtune.models import sharding
 from vlmtune.record.samples import Sample
 from vlmtune.training.journal import Journal
 from vlmtune.training.setup import Setup
@@ -43,16 +44,17 @@ class Scoring:
         run, records = self.run, self.run.splits[split].records
         began = time.perf_counter()
         session.seed_step(run.config.trainer.seed, run.engine, self.journal.progress.step)
-        found = evaluate(
-            run.model,
-            run.encoder,
-            records,
-            run.config,
-            run.engine,
-            title=f"evaluating {title}",
-            layout=run.loader.layout,
-            stop=self.stopping.pending,
-        )
+        with sharding.gathered(run.model, run.config.sharding):
+            found = evaluate(
+                run.model,
+                run.encoder,
+                records,
+                run.config,
+                run.engine,
+                title=f"evaluating {title}",
+                layout=run.loader.layout,
+                stop=self.stopping.pending,
+            )
         prefix = "eval" if split == "validation" else split
         self.journal.log({f"{prefix}/{name}": value for name, value in found.metrics.items()})
         self.journal.log({"time/eval_seconds": time.perf_counter() - began})

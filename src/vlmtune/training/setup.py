@@ -11,6 +11,7 @@ from vlmtune.config.schema import Config, TrainerConfig
 from vlmtune.data.splits import Split
 from vlmtune.launch import session
 from vlmtune.launch.engine import Engine
+from vlmtune.models import sharding
 from vlmtune.models.parts import Parts
 from vlmtune.prompt.encode import Encoder
 from vlmtune.training.snapshot import saved_buffers
@@ -27,7 +28,7 @@ class Setup:
     splits: dict[str, Split]
     model: Any
     prepared: Any
-    """The model that the loop calls: wrapped (DDP) if there are several processes."""
+    """The model that the loop calls: wrapped (DDP) if there are several processes, and it is not sharded."""
     parts: Parts
     processor: Any
     encoder: Encoder
@@ -45,6 +46,9 @@ def ready(model: Any, optimizer: Any, trainer: TrainerConfig, engine: Engine) ->
     """The model and the optimizer as the loop takes them. From here on, after all checks, the machine computes as
     training does.
     """
-    prepared, optimizer = session.prepared(model, optimizer, engine, same_buffers=not saved_buffers(model))
+    sharded = sharding.is_sharded(model)
+    prepared, optimizer = session.prepared(
+        model, optimizer, engine, sharded=sharded, same_buffers=not saved_buffers(model)
+    )
     session.use_tf32(trainer, engine)
     return prepared, optimizer

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmtune.models.sharding import full, own_share
 from vlmtune.record.progress import Progress
 
 
@@ -46,7 +47,13 @@ def take(
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+    return full(tensor.detach()).to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
+def contribute(model: torch.nn.Module, optimizer: Any) -> None:
+    """Give the first process, which calls `take`, this one's shares of a sharded model and its optimizer's state."""
+    for tensor in [*trained_tensors(model).values(), *split_state(optimizer.state_dict())[0].values()]:
+        full(tensor.detach())
 
 
 def trained_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
@@ -65,7 +72,8 @@ def saved_buffers(model: torch.nn.Module) -> dict[str, Tensor]:
 
 def not_finite(model: torch.nn.Module) -> str | None:
     """The name of a tensor that training changes and that holds NaN or infinite values; None if there is none."""
-    return next((name for name, t in trained_tensors(model).items() if not bool(torch.isfinite(t).all())), None)
+    own = {name: own_share(tensor)[0] for name, tensor in trained_tensors(model).items()}
+    return next((name for name, tensor in own.items() if not bool(torch.isfinite(tensor).all())), None)
 
 
 def split_state(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmtune.models.sharding import own_share
+
 ROUNDINGS = "roundings"
 """In a tensor's state: how often it was rounded. Its next noise follows from this number."""
 AT_ONCE = 2**24
@@ -31,8 +33,9 @@ class Tensorwise(torch.optim.Optimizer):
     `in_backward`: each tensor is updated in the backward pass, as soon as its gradient is complete, and the gradient
     is freed. `step` then has nothing left to do.
 
-    The noise follows from `seed`, the tensor's index and its number of updates: it is the same on all ranks, after a
-    resume, and in whatever order gradients arrive. The layout of the state is that of `inner`, plus `ROUNDINGS`.
+    The noise follows from `seed`, the tensor's index, its number of updates and, where the tensor is sharded, the
+    number of the share. It is the same after a resume, and in whatever order gradients arrive; ranks with the same
+    weights have the same noise. The layout of the state is that of `inner`, plus `ROUNDINGS`.
     """
 
     def __init__(self, inner: torch.optim.Optimizer, *, stochastic: bool, offload: bool, in_backward: bool, seed: int):
@@ -90,7 +93,8 @@ class Tensorwise(torch.optim.Optimizer):
             return
         if dtype != parameter.dtype:
             state[ROUNDINGS] = state.get(ROUNDINGS, 0) + 1
-            round_to_bf16(weight, self._noise(parameter, state[ROUNDINGS], device))
+            share, number = own_share(weight)
+            round_to_bf16(share, self._noise(parameter, state[ROUNDINGS], number, device))
         parameter.copy_(weight)
 
     def _computed_in(self, parameter: Tensor) -> tuple[torch.device, torch.dtype]:
@@ -99,8 +103,8 @@ class Tensorwise(torch.optim.Optimizer):
         device = torch.device("cpu") if self.offload else parameter.device
         return device, torch.float32 if rounded else parameter.dtype
 
-    def _noise(self, parameter: Tensor, count: int, device: torch.device) -> torch.Generator:
-        seed = zlib.crc32(f"{self.seed} {self.index[parameter]} {count}".encode())
+    def _noise(self, parameter: Tensor, count: int, share: int, device: torch.device) -> torch.Generator:
+        seed = zlib.crc32(f"{self.seed} {self.index[parameter]} {count}{f' {share}' * (share > 0)}".encode())
         return torch.Generator(device).manual_seed(seed)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
