@@ -241,6 +241,16 @@ def test_a_wrong_value_is_named_with_its_key(override: str, problem: str) -> Non
         (["optimizer=muon", "optimizer.offload=true"], "optimizer.offload: its matrix products"),
         (["trainer.rows_per_step=8", "trainer.batch_tokens=99"], "trainer.rows_per_step: the rows of a step vary"),
         (["trainer.passes_per_step=8"], "trainer.passes_per_step: is for trainer.batch_tokens"),
+        (
+            [
+                "backend=ray",
+                "backend.num_workers=2",
+                "backend.use_gpu=true",
+                "sharding=fsdp",
+                "sharding.cpu_offload=true",
+            ],
+            "sharding.cpu_offload: Ray's workers exchange on their GPUs alone",
+        ),
     ],
 )
 def test_an_impossible_combination_is_refused(overrides: list[str], starts: str) -> None:

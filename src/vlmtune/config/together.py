@@ -16,10 +16,10 @@ from vlmtune.metrics import resolve
 
 def combinations(config: Config) -> list[str]:
     """All problems of `config`, whose values already have the right types and bounds."""
-    of_data_and_task = (of_data, of_stream, of_task)
-    of_weights = (of_model, of_adapter, of_quantization)
-    of_training = (of_trainer, of_optimizer, of_backend, of_sharding)
-    groups = (*of_weights, *of_data_and_task, *of_training)
+    groups = (
+        *(of_model, of_trainer, of_data, of_stream, of_optimizer, of_task),
+        *(of_adapter, of_quantization, of_backend, of_sharding),
+    )
     return [problem for group in groups for problem in group(config)]
 
 
