@@ -47,6 +47,7 @@ def problems(*overrides: str) -> list[str]:
 # ---------------------------------------------------------------- the files
 
 
+ON_RAY = ["backend=ray", "backend.num_workers=2"]
 APART = ("adapter", "quantization", "sharding", "experiment", "sweeps")
 """Groups whose options don't go with every option of others."""
 
