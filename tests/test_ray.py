@@ -269,15 +269,6 @@ def test_a_run_in_two_workers(straight: Path) -> None:
     assert {note["ranks"] for note in made(straight)} == {2}
 
 
-def test_a_mistake_is_not_tried_again(straight: Path, overrides: Callable[..., list[str]], folder: Path) -> None:
-    """One that only rank 1 meets, in a process that prepares batches, while the other rank waits for it."""
-    with pytest.raises(DataError, match="rank 1 can't read a row of step 2"):
-        vlmtune.train(overrides("mistaken", "trainer.num_workers=1", fail=[[1, 2]]))
-    result = json.loads((folder / "mistaken" / "result.json").read_text())
-    assert (result["status"], result["error"]["type"], result["steps"]) == ("failed", "DataError", 2)
-    assert len([note for note in made(folder / "mistaken") if note["step"] == 0]) == 2
-
-
 def test_a_change_of_the_number_of_workers(
     cluster: Any, straight: Path, overrides: Callable[..., list[str]], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -345,6 +336,16 @@ def assert_equal(run: Path, straight: Path) -> None:
 
 
 # ---------------------------------------------------------------- more of them
+
+
+@pytest.mark.slow
+def test_a_mistake_is_not_tried_again(straight: Path, overrides: Callable[..., list[str]], folder: Path) -> None:
+    """One that only rank 1 meets, in a process that prepares batches, while the other rank waits for it."""
+    with pytest.raises(DataError, match="rank 1 can't read a row of step 2"):
+        vlmtune.train(overrides("mistaken", "trainer.num_workers=1", fail=[[1, 2]]))
+    result = json.loads((folder / "mistaken" / "result.json").read_text())
+    assert (result["status"], result["error"]["type"], result["steps"]) == ("failed", "DataError", 2)
+    assert len([note for note in made(folder / "mistaken") if note["step"] == 0]) == 2
 
 
 @pytest.mark.slow
