@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 
 import tiny
 import vlmtune
-from vlmtune import api
+from vlmtune import backends
 from vlmtune.config import compose
 from vlmtune.config.schema import BackendConfig, Config, DataConfig
 from vlmtune.display import Followed
@@ -103,7 +103,7 @@ def test_what_it_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         str(Path("cache").absolute()),
     )
     with pytest.raises(ConfigError, match=r"absent: this worker's machine does not have it"):
-        api._in_worker({"folder": str(tmp_path / "absent")})
+        backends._in_worker({"folder": str(tmp_path / "absent")})
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match=r"pip install 'vlmtune\[ray\]'"):
         processes.to_start(told, ALONE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from vlmtune import api
+from vlmtune import backends
 from vlmtune.cli.words import overrides_given
 from vlmtune.config import compose, launchers, paths
 from vlmtune.launch import processes
@@ -36,6 +36,6 @@ def job(composed: Any, world: World) -> int:
     config = strict(compose.of_run(composed, overrides_given("train")))
     folder = Path(HydraConfig.get().runtime.output_dir) if HydraConfig.initialized() else Path()
     if (count := processes.to_start(config.backend, world)) > 1:
-        return api.run_processes(overrides_given("train"), folder, count)
-    result = api.run_in(folder, config, world)
+        return backends.run_processes(overrides_given("train"), folder, count)
+    result = backends.run_in(folder, config, world)
     return 128 + result["signal"] if result["status"] == "interrupted" else 0
