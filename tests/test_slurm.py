@@ -71,9 +71,10 @@ def test_tasks_of_srun_that_do_not_know_each_other_are_refused(monkeypatch: pyte
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
     with pytest.raises(ConfigError, match="srun started 4 tasks"):
         World.from_environment()
-    monkeypatch.setenv("WORLD_SIZE", "8")  # torchrun's
-    assert World.from_environment().processes == 8
-    monkeypatch.delenv("WORLD_SIZE")
+    with monkeypatch.context() as launched:
+        for name, number in (("RANK", "3"), ("WORLD_SIZE", "8")):  # torchrun's
+            launched.setenv(name, number)
+        assert World.from_environment().processes == 8
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
     assert World.from_environment().is_alone
 

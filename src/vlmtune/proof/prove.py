@@ -51,7 +51,7 @@ def prove_passes(
     With `trainer.auto_micro_batch`, micro-batches are halved until it does, on all processes. Raises VlmtuneError.
     """
     keeps = {"keeps_gradients": not config.optimizer.step_in_backward}
-    sample = decision.rows
+    sample, may_halve = decision.rows, config.trainer.auto_micro_batch
     while True:
         try:
             with noted(CHECKS, model=model, useless=["trainer.eval_batch_size"]):
@@ -59,7 +59,7 @@ def prove_passes(
                 longest = check_longest(model, loader, rows.longest, engine, **keeps)
             fits = True
         except Exception as error:
-            if not (config.trainer.auto_micro_batch and loader.order.most_rows > 1 and is_out_of_memory(error)):
+            if not (may_halve and loader.order.most_rows > 1 and is_out_of_memory(error)):
                 raise
             fits = False
         if session.all_ranks(fits, engine):
