@@ -92,6 +92,9 @@ def test_every_command_is_one_that_works(
     elif script:
         assert (ROOT / script).is_file()
         check_overrides(Path(script).stem, words[words.index(script) + 1 :])
+    elif words[0] == "sbatch":
+        assert (ROOT / words[1]).is_file()
+        check_overrides("train", words[3:])
     elif "vlmtune" in words[:-1]:  # the installed command, or -m vlmtune behind python or a launcher
         check_overrides(words[words.index("vlmtune") + 1], words[words.index("vlmtune") + 2 :])
     else:

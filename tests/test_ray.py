@@ -29,7 +29,7 @@ from vlmtune import backends
 from vlmtune.config import compose
 from vlmtune.config.schema import BackendConfig, Config, DataConfig
 from vlmtune.display import Followed
-from vlmtune.errors import ConfigError, DataError, TrainingError
+from vlmtune.errors import ConfigError, DataError, LostProcess, TrainingError
 from vlmtune.launch import lock, on_ray, processes, steps
 from vlmtune.launch.signals import STOP_FILE, Interrupted, StopRequest
 from vlmtune.launch.world import ALONE, World
@@ -73,6 +73,13 @@ def test_a_range_of_workers_has_the_step_of_the_most(workers: Any, rows: int) ->
     config, _ = compose.read("train", ["backend=ray", f"backend.num_workers={workers}", "trainer.batch_size=8"])
     steps.fix(config, 2)
     assert config.trainer.rows_per_step == rows
+
+
+def test_a_mistake_ends_the_run_and_a_lost_process_does_not() -> None:
+    mistakes = on_ray.Mistakes()
+    mistakes.after_exception(None, {0: LostProcess("gone"), 1: RuntimeError("gloo")})
+    with pytest.raises(DataError, match="row 3"):
+        mistakes.after_exception(None, {0: LostProcess("gone"), 1: DataError("row 3")})
 
 
 def test_what_ray_is_told(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ VlmtuneError
 ├── CheckpointError    saving or loading a run's state
 ├── StorageError       a disk, a folder, a pipe that refuses
 └── TrainingError      the run itself
+    ├── LostProcess    another process of the run is gone
     ├── OutOfMemory    the device or the machine has no more memory (memory.py)
     └── NonFinite      the loss, the gradient or a weight is NaN or infinite
 """
@@ -63,6 +64,10 @@ class TrainingError(VlmtuneError):
     """The run can't continue."""
 
 
+class LostProcess(TrainingError):
+    """Another process of the run is gone, without a word."""
+
+
 class OutOfMemory(TrainingError):
     """The device or the machine has no more memory."""
 
@@ -73,7 +78,13 @@ class NonFinite(TrainingError):
 
 def failure_of(error: BaseException) -> str:
     """The class of a failure, by which the trials of a sweep are told apart; `time` is the launcher's to say."""
-    classes = {OutOfMemory: "out_of_memory", NonFinite: "not_finite", DataError: "data", ConfigError: "config"}
+    classes: dict[type[VlmtuneError], str] = {
+        OutOfMemory: "out_of_memory",
+        NonFinite: "not_finite",
+        LostProcess: "killed",
+        DataError: "data",
+        ConfigError: "config",
+    }
     own = next((name for kind, name in classes.items() if isinstance(error, kind)), "other")
     return own if isinstance(error, Exception) else "killed"
 

@@ -26,7 +26,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from vlmtune.commands import import_path
 from vlmtune.config.schema import BackendConfig
 from vlmtune.display import Followed
-from vlmtune.errors import ConfigError, TrainingError, VlmtuneError
+from vlmtune.errors import ConfigError, LostProcess, TrainingError, VlmtuneError
 from vlmtune.launch import lock, signals
 from vlmtune.launch.session import TIMEOUT
 
@@ -98,8 +98,9 @@ class Mistakes(UserCallback):  # type: ignore[misc]
 
     def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
         for rank in sorted(worker_exceptions):
-            if isinstance(worker_exceptions[rank], VlmtuneError):
-                raise worker_exceptions[rank]
+            error = worker_exceptions[rank]
+            if isinstance(error, VlmtuneError) and not isinstance(error, LostProcess):
+                raise error
 
 
 class Asking:

@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
-from vlmtune.errors import ConfigError, TrainingError, VlmtuneError, of_kind, storage_advice
+from vlmtune.errors import ConfigError, LostProcess, TrainingError, VlmtuneError, of_kind, storage_advice
 from vlmtune.launch.signals import Interrupted
 from vlmtune.launch.world import World
 from vlmtune.memory import memory_advice
@@ -178,10 +178,10 @@ def _close() -> None:
         distributed.destroy_process_group()
 
 
-def silent(seen: BaseException, who: str = "another process of this run") -> TrainingError:
+def silent(seen: BaseException, who: str = "another process of this run") -> LostProcess:
     """The error where a process is gone without a word. `seen`, how this one learned of it, goes into the log."""
     log.info("%s", seen)
-    return TrainingError(
+    return LostProcess(
         f"{who} ended and left no reason: it was killed, most often as the machine was out of memory, or it crashed. "
         "Its own output, the launcher's or the system's log may say more"
     )
