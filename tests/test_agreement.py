@@ -82,6 +82,12 @@ def test_files_may_lie_elsewhere_on_each_machine() -> None:
     assert agreement.facts(one, SPLITS) == agreement.facts(other, SPLITS)
 
 
+def test_a_key_that_only_begins_like_a_file_is_compared() -> None:
+    one, other = tiny.config("model"), tiny.config("model")
+    other.data = replace(other.data, validation_fraction=0.5)
+    assert agreement.facts(one, SPLITS) != agreement.facts(other, SPLITS)
+
+
 def test_all_of_the_code_counts() -> None:
     """Each file of the package by its content, and the packages that a result depends on."""
     facts = agreement.facts(tiny.config("model"), SPLITS)

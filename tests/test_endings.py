@@ -159,6 +159,17 @@ def test_an_evaluation_that_fails_can_be_gone_on_with_even_where_no_checkpoint_w
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000001"]
 
 
+def test_an_evaluation_that_fails_is_the_error_even_where_its_checkpoint_fails_as_well(
+    built: Setup, told: Told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    break_it(monkeypatch, scoring, "evaluate", "a bug")
+    break_it(monkeypatch, checkpoint, "write", "a full disk")
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        ended(built, tmp_path, save_every=None)
+    assert result_of(tmp_path)["error"]["type"] == "RuntimeError"
+    assert "No space left on device" in caplog.text
+
+
 # ---------------------------------------------------------------- NaN
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -23,6 +24,7 @@ from vlmtune.errors import OutOfMemory, failure_of
 from vlmtune.evaluation import answering
 from vlmtune.memory import Held, memory_advice, noted
 from vlmtune.proof import first_pass
+from vlmtune.training import checkpoint
 
 Overrides = Callable[..., list[str]]
 
@@ -168,7 +170,26 @@ def test_without_the_key_nothing_is_halved(
     assert "optimizer state" in said
     assert "trainer.auto_micro_batch=true" in said
     assert "eval_batch_size" not in said
+    assert "goes on after step 2" in (tmp_path / "run" / "train.log").read_text()
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_000002"]
+
+
+def test_a_state_that_could_not_be_written_is_not_said_to_be_saved(
+    overrides: Overrides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread that writes fails, after the state was copied."""
+    passes: list[int] = []
+    limit(monkeypatch, page, "summed_loss", lambda batch: passes.append(0) or len(passes) == 1)
+
+    def full_disk(*_: Any, **__: Any) -> Path:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write", full_disk)
+    with pytest.raises(OutOfMemory, match="in step 2"):
+        vlmtune.train(overrides(tmp_path / "run", "trainer.save_every=500"))
+    said = (tmp_path / "run" / "train.log").read_text()
+    assert "what was reached before could not be saved: " in said
+    assert "goes on after step" not in said
 
 
 def test_an_evaluation_takes_fewer_rows_with_the_same_answers(

@@ -39,7 +39,7 @@ def agree(folder: Path | None, config: Config, splits: Mapping[str, Split], engi
 
 def facts(config: Config, splits: Mapping[str, Split]) -> dict[str, Any]:
     """What must be equal on every rank, by a name for each."""
-    own = {key: value for key, value in resume.values(config).items() if not key.startswith(PLACES)}
+    own = {key: value for key, value in resume.values(config).items() if key not in PLACES}
     versions = {f"package {name}": version for name, version in environment.versions().items()}
     code = {f"vlmtune/{file.relative_to(PACKAGE)}": _hash(file.read_bytes()) for file in sorted(PACKAGE.rglob("*.py"))}
     rows = {f"{ROWS}{name}": f"{split.records.fingerprint()} (fingerprint)" for name, split in splits.items()}

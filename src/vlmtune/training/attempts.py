@@ -107,6 +107,7 @@ class Attempts:
             return
         try:
             self.saving.save()
+            self.saving.wait()
         except Exception as failure:  # the error itself matters more
             log.warning("what was reached before could not be saved: %s", failure)
         else:

@@ -51,7 +51,8 @@ class Finish:
             metrics, final = self._score(final)
         except Exception:
             if run.engine.num_processes == 1:  # else the others can't help to save
-                self._save_for_resume()
+                with _optional("a checkpoint to evaluate from"):
+                    self._save_for_resume()
             raise
         status = "completed" if self.stopping.signal is None else "interrupted"
         memory = session.most_of_ranks(environment.memory(), run.engine)
