@@ -182,12 +182,13 @@ def cluster() -> Iterator[Any]:
         for name, value in environment.items():
             patched.setenv(name, value)
         head = {"num_cpus": 2, "resources": {"slot": 1}, "include_dashboard": False}
-        made, before = Cluster(initialize_head=True, head_node_args=head), signal.getsignal(signal.SIGTERM)
+        before = signal.getsignal(signal.SIGTERM)
+        made = Cluster(initialize_head=True, head_node_args=head)
         ray.init(address=made.address, log_to_driver=False, logging_level="ERROR")
-        signal.signal(signal.SIGTERM, before)  # Ray has set its own, for this whole process
         yield made
         ray.shutdown()
         made.shutdown()
+        signal.signal(signal.SIGTERM, before)  # Ray has set its own, for this whole process
     shutil.rmtree(place, ignore_errors=True)
 
 

@@ -88,7 +88,7 @@ alone gets SIGTERM in the first one, if it is the run named `stopped`.
 @contextmanager
 def started(words: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """torchrun with two ranks; none is left behind."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     with (
         log.open("wb") as out,
         subprocess.Popen(

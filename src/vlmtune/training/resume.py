@@ -181,7 +181,8 @@ def changes(
     for name, before, value in _differences(was, now):
         length = _of_length(before, value, now, step, since_best) if name == "steps in all" else None
         way = WAYS_OUT.get(name, "this would be a different run").format(was=before)
-        if reason := length if name in ("processes", "steps in all") else way:
+        reason = length if name in ("processes", "steps in all") else way
+        if reason:
             problems.append(f"{name} was {before}, now {value}: {reason}")
         else:
             found.append({"step": step, "key": name, "was": before, "now": value})
