@@ -18,10 +18,12 @@ from safetensors.torch import load_file
 import tiny
 import vlmtune
 from grids import sampled
+from vlmtune import backends
 from vlmtune.config.schema import BackendConfig
-from vlmtune.errors import ConfigError, TrainingError, VlmtuneError
+from vlmtune.errors import ConfigError, DataError, TrainingError, VlmtuneError
 from vlmtune.launch import processes
 from vlmtune.launch.world import ALONE, World
+from vlmtune.record import runfolder
 
 
 def python(text: str) -> list[str]:
@@ -257,6 +259,20 @@ def test_they_end_with_the_process_that_started_them(tmp_path: Path, number: sig
     while any(map(is_alive, children)):
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+def test_the_error_of_an_earlier_start_is_not_taken_for_this_ones(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A resume that is refused leaves the result that it found."""
+    old, new = ({"status": "failed", "error": {"type": "DataError", "message": text}} for text in ("old", "new"))
+    runfolder.write_json(tmp_path / "result.json", old)
+    monkeypatch.setattr(processes, "run", lambda *_: 1)
+    with pytest.raises(TrainingError, match="exit code 1; see the output above"):
+        backends.in_processes([], tmp_path, 2)
+    monkeypatch.setattr(processes, "run", lambda *_: runfolder.write_json(tmp_path / "result.json", new) or 1)
+    with pytest.raises(DataError, match="new"):
+        backends.in_processes([], tmp_path, 2)
 
 
 # ---------------------------------------------------------------- whole runs

@@ -160,6 +160,15 @@ def test_a_lock_that_is_let_go_late(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         lock.wait(tmp_path)
 
 
+def test_a_second_command_for_the_same_run_is_refused_while_no_worker_is_at_work(tmp_path: Path) -> None:
+    """And leaves the first one's files alone."""
+    config = Config(backend=BackendConfig("ray", num_workers=1))
+    with lock.held(tmp_path / on_ray.OWN_FILES), pytest.raises(ConfigError, match="is in use by process"):
+        backends.run_in(tmp_path, config)
+    assert (tmp_path / on_ray.OWN_FILES).is_dir()
+    assert not (tmp_path / "result.json").exists()
+
+
 # ---------------------------------------------------------------- with one
 
 

@@ -24,12 +24,20 @@ def in_processes(overrides: Sequence[str], folder: Path, count: int) -> dict[str
     """As `run_in`, in processes that are started for it. Raises the error that ended the run."""
     from vlmtune.record.runfolder import read_result
 
+    before = _written(folder / "result.json")
     code = run_processes(overrides, folder, count)
     result = read_result(folder)
     if result is None or result["status"] == "failed" or code not in (0, 128 + result.get("signal", 0)):
-        found = (result or {}).get("error") or {"type": "", "message": f"exit code {code}; see the output above"}
+        found = {"type": "", "message": f"exit code {code}; see the output above"}
+        if result is not None and _written(folder / "result.json") != before:  # else it is of an earlier start
+            found = result["error"] or found
         raise of_kind(found["type"], [found["message"]])
     return result
+
+
+def _written(file: Path) -> int | None:
+    """When a file was written, in nanoseconds; None where there is none."""
+    return file.stat().st_mtime_ns if file.exists() else None
 
 
 def run_processes(overrides: Sequence[str], folder: Path, count: int) -> int:
@@ -63,7 +71,7 @@ def run_in(folder: Path, config: Config, world: World = ALONE) -> dict[str, Any]
 def _on_ray(folder: Path, config: Config) -> dict[str, Any]:
     """As `run_in`, in Ray's workers. They go on from the folder's last checkpoint whenever Ray starts them again."""
     from vlmtune import display
-    from vlmtune.launch import on_ray, signals
+    from vlmtune.launch import lock, on_ray, signals
     from vlmtune.record import guard, runfolder
 
     guard.check_free(folder, config)
@@ -73,7 +81,8 @@ def _on_ray(folder: Path, config: Config) -> dict[str, Any]:
     config, folder = runfolder.absolute(config), folder.absolute()
     config.resume = str(folder) if config.resumed_folder else AUTO
     folder.mkdir(parents=True, exist_ok=True)
-    with guard.failure_written(folder, ALONE):
+    # the run itself holds the folder only while its workers are at work, not while Ray starts them or waits for room
+    with lock.held(folder / on_ray.OWN_FILES), guard.failure_written(folder, ALONE):
         ended = on_ray.run(_in_worker, {"folder": str(folder), "config": plain(config)}, folder, config.backend)
         if isinstance(ended, int):
             raise signals.Interrupted(ended)
