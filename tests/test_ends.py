@@ -145,7 +145,9 @@ def test_one_ends_all(
     assert result["status"] == "failed"
     assert result["error"]["message"].startswith(error)
     assert error in (tmp_path / "output.txt").read_text()
-    check_what_is_left(tmp_path, saved=0 if case.split(":")[1] in ("rows", "checks") else 2)
+    rank, phase, _ = case.split(":")
+    written = 1 if rank == "0" else 2  # the first rank may be killed while it writes the second one
+    check_what_is_left(tmp_path, saved=0 if phase in ("rows", "checks") else written)
 
 
 @pytest.mark.slow
