@@ -5,17 +5,22 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 
 import tiny
 from vlmtune import api
+from vlmtune.batching.loader import Loader
+from vlmtune.batching.order import Cut, InOrder, Plan
 from vlmtune.config.schema import ColumnsConfig, DataConfig, TaskConfig
 from vlmtune.data.bad_rows import BadRowsError
 from vlmtune.data.images import open_image
 from vlmtune.data.sources.hub_rows import HubRows
+from vlmtune.data.sources.hub_stream import StreamedRows
 from vlmtune.data.table import load
 from vlmtune.errors import DataError
 from vlmtune.predict.files import predict_file
@@ -213,6 +218,21 @@ def test_each_process_reads_its_own_rows_of_a_stream(saved: Path, tmp_path: Path
     assert first[2].question == "Is it 4?"
     with pytest.raises(DataError, match="row 2: empty answer"):
         second[0]
+
+
+def test_an_empty_micro_batch_reads_nothing_of_a_stream_again(
+    saved: Path, checkpoint_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of steps of five rows in pairs, a process has a pair and one row, or a pair and nothing."""
+    run = tiny.assemble(tiny.config(checkpoint_of("qwen2_vl")), tiny.records(4))
+    records, starts, real = streamed(saved, shuffle_buffer=1), [], StreamedRows._rows
+    monkeypatch.setattr(StreamedRows, "_rows", lambda self: starts.append(self) or real(self))
+    engine: Any = SimpleNamespace(process_index=1, num_processes=2, device=torch.device("cpu"))
+    plan = Plan(InOrder(Cut(2, 5, 2)), 4)
+    loader = Loader(run.encoder, records, plan, run.loader.layout, run.config.trainer, engine)
+    batches = [*loader.micro_batches()]
+    assert [batch.rows for batch in batches] == [2, 0, 2, 1] * 2
+    assert len(starts) == 1
 
 
 def test_a_stream_without_rows_says_so(saved: Path) -> None:

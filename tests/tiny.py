@@ -44,7 +44,7 @@ from vlmtune.models.targets import narrow
 from vlmtune.objectives.next_token import summed_loss
 from vlmtune.prompt.image_only import image_only
 from vlmtune.record.progress import Progress
-from vlmtune.training import Setup, loop
+from vlmtune.training import Setup, attempts, loop
 from vlmtune.training.loop import StepReport
 
 # ---------------------------------------------------------------- tokenizers
@@ -360,25 +360,13 @@ class Run(Setup):
 
     def fit(self, *, stop_after: int | None = None, **hooks: Any) -> Run:
         """Train from `progress` on, to the end or until step `stop_after` is done."""
-        trainer = self.config.trainer
-        loop.fit(
-            self.prepared,
-            self.loader.micro_batches(self.progress.step),
-            self.optimizer,
-            self.scheduler,
-            self.engine,
-            summed_loss,
-            self.progress,
-            expected_tokens=self.loader.expected_tokens,
-            max_grad_norm=trainer.max_grad_norm,
-            skip_nonfinite=trainer.nonfinite == "skip",
-            hooks=loop.Hooks(
-                before_step=partial(session.seed_step, trainer.seed, self.engine),
-                after_step=(self.reports.append,),
-                stop=lambda: self.progress.step == stop_after,
-                **hooks,
-            ),
+        own = loop.Hooks(
+            before_step=partial(session.seed_step, self.config.trainer.seed, self.engine),
+            after_step=(self.reports.append,),
+            stop=lambda: self.progress.step == stop_after,
+            **hooks,
         )
+        attempts.fit(self, self.progress, own, summed_loss)
         return self
 
     @property

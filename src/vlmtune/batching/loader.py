@@ -49,6 +49,8 @@ class Loader:
         self.largest = 0
         """Bytes of the largest micro-batch that `around` made."""
         self.halvings = 0
+        self.spare: Record | None = None
+        """A row that this process has read: what an empty micro-batch is made of."""
 
     def halve(self) -> None:
         """From here on, make micro-batches of half as many rows. A step's rows stay the same."""
@@ -88,13 +90,10 @@ class Loader:
     def make(self, step: int, number: int) -> Batch:
         """Micro-batch `number` of a step. An empty one is a row without labels: the others wait for its gradients."""
         parts = self.order.passes(step, self.process)
-        rows = parts[number] or self._any_row(step)
-        batch = dataclasses.replace(self._lay_out([self.own[row] for row in rows]), ends_step=number + 1 == len(parts))
-        return batch if parts[number] else batch.without_labels()
-
-    def _any_row(self, step: int) -> list[int]:
-        """A row of the step; of a stream one that this process has read, or will read next."""
-        return [self.order.step(step)[0] // (self.processes if self.records.streamed else 1)]
+        rows = [self.own[row] for row in parts[number]]
+        self.spare = rows[0] if rows else self.spare or self.own[0]  # a stream that goes back reads all again
+        batch = dataclasses.replace(self._lay_out(rows or [self.spare]), ends_step=number + 1 == len(parts))
+        return batch if rows else batch.without_labels()
 
     @cached_property
     def expected_tokens(self) -> float:

@@ -118,13 +118,8 @@ def quiet_libraries() -> None:
 
     transformers_logging.set_verbosity_error()  # what matters of it is raised or logged by us
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, and it tells of kernels to install
-    for package in (
-        "transformers",
-        "peft",
-        "bitsandbytes",
-        "torch",
-        "accelerate",
-    ):  # their deprecations are for us, not for users
+    # their deprecations are for us, not for users
+    for package in ("transformers", "peft", "bitsandbytes", "torch", "accelerate"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=package)
     if display.console.quiet or not display.console.is_terminal:
         transformers_logging.disable_progress_bar()
