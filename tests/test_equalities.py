@@ -10,12 +10,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from safetensors.torch import load_file
 
 import tiny
+from runs import losses, weights, words
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("equalities")]
 
@@ -81,11 +80,12 @@ class Runs:
 
     def verdict(self, found: Path, wanted: Path) -> str:
         """How near two runs are: their losses and final weights."""
-        weights, expected = tensors(found), tensors(wanted)
-        assert weights.keys() == expected.keys()
-        if losses(found) == losses(wanted) and all(weights[name].equal(expected[name]) for name in expected):
+        tensors, expected = weights(found), weights(wanted)
+        assert tensors.keys() == expected.keys()
+        assert len(losses(found)) == STEPS
+        if losses(found) == losses(wanted) and all(tensors[name].equal(expected[name]) for name in expected):
             return "bit for bit"
-        apart = max((weights[name] - expected[name]).abs().max().item() for name in expected)
+        apart = max((tensors[name] - expected[name]).abs().max().item() for name in expected)
         apart = max(apart, *(abs(a - b) for a, b in zip(losses(found), losses(wanted), strict=True)))
         return "rounding" if apart < ROUNDING else f"{apart:.0e}"
 
@@ -98,28 +98,17 @@ COLUMNS = [
 ]
 
 
-def tensors(run: Path) -> dict[str, Any]:
-    return {name: tensor for file in (run / "model").glob("*.safetensors") for name, tensor in load_file(file).items()}
-
-
-def losses(run: Path) -> list[float]:
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    found = [row["train/loss"] for row in rows if "train/loss" in row]
-    assert len(found) == STEPS
-    return found
-
-
 @pytest.fixture(scope="module")
 def runs(checkpoint_of: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """22 rows about 8 images in steps of 8: an epoch's last step is short of rows."""
     folder = tmp_path_factory.mktemp("equalities")
     rows = [(f"what is number {i}?", ("red", "blue", "a green circle")[i % 3]) for i in range(22)]
     table = tiny.write_csv(folder, rows, per_image=3)
-    model = ["model=auto", f"model.path={checkpoint_of('qwen2_vl')}", "tracker=none", "data=csv"]
-    steps = [f"data.train={table}", "trainer.rows_per_step=8", "trainer.batch_size=2", f"trainer.max_steps={STEPS}"]
+    steps = ["trainer.rows_per_step=8", "trainer.batch_size=2", f"trainer.max_steps={STEPS}"]
     saved = [f"trainer.save_every={MIDDLE}", "trainer.log_every=1", "resume=auto"]
     # with Adam's usual eps, a gradient of rounding errors alone would take a step of full size
-    return Runs(folder, [*model, *steps, *saved, "trainer.learning_rate=1e-3", "optimizer.eps=1e-3"])
+    rest = [*steps, *saved, "trainer.learning_rate=1e-3", "optimizer.eps=1e-3"]
+    return Runs(folder, [*words(checkpoint_of("qwen2_vl"), table), *rest])
 
 
 def row(runs: Runs, kind: str, way: str) -> list[str]:

@@ -14,11 +14,11 @@ import pytest
 import torch
 import yaml
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
 
 import tiny
 import vlmtune
 from grids import sampled
+from runs import weights, words
 from vlmtune.batching.inputs import model_inputs
 from vlmtune.batching.layout import padded
 from vlmtune.config import compose
@@ -48,14 +48,10 @@ def overrides(checkpoint_of: Callable[[str], Path], folder: Path) -> Overrides:
 
     def make(name: str, *more: str) -> list[str]:
         return [
-            "model=auto",
-            f"model.path={checkpoint_of('qwen2_vl')}",
-            "data=csv",
-            f"data.train={table}",
+            *words(checkpoint_of("qwen2_vl"), table),
             f"data.validation={table}",
             "data.max_eval_rows=4",
             "generation.max_new_tokens=4",
-            "tracker=none",
             "trainer.batch_size=4",
             "trainer.learning_rate=1e-2",
             "trainer.log_every=1",
@@ -171,10 +167,6 @@ def source(overrides: Overrides, folder: Path) -> Path:
     """A complete run with an adapter of rank 4 on some layers."""
     vlmtune.train(overrides("source", "adapter.r=4", "adapter.target_modules=[q_proj,v_proj]", "trainer.epochs=2"))
     return folder / "source"
-
-
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(run / "model" / "adapter_model.safetensors")
 
 
 def test_a_new_run_goes_on_from_the_adapter_and_needs_it_only_at_its_start(

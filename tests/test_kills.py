@@ -23,6 +23,7 @@ import pytest
 
 import tiny
 from killed import Kill, Starter
+from runs import curve
 from vlmtune import durable
 from vlmtune.training import checkpoint
 
@@ -172,11 +173,6 @@ def assert_nothing_lost(run: Path) -> None:
         durable.verify(model)
 
 
-def losses(run: Path) -> list[tuple[int, float]]:
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row]
-
-
 def files(run: Path) -> dict[str, Path]:
     return {str(path.relative_to(run)): path for path in run.rglob("*")}
 
@@ -187,7 +183,7 @@ def assert_equal(run: Path, straight: Path) -> None:
     for name, path in wanted.items():
         if path.suffix == ".safetensors" or name == "predictions.csv":
             assert found[name].read_bytes() == path.read_bytes(), name
-    assert losses(run) == losses(straight)
+    assert curve(run) == curve(straight)
     assert result(run) == result(straight)
 
 

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 import tiny
 import vlmtune
 import wandb_offline
+from runs import losses
 from vlmtune.errors import ConfigError, DataError
 from vlmtune.launch.surroundings import OTHER_ARITHMETIC, SETTINGS
 from vlmtune.launch.world import World
@@ -171,11 +172,6 @@ def test_all_launchers_train_the_same(runs: Path, name: str) -> None:
     assert results[0]["metrics"] == results[1]["metrics"]
     assert losses(runs / "torchrun") == losses(runs / name)
     assert files(runs / "torchrun") == files(runs / name)
-
-
-def losses(run: Path) -> list[float]:
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [row["train/loss"] for row in rows if "train/loss" in row]
 
 
 def files(run: Path) -> list[str]:

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import tiny
 import vlmtune
+from runs import losses, weights, words
 from vlmtune import memory
 from vlmtune import run as page
 from vlmtune.batching.order import ByTokens, Cut, InOrder, Order
@@ -36,21 +36,11 @@ def overrides(checkpoint_of: Callable[[str], Path], tmp_path_factory: pytest.Tem
     table = tiny.write_csv(rows, [(f"number {i}?" + " word" * (i % 5), ("red", "blue")[i % 2]) for i in range(20)])
 
     def make(folder: Path, *more: str) -> list[str]:
-        model = ["model=auto", f"model.path={checkpoint_of('qwen2_vl')}", "tracker=none", "adapter.lora_dropout=0.2"]
-        data = ["data=csv", f"data.train={table}", "trainer.max_steps=3", "trainer.log_every=1"]
-        steps = ["trainer.batch_size=8", "trainer.rows_per_step=8", "trainer.learning_rate=1e-2"]
-        return [*model, *data, *steps, f"hydra.run.dir={folder}", *more]
+        steps = ["trainer.batch_size=8", "trainer.rows_per_step=8", "trainer.max_steps=3", "trainer.learning_rate=1e-2"]
+        own = [*steps, "adapter.lora_dropout=0.2", "trainer.log_every=1", f"hydra.run.dir={folder}"]
+        return [*words(checkpoint_of("qwen2_vl"), table), *own, *more]
 
     return make
-
-
-def losses(folder: Path) -> list[float]:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [row["train/loss"] for row in rows if "train/loss" in row]
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(next((folder / "model").glob("*.safetensors")))
 
 
 def assert_equal(folder: Path, other: Path) -> None:

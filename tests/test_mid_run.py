@@ -18,7 +18,8 @@ from PIL import Image
 import tiny
 import vlmtune
 from grids import thinned
-from test_memory import assert_equal, losses
+from runs import losses, words
+from test_memory import assert_equal
 from vlmtune import run as page
 from vlmtune.errors import CheckpointError, DataError, NonFinite
 
@@ -36,10 +37,9 @@ def table(tmp_path: Path) -> Path:
 @pytest.fixture
 def overrides(checkpoint_of: Callable[[str], Path], table: Path, tmp_path: Path) -> Overrides:
     def make(*more: str, name: str = "run") -> list[str]:
-        model = ["model=auto", f"model.path={checkpoint_of('qwen2_vl')}", "tracker=none", "adapter.lora_dropout=0.2"]
-        data = ["data=csv", f"data.train={table}", "trainer.max_steps=4", "trainer.log_every=1"]
-        steps = ["trainer.batch_size=4", "trainer.learning_rate=1e-2", "trainer.save_every=2"]
-        return [*model, *data, *steps, f"hydra.run.dir={tmp_path / name}", *more]
+        steps = ["trainer.batch_size=4", "trainer.max_steps=4", "trainer.learning_rate=1e-2", "trainer.save_every=2"]
+        own = [*steps, "adapter.lora_dropout=0.2", "trainer.log_every=1", f"hydra.run.dir={tmp_path / name}"]
+        return [*words(checkpoint_of("qwen2_vl"), table), *own, *more]
 
     return make
 

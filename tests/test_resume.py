@@ -19,6 +19,7 @@ from PIL import Image
 
 import tiny
 import vlmtune
+from runs import losses
 from vlmtune.config.schema import Config, ModelConfig
 from vlmtune.data import fingerprint
 from vlmtune.data.records import Record, Turn
@@ -281,11 +282,6 @@ def cut_back(run: Path, step: int) -> None:
         if folder.name > f"step_{step:06d}":
             shutil.rmtree(folder)
     (run / "result.json").unlink()
-
-
-def losses(run: Path) -> list[float]:
-    rows = [yaml.safe_load(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [row["train/loss"] for row in rows if "train/loss" in row]
 
 
 @pytest.mark.slow

@@ -26,7 +26,8 @@ import tiny
 import tiny_families
 import vlmtune
 from fake_ranks import first_of_two
-from test_two_ranks import answers, losses, started
+from runs import losses
+from test_two_ranks import answers, started
 from vlmtune.config import compose
 from vlmtune.config.schema import ShardingConfig
 from vlmtune.data.splits import RecordList

@@ -19,6 +19,7 @@ import tiny
 import vlmtune
 import wandb_offline
 from grids import thinned
+from runs import words
 from vlmtune import display
 from vlmtune.batching.loader import _Items
 from vlmtune.config.schema import TrackerConfig
@@ -45,12 +46,8 @@ def overrides(checkpoint_of: Callable[[str], Path], tmp_path: Path) -> Overrides
 
     def make(*more: str, name: str = "run") -> list[str]:
         return [
-            "model=auto",
-            f"model.path={checkpoint_of('qwen2_vl')}",
-            "data=csv",
-            f"data.train={table}",
+            *words(checkpoint_of("qwen2_vl"), table),
             f"data.validation={table}",
-            "tracker=none",
             "trainer.max_steps=2",
             "trainer.batch_size=4",
             "trainer.eval_batch_size=4",

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
 
 import tiny
 import vlmtune
+from runs import losses, weights
 from vlmtune.config import compose
 from vlmtune.predict.scores import evaluate_run
 
@@ -154,15 +154,6 @@ def started_together(
         code = process.wait(timeout=600)
     assert code == 0, (folder / "runs.log").read_text()[-3000:]
     return {name: json.loads((folder / name / "result.json").read_text()) for name in names}
-
-
-def weights(run: Path) -> dict[str, Any]:
-    return load_file(run / "model" / "adapter_model.safetensors")
-
-
-def losses(run: Path) -> list[float]:
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [row["train/loss"] for row in rows if "train/loss" in row]
 
 
 def answers(run: Path) -> list[str]:
