@@ -8,6 +8,7 @@ don't count.
 from __future__ import annotations
 
 import copy
+import importlib.util
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -39,7 +40,11 @@ READS = {
     aten._unique2.default,
 }
 INDEXES = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
-PACKAGES = ("vlmtune", "transformers", "peft", "accelerate")
+PACKAGES = {
+    name: Path(str(importlib.util.find_spec(name).origin)).parent  # type: ignore[union-attr]
+    for name in ("vlmtune", "transformers", "peft", "accelerate")
+}
+"""Their folders: the name alone may be that of the checkout too."""
 
 
 class Waits(TorchDispatchMode):
@@ -89,10 +94,10 @@ def caller() -> str:
     """The innermost function of a package other than torch; `elsewhere` in a backward pass of the test's own."""
     frame = sys._getframe(1)
     while frame is not None:
-        parts = Path(frame.f_code.co_filename).parts
-        for package in PACKAGES:
-            if package in parts:
-                return f"{package} {parts[-1]} {frame.f_code.co_name}"
+        file = Path(frame.f_code.co_filename)
+        for package, folder in PACKAGES.items():
+            if folder in file.parents:
+                return f"{package} {file.name} {frame.f_code.co_name}"
         frame = frame.f_back
     return "elsewhere"
 
