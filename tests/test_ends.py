@@ -18,9 +18,10 @@ import pytest
 import tiny
 from test_processes import is_alive
 from vlmtune import durable
+from vlmtune.errors import DISK_FULL
 
 PROGRAM = """
-import os, signal, sys, threading, time
+import errno, os, signal, sys, threading, time
 from pathlib import Path
 import vlmtune
 from vlmtune import proof
@@ -65,6 +66,14 @@ if phase == "save":  # the other one dies while the first one writes
         if os.environ["RANK"] == rank and self.progress.step == 4: threading.Timer(1, act).start()
         return save(self)
     saving.Saving.save = dying
+if phase == "disk":  # of which the first rank learns in its thread, and the others not at all
+    save_file = checkpoint.save_file
+    def limited(tensors, file):
+        if "step_000004" in str(file):
+            (folder / "acted").touch()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save_file(tensors, file)
+    checkpoint.save_file = limited
 run("train")
 """
 OURS = """
@@ -90,18 +99,18 @@ def words(checkpoint_of: Callable[[str], Path], tmp_path: Path) -> list[str]:
 
 
 @pytest.fixture
-def launched(words: list[str], tmp_path: Path) -> Iterator[Callable[[str, str], subprocess.Popen[str]]]:
+def launched(words: list[str], tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """Starts two ranks, of which one does what `case` says; none is left behind."""
     (tmp_path / "program.py").write_text(PROGRAM)
     started: list[subprocess.Popen[str]] = []
 
-    def start(launcher: str, case: str) -> subprocess.Popen[str]:
+    def start(launcher: str, case: str, *more: str) -> subprocess.Popen[str]:
         program = [str(tmp_path / "program.py"), str(tmp_path), case]
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *program]
         ours = [sys.executable, "-c", OURS, *program, "backend=accelerate", "backend.num_processes=2"]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
         with (tmp_path / "output.txt").open("w") as output:
-            command = [*(ours if launcher == "ours" else torchrun), *words]
+            command = [*(ours if launcher == "ours" else torchrun), *words, *more]
             started.append(subprocess.Popen(command, env=environment, stdout=output, stderr=output, text=True))
         return started[-1]
 
@@ -148,6 +157,27 @@ def test_one_ends_all(
     rank, phase, _ = case.split(":")
     written = 1 if rank == "0" else 2  # the first rank may be killed while it writes the second one
     check_what_is_left(tmp_path, saved=0 if phase in ("rows", "checks") else written)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["ours", "torchrun"])
+@pytest.mark.parametrize("sharding", ["none", "fsdp"])
+def test_a_full_disk_ends_all_at_the_next_checkpoint(
+    launched: Callable[..., subprocess.Popen[str]], tmp_path: Path, launcher: str, sharding: str
+) -> None:
+    """The first rank raises there what its thread met, and the others wait for it in the step."""
+    process = launched(launcher, "0:disk:full", f"sharding={sharding}")
+    until_acted(tmp_path)
+    assert process.wait(timeout=SECONDS) == 1
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    error = f"{tmp_path / 'run' / 'checkpoints' / 'step_000004'}: can't be written: {DISK_FULL}"
+    assert (result["status"], result["steps"], result["error"]["type"]) == ("failed", 6, "CheckpointError")
+    assert result["error"]["message"].startswith(error)
+    output = (tmp_path / "output.txt").read_text()
+    assert output.count(error) == 1, output
+    assert launcher == "torchrun" or "Traceback" not in output, "torchrun adds its own"
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_000002"]
+    check_what_is_left(tmp_path, saved=1)
 
 
 @pytest.mark.slow
