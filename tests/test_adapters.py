@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,21 @@ def test_an_adapter_with_other_weights_is_refused(saved: Path, model_of: Callabl
         tensors[first] = tensors[first][:1].clone()
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"does not fit this model: ."):
+        load_adapter(model_of("qwen2_vl"), saved)
+
+
+def test_an_adapter_that_is_cut_off_says_so(saved: Path, model_of: Callable[[str], Any]) -> None:
+    """One that another program saved has no checksums, by which it would have been noticed earlier."""
+    file = saved / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors: is damaged: .*; restore the file"):
+        load_adapter(model_of("qwen2_vl"), saved)
+
+
+def test_an_adapter_on_modules_that_the_model_lacks_is_refused(saved: Path, model_of: Callable[[str], Any]) -> None:
+    file = saved / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"target_modules": ["nowhere"]}))
+    with pytest.raises(CheckpointError, match=r"does not fit this model: Target modules \{'nowhere'\} not found"):
         load_adapter(model_of("qwen2_vl"), saved)
 
 

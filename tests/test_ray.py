@@ -59,6 +59,10 @@ PREEMPTION = 2
         (["backend=ray", "backend.num_workers=1", "backend.resources_per_worker={CPU: -1}"], "CPU is below 0"),
         (["backend=ray", "backend.num_processes=2"], r"backend\.num_processes=2: is for backend=accelerate"),
         (["backend=accelerate", "backend.num_workers=2"], r"backend\.num_workers=2: is for backend=ray"),
+        (
+            ["backend=ray", "backend.num_workers=1", "adapter=adalora"],
+            "its workers resume .* AdaLoRA can't",
+        ),
         (["backend.use_gpu=true"], r"backend\.use_gpu=True: is for backend=ray"),
     ],
 )

@@ -126,6 +126,13 @@ def test_steps_by_tokens_count_on_over_epochs() -> None:
     assert order.steps_in(0.5) == -(-len(order.epoch(0)) // 2)
 
 
+def test_a_part_of_an_epoch_is_not_rounded_up_twice() -> None:
+    """In floats, 0.55 * 100 is more than 55, and 1.1 - 1 more than 0.1."""
+    assert Order(range(100), Cut(1, 1), seed=0, by_group=False).steps_in(0.55) == 55
+    tokens = ByTokens([(0, 1)] * 10, range(10), batch_tokens=1, passes_per_step=1, seed=0, by_group=False)
+    assert tokens.steps_in(1.1) == 11
+
+
 @pytest.mark.parametrize("processes", [2, 3, 8])
 def test_passes_by_tokens_are_shared_by_processes(processes: int) -> None:
     order, alone = by_tokens(by_group=False, processes=processes), by_tokens(by_group=False)

@@ -18,7 +18,7 @@ import wandb_offline
 from grids import thinned
 from vlmtune.config.schema import TrackerConfig
 from vlmtune.errors import ConfigError
-from vlmtune.record import tracking
+from vlmtune.record import tracking, wandb_tracker
 from vlmtune.record.metrics_file import MetricsFile, read_metrics
 from vlmtune.record.samples import Sample
 from vlmtune.record.tracking import NoTracker, Surviving, build, without_secrets
@@ -108,6 +108,28 @@ def test_a_resumed_run_goes_on_under_its_id_in_one_curve(tmp_path: Path) -> None
     assert parts[0]["id"] == parts[1]["id"] != ""
     rows = [(row["_step"], row["step"], row["train/loss"]) for part in parts for row in part["history"]]
     assert rows == [(step, step, 1 / step) for step in (1, 2, 3, 3, 4)], "W&B counts a step once"
+
+
+def test_a_kill_while_the_id_is_written_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build(TrackerConfig(), {}, tmp_path).finish(RESULT)
+    file = tmp_path / "wandb" / "run_id"
+    before = file.read_text()
+
+    def killed(path: Path, target: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        build(TrackerConfig(), {}, tmp_path)
+    assert file.read_text() == before != ""
+
+
+def test_an_empty_data_folder_of_wandb_stays_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a later run of this process would leave its pictures in the folder of this one."""
+    monkeypatch.setenv("WANDB_DATA_DIR", "")
+    with wandb_tracker._environment("WANDB_DATA_DIR", "here"):
+        assert os.environ["WANDB_DATA_DIR"] == "here"
+    assert os.environ["WANDB_DATA_DIR"] == ""
 
 
 def test_wandb_marks_a_failed_run(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import math
 import sys
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from itertools import zip_longest
 from typing import TypeVar
 
@@ -114,7 +115,7 @@ class Order(Halving):
 
     def steps_in(self, epochs: float) -> int:
         """Number of optimizer steps in `epochs` epochs."""
-        return math.ceil(epochs * self.steps_per_epoch)
+        return math.ceil(_exact(epochs) * self.steps_per_epoch)
 
     def ends_epoch(self, steps: int) -> bool:
         """Whether an epoch is complete after `steps` optimizer steps."""
@@ -232,7 +233,7 @@ class ByTokens:
     def steps_in(self, epochs: float) -> int:
         """Number of optimizer steps in `epochs` epochs."""
         whole = sum(len(self.epoch(epoch)) for epoch in range(int(epochs)))
-        part = epochs - int(epochs)
+        part = _exact(epochs) - int(epochs)
         return whole + (math.ceil(part * len(self.epoch(int(epochs)))) if part else 0)
 
     def ends_epoch(self, steps: int) -> bool:
@@ -266,6 +267,11 @@ class InOrder(Halving):
 
     def ends_epoch(self, steps: int) -> bool:
         return False
+
+
+def _exact(epochs: float) -> Fraction:
+    """The number as it is written in decimals: 0.55 of 100 steps are 55, and in floats a little more."""
+    return Fraction(str(epochs))
 
 
 def _members(groups: Sequence[Hashable]) -> list[np.ndarray]:

@@ -205,6 +205,8 @@ def _of_ray(config: Config) -> Iterator[str]:
         yield "backend.num_workers: must be the number of workers, or the least and the most of them: [1,4]"
     if bool(reserved.get("GPU", backend.use_gpu)) != backend.use_gpu:
         yield f"backend.resources_per_worker: GPU is {reserved['GPU']:g} with backend.use_gpu={backend.use_gpu}"
+    if config.adapter.method == "adalora":
+        yield "backend=ray: its workers resume where one is lost, and AdaLoRA can't; use backend=accelerate"
     yield from (f"backend.resources_per_worker: {name} is below 0" for name, each in reserved.items() if each < 0)
 
 

@@ -101,10 +101,14 @@ def start_from(adapted: Any, folder: Path, parts: Parts, scope: list[str]) -> No
 
 @contextmanager
 def _fitting(folder: Path) -> Iterator[None]:
-    """Turn what PEFT raises where the weights in `folder` don't fit into one sentence."""
+    """Say in one sentence what PEFT raises where the adapter in `folder` does not fit, or is damaged."""
+    from safetensors import SafetensorError
+
     try:
         yield
-    except (Warning, RuntimeError, KeyError) as error:
+    except SafetensorError as error:
+        raise CheckpointError(f"{folder / WEIGHTS}: is damaged: {error}; restore the file") from error
+    except (Warning, RuntimeError, KeyError, ValueError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise CheckpointError(f"{folder}: the adapter does not fit this model: {reason}") from error
 

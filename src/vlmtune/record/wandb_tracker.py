@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmtune.errors import ConfigError, nearest
+from vlmtune.record import runfolder
 from vlmtune.record.samples import IMAGE_SIDE, Sample, thumbnail
 
 log = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ class WandB:
                 "with `wandb sync`, or `wandb login` and a network, or tracker=none"
             ) from error
         earlier.parent.mkdir(parents=True, exist_ok=True)
-        earlier.write_text(self.run.id)
+        runfolder.write_whole(earlier, self.run.id)  # W&B refuses an empty id
         self.run.define_metric("step", hidden=True)
         self.run.define_metric("*", step_metric="step")
         upload = f"offline; upload with `wandb sync {Path(self.run.dir).parent}`"
@@ -157,3 +158,5 @@ def _environment(name: str, default: str) -> Iterator[None]:
     finally:
         if before is None:
             del os.environ[name]
+        else:
+            os.environ[name] = before
