@@ -191,5 +191,5 @@ def _explained(error: TrainingFailedError, folder: Path) -> Exception:
         return cause
     lost = getattr(error, "worker_failures", {})
     reasons = [f"rank {rank}: {type(each).__name__}: {str(each).strip()}" for rank, each in sorted(lost.items())]
-    end = "a worker was lost, and no restart is left (backend.max_failures)" if lost else f"Ray ended the run: {error}"
+    end = "a worker failed, and no restart is left (backend.max_failures)" if lost else f"Ray ended the run: {error}"
     return TrainingError([f"{end}; to go on from the last checkpoint: resume={folder}", *reasons])
