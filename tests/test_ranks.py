@@ -232,5 +232,9 @@ def test_two_processes_end_with_the_error_of_the_second(tmp_path: Path) -> None:
     assert done.returncode != 0
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["status"] == "failed"
-    assert result["error"] == {"type": "DataError", "message": "rank 1: the disk of the second machine"}
+    assert result["error"] == {
+        "type": "DataError",
+        "failure": "data",
+        "message": "rank 1: the disk of the second machine",
+    }
     assert "the disk of the second machine" in (tmp_path / "run" / "train.log").read_text()
