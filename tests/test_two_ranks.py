@@ -28,7 +28,7 @@ from vlmtune.predict.scores import evaluate_run
 
 pytestmark = pytest.mark.xdist_group("two ranks")  # one worker, one pair of launches
 
-STEPS = 24
+STEPS = 16
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
 PROGRAM = """
 import hashlib, json, os, shutil, signal, sys, threading, time
@@ -116,7 +116,12 @@ def overrides(checkpoint_of: Callable[[str], Path], folder: Path) -> Callable[..
         model = ["model=auto", f"model.path={checkpoint_of('qwen2_vl')}", "generation.max_new_tokens=4"]
         data = ["data=csv", f"data.train={table}", f"data.validation={table}", "data.max_eval_rows=5", "tracker=none"]
         steps = [f"trainer.batch_size={size}", f"trainer.max_steps={STEPS}", "trainer.learning_rate=1e-2"]
-        logged = ["trainer.log_every=1", "trainer.eval_baseline=false", "trainer.eval_batch_size=2"]
+        logged = [
+            "trainer.log_every=1",
+            "trainer.eval_every=6",
+            "trainer.eval_baseline=false",
+            "trainer.eval_batch_size=2",
+        ]
         return [*model, *data, *steps, *logged, *more, f"hydra.run.dir={folder / name}"]
 
     return make
