@@ -21,11 +21,11 @@ from typing import Any
 
 import pytest
 import ray
-from safetensors.torch import load_file
 
 import forked
 import tiny
 import vlmtune
+from runs import assert_same_weights
 from vlmtune import backends
 from vlmtune.config import compose
 from vlmtune.config.schema import BackendConfig, Config, DataConfig
@@ -295,11 +295,6 @@ def started(words: list[str]) -> Iterator[subprocess.Popen[str]]:
             command.kill()
 
 
-def weights(run: Path) -> dict[str, bytes]:
-    tensors = load_file(run / "model" / "adapter_model.safetensors")
-    return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
-
-
 @pytest.fixture(scope="module")
 def straight(cluster: Any, overrides: Callable[..., list[str]], folder: Path) -> Path:
     result = vlmtune.train(overrides("straight"))
@@ -387,7 +382,7 @@ def assert_equal(run: Path, straight: Path) -> None:
 
 
 def assert_same_end(run: Path, other: Path) -> None:
-    assert weights(run) == weights(other)
+    assert_same_weights(run, other)
     for column in ("train/loss", "train/examples"):
         assert logged(run, column) == logged(other, column)
     assert json.loads((run / "result.json").read_text())["status"] == "completed"
@@ -439,13 +434,6 @@ def test_a_machine_that_is_taken_away(
     assert rows_of_steps(folder / "preempted") == rows_of_steps(straight)
     assert ranks_of_steps(folder / "preempted")[1:] == [2, 1, 1, 1, 1, 1, 1]
     assert_losses_of_one_process(overrides, folder, "preempted")
-
-
-@pytest.mark.slow
-def test_two_workers_train_as_two_processes(straight: Path, overrides: Callable[..., list[str]], folder: Path) -> None:
-    words = overrides("processes", "data._target_=vlmtune.data.table.read_files")
-    vlmtune.train([*without_backend(words), "backend=accelerate", "backend.num_processes=2"])
-    assert weights(folder / "processes") == weights(straight)
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from PIL import Image
 
 import tiny
 import vlmtune
-from runs import losses
+from runs import cut_back, losses
 from vlmtune.config.schema import Config, ModelConfig
 from vlmtune.data import fingerprint
 from vlmtune.data.records import Record, Turn
@@ -274,14 +274,6 @@ def overrides(weights: Path, tmp_path: Path) -> Overrides:
         ]
 
     return make
-
-
-def cut_back(run: Path, step: int) -> None:
-    """As if the run had been killed before a later checkpoint than that of `step`."""
-    for folder in checkpoint.all_checkpoints(run / "checkpoints"):
-        if folder.name > f"step_{step:06d}":
-            shutil.rmtree(folder)
-    (run / "result.json").unlink()
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ import pytest
 
 import tiny
 import vlmtune
-from runs import losses, weights
+from runs import assert_same_weights, losses, weights
 from vlmtune.config import compose
 from vlmtune.predict.scores import evaluate_run
 
@@ -209,9 +209,7 @@ def test_the_stopped_run_is_resumed_bit_by_bit(runs: dict[str, dict[str, Any]], 
     assert runs["resumed"]["steps"] == STEPS
     assert runs["resumed"]["metrics"] == runs["straight"]["metrics"]
     assert losses(folder / "resumed") == losses(folder / "straight")
-    found, expected = weights(folder / "resumed"), weights(folder / "straight")
-    assert found.keys() == expected.keys()
-    assert all(found[name].equal(expected[name]) for name in expected)
+    assert_same_weights(folder / "resumed", folder / "straight")
 
 
 @pytest.mark.slow
