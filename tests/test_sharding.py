@@ -40,7 +40,7 @@ from vlmtune.models import sharding
 from vlmtune.models.parts import base_of
 from vlmtune.objectives import next_token
 
-pytestmark = pytest.mark.xdist_group("forked")  # one worker, one launch
+pytestmark = pytest.mark.xdist_group("forked")  # one worker: one process imports everything
 
 Make = Callable[..., list[str]]
 FULL = ("adapter=none", "trainer.learning_rate=1e-3", "optimizer.weight_decay=0.1", "trainer.batch_size=1")
