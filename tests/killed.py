@@ -1,16 +1,11 @@
-"""Runs in processes of their own that are killed: at a place in the code, at a moment of some work, or at any moment.
-
-Each is forked from a process that has imported everything and computed nothing, which saves the imports' seconds.
-"""
+"""Runs that are killed: at a place in the code, at a moment of some work, or at any moment."""
 
 from __future__ import annotations
 
 import importlib
 import json
-import multiprocessing
 import os
 import signal
-import sys
 import threading
 import time
 from collections import Counter
@@ -19,18 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import peft  # noqa: F401  what a run needs is imported before anything is forked
-import pytest
-from transformers import (  # noqa: F401
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    Qwen2VLForConditionalGeneration,
-    Qwen2VLProcessor,
-)
-
+import forked
 import vlmtune
-import vlmtune.run
-from vlmtune.config import compose  # noqa: F401
 from vlmtune.training import checkpoint, finish, loop, scoring
 
 WIDTH = 500
@@ -102,9 +87,7 @@ class Doing:
 
 def train(words: list[str], notes: Path, kill: Kill | None) -> None:
     """In a process of its own: a run that notes what it does, and kills itself where `kill` names a call."""
-    output = os.open(notes.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
+    forked.write_to(notes.with_suffix(".log"))
     doing = Doing(notes)
     for name, (module, function) in DOING.items():
         setattr(module, function, doing.noting(name, getattr(module, function)))
@@ -130,11 +113,7 @@ class Starter:
 
     def __init__(self, notes: Path):
         self.notes, self.usual, self.whole = notes, dict[str, float](), 0.0
-        self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload([__name__])
-        with pytest.MonkeyPatch.context() as patch:  # the server itself is not told of sys.path
-            patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-            multiprocessing.forkserver.ensure_running()  # type: ignore[attr-defined]
+        self.context = forked.context()
 
     def run(self, words: list[str], kill: Kill | None = None) -> Ended:
         """Wait for a run that is killed as `kill` says."""

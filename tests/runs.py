@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
 from vlmtune.record.metrics_file import read_metrics
+from vlmtune.training import checkpoint
 
 
 def words(checkpoint: Path, table: Path) -> list[str]:
@@ -26,4 +28,21 @@ def losses(run: Path) -> list[float]:
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
     """What `model/` holds: an adapter, or a whole model."""
-    return {name: tensor for file in (run / "model").glob("*.safetensors") for name, tensor in load_file(file).items()}
+    files = [*(run / "model").glob("*.safetensors")]
+    assert files, f"{run} has no model"
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def assert_same_weights(run: Path, other: Path) -> None:
+    """Bit by bit."""
+    found, wanted = weights(run), weights(other)
+    assert found.keys() == wanted.keys()
+    assert all(found[name].equal(tensor) for name, tensor in wanted.items())
+
+
+def cut_back(run: Path, step: int) -> None:
+    """As if the run had been killed before a later checkpoint than that of `step`."""
+    for folder in checkpoint.all_checkpoints(run / "checkpoints"):
+        if folder.name > f"step_{step:06d}":
+            shutil.rmtree(folder)
+    (run / "result.json").unlink()

@@ -203,7 +203,7 @@ def check_what_is_left(folder: Path, saved: int) -> None:
     for checkpoint in found:
         durable.verify(checkpoint)
     ranks = [int((folder / f"pid_{rank}").read_text()) for rank in (0, 1)]
-    end = time.monotonic() + 5
+    end = time.monotonic() + 20
     while any(map(is_alive, ranks)):
         assert time.monotonic() < end
         time.sleep(0.05)

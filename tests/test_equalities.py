@@ -4,16 +4,16 @@ in docs/results.md.
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
+import forked
 import tiny
+import vlmtune
 from runs import losses, weights, words
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("equalities")]
@@ -26,25 +26,21 @@ STEPS, MIDDLE = 6, 3
 KINDS = {"LoRA": ["adapter=lora"], "all weights": ["adapter=none"]}
 WAYS = {"copies (DDP)": "none", "shares (FSDP2)": "fsdp"}
 ROUNDING = 1e-6
-PROGRAM = """
-import json, os, shutil, sys
-from pathlib import Path
-import vlmtune
-from vlmtune.cli.main import leave
 
-def as_if_killed(run, copy, step):
+
+def train(jobs: Sequence[tuple[Path, Path | None, list[str]]]) -> None:
+    """One rank's part of one job after the other; a job may begin with a copy of another run, cut back."""
+    for run, copied, given in jobs:
+        if copied is not None and os.environ["RANK"] == "0":
+            as_if_killed(copied, run)
+        vlmtune.train([*given, f"hydra.run.dir={run}"])
+
+
+def as_if_killed(run: Path, copy: Path) -> None:
     shutil.copytree(run, copy, ignore=shutil.ignore_patterns("model", "result.json", "predictions.csv"))
     for folder in (copy / "checkpoints").iterdir():
-        if folder.name != f"step_{step:06d}":
+        if folder.name != f"step_{MIDDLE:06d}":
             shutil.rmtree(folder)
-
-for run, copied, words in json.loads(sys.argv[1]):
-    if copied and os.environ["RANK"] == "0":
-        as_if_killed(Path(copied), Path(run), int(sys.argv[2]))
-    vlmtune.train([*words, f"hydra.run.dir={run}"])
-leave(0)
-"""
-"""Runs one job after the other, all processes together; a job may begin with a copy of another run, cut back."""
 
 
 class Runs:
@@ -67,16 +63,10 @@ class Runs:
         jobs = []
         for origin in origins:
             for kind, way in CELLS:
-                copied = None if origin is None else str(self.of(kind, way, origin))
+                copied = None if origin is None else self.of(kind, way, origin)
                 words = [*self.words, *KINDS[kind], f"sharding={WAYS[way]}"]
-                jobs.append((str(self.of(kind, way, count, origin)), copied, words))
-        program = self.folder / "program.py"
-        program.write_text(PROGRAM)
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count), "--standalone"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-        command = [*launcher, str(program), json.dumps(jobs), str(MIDDLE)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-4000:]
+                jobs.append((self.of(kind, way, count, origin), copied, words))
+        forked.as_ranks(count, self.folder / "ranks.log", train, jobs)
 
     def verdict(self, found: Path, wanted: Path) -> str:
         """How near two runs are: their losses and final weights."""

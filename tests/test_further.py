@@ -18,7 +18,7 @@ from peft import LoraConfig, get_peft_model
 import tiny
 import vlmtune
 from grids import sampled
-from runs import weights, words
+from runs import cut_back, weights, words
 from vlmtune.batching.inputs import model_inputs
 from vlmtune.batching.layout import padded
 from vlmtune.config import compose
@@ -28,7 +28,6 @@ from vlmtune.errors import CheckpointError, ConfigError
 from vlmtune.models.parts import base_files
 from vlmtune.objectives.next_token import summed_loss
 from vlmtune.record import runfolder
-from vlmtune.training import checkpoint
 from vlmtune.training.model_folder import save_model
 
 Overrides = Callable[..., list[str]]
@@ -77,14 +76,6 @@ def state(run: Path, step: int) -> tuple[bytes, bytes, dict[str, Any]]:
         del progress[key]
     files = ("model.safetensors", "optimizer.safetensors")
     return (*((saved / name).read_bytes() for name in files), progress)  # type: ignore[return-value]
-
-
-def cut_back(run: Path, step: int) -> None:
-    """As if the run had been killed before a later checkpoint than that of `step`."""
-    for saved in checkpoint.all_checkpoints(run / "checkpoints"):
-        if saved.name > f"step_{step:06d}":
-            shutil.rmtree(saved)
-    (run / "result.json").unlink()
 
 
 # ---------------------------------------------------------------- more epochs

@@ -16,12 +16,11 @@ from typing import Any
 import pytest
 from accelerate.commands import launch as command
 from accelerate.utils import launch
-from safetensors.torch import load_file
 
 import tiny
 import vlmtune
 import wandb_offline
-from runs import losses
+from runs import assert_same_weights, losses
 from vlmtune.errors import ConfigError, DataError
 from vlmtune.launch.surroundings import OTHER_ARITHMETIC, SETTINGS
 from vlmtune.launch.world import World
@@ -164,9 +163,7 @@ OTHERS = [name for name in LAUNCHERS if name != "torchrun"]
 @pytest.mark.parametrize("name", OTHERS)
 def test_all_launchers_train_the_same(runs: Path, name: str) -> None:
     """The same weights, losses and metrics, bit by bit, and the same files."""
-    wanted, found = (load_file(runs / each / "model" / "adapter_model.safetensors") for each in ("torchrun", name))
-    assert found.keys() == wanted.keys()
-    assert all(found[key].equal(wanted[key]) for key in wanted)
+    assert_same_weights(runs / name, runs / "torchrun")
     results = [json.loads((runs / each / "result.json").read_text()) for each in ("torchrun", name)]
     assert results[0]["status"] == results[1]["status"] == "completed"
     assert results[0]["metrics"] == results[1]["metrics"]

@@ -16,7 +16,7 @@ import torch
 
 import tiny
 import vlmtune
-from runs import losses, weights, words
+from runs import assert_same_weights, losses, words
 from vlmtune import memory
 from vlmtune import run as page
 from vlmtune.batching.order import ByTokens, Cut, InOrder, Order
@@ -44,9 +44,7 @@ def overrides(checkpoint_of: Callable[[str], Path], tmp_path_factory: pytest.Tem
 
 
 def assert_equal(folder: Path, other: Path) -> None:
-    found, wanted = weights(folder), weights(other)
-    assert found.keys() == wanted.keys()
-    assert all(found[name].equal(wanted[name]) for name in wanted)
+    assert_same_weights(folder, other)
     assert losses(folder) == losses(other)
 
 

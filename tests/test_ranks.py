@@ -15,23 +15,23 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tiny
 from torch.distributed import TCPStore
 
-import tiny
 from vlmtune.errors import ConfigError, DataError, TrainingError, VlmtuneError
 from vlmtune.launch import ranks, signals
 from vlmtune.launch.world import World
 from vlmtune.record import guard
 
+SECONDS = 60
+"""That a test waits for a thread: it would hang otherwise."""
+
 
 @pytest.fixture
 def second() -> Iterator[World]:
     """The second of two processes, with the store of the launcher that started them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
-    yield World(rank=1, processes=2, address="127.0.0.1", port=port, has_agent=True)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    yield World(rank=1, processes=2, address="127.0.0.1", port=store.port, has_agent=True)
     del store
 
 
@@ -161,7 +161,7 @@ def test_ranks_go_on_when_all_are_there(second: World) -> None:
         time.sleep(3 * ranks.POLL)
         assert not early.done()
         ranks.meet(second)
-        early.result(timeout=5)
+        early.result(timeout=SECONDS)
 
 
 def test_a_rank_that_fails_before_is_not_waited_for(second: World) -> None:
@@ -170,7 +170,7 @@ def test_a_rank_that_fails_before_is_not_waited_for(second: World) -> None:
         waiting = pool.submit(ranks.meet, first)
         ranks.report(DataError("vqa.csv: no such file"), second)
         with pytest.raises(DataError, match=r"rank 1: vqa\.csv: no such file"):
-            waiting.result(timeout=5)
+            waiting.result(timeout=SECONDS)
 
 
 @pytest.mark.usefixtures("met")

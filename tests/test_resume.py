@@ -19,7 +19,7 @@ from PIL import Image
 
 import tiny
 import vlmtune
-from runs import losses
+from runs import cut_back, losses
 from vlmtune.config.schema import Config, ModelConfig
 from vlmtune.data import fingerprint
 from vlmtune.data.records import Record, Turn
@@ -274,14 +274,6 @@ def overrides(weights: Path, tmp_path: Path) -> Overrides:
         ]
 
     return make
-
-
-def cut_back(run: Path, step: int) -> None:
-    """As if the run had been killed before a later checkpoint than that of `step`."""
-    for folder in checkpoint.all_checkpoints(run / "checkpoints"):
-        if folder.name > f"step_{step:06d}":
-            shutil.rmtree(folder)
-    (run / "result.json").unlink()
 
 
 @pytest.mark.slow
@@ -548,23 +540,4 @@ def test_the_same_command_goes_on_with_any_number_of_processes(
     own = [path for path in run.rglob("*") if path.is_file() and path.name != "train.log"]
     files = {path: path.read_bytes() for path in own if ".hydra" not in path.parts}
     go(4)
-    assert {path: path.read_bytes() for path in files} == files, "nothing is left to do"
-
-
-@pytest.mark.slow
-def test_two_processes_go_on_by_the_same_command(overrides: Overrides, tmp_path: Path) -> None:
-    """The first rank looks at the folder, and the others follow it."""
-    run, words = tmp_path / "run", overrides("trainer.log_every=1", "resume=auto", "trainer.batch_size=2")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "src/train.py", *words]
-    straight = subprocess.run(command, capture_output=True, text=True)
-    assert straight.returncode == 0, straight.stderr[-2000:]
-    wanted = losses(run)
-    cut_back(run, 2)
-    again = subprocess.run(command, capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr[-2000:]
-    assert "resuming from step 2" in (run / "train.log").read_text()
-    assert losses(run) == wanted
-    files = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "train.log"}
-    complete = subprocess.run(command, capture_output=True, text=True)
-    assert complete.returncode == 0, complete.stderr[-2000:]
     assert {path: path.read_bytes() for path in files} == files, "nothing is left to do"

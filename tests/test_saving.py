@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 import tiny
 import vlmtune
 from vlmtune.errors import CheckpointError, NonFinite
+from vlmtune.record import runfolder
 from vlmtune.training import Stopping, checkpoint
 from vlmtune.training.saving import Saving
 
@@ -185,18 +185,20 @@ def overrides(checkpoint_of: Callable[[str], Path], tmp_path: Path) -> list[str]
 
 
 def test_a_run_ends_when_its_last_checkpoint_is_written(
-    overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    overrides: list[str], disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen, real = [], checkpoint.write
+    """The disk is let go by whoever waits for it."""
+    written, result, wait = [], runfolder.make_result, Saving.wait
 
-    def slow(root: Path, taken: Any, *, keep: int) -> Path:
-        time.sleep(0.7)
-        seen.append((taken.step, (tmp_path / "run" / "result.json").exists()))
-        return real(root, taken, keep=keep)
+    def waiting(self: Saving) -> None:
+        if not self.writing.done():
+            disk.free.set()
+        wait(self)
 
-    monkeypatch.setattr(checkpoint, "write", slow)
+    monkeypatch.setattr(Saving, "wait", waiting)
+    monkeypatch.setattr(runfolder, "make_result", lambda *given: written.extend(disk.steps) or result(*given))
     assert vlmtune.train([*overrides, "trainer.save_every=5"])["status"] == "completed"
-    assert seen == [(3, False)]
+    assert written == [3]
     assert names(tmp_path / "run") == ["step_000003"]
 
 

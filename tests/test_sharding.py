@@ -22,39 +22,25 @@ from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.distributed.tensor import DTensor
 
+import forked
 import tiny
 import tiny_families
 import vlmtune
 from fake_ranks import first_of_two
 from runs import losses
-from test_two_ranks import answers, started
+from test_two_ranks import answers
 from vlmtune.config import compose
 from vlmtune.config.schema import ShardingConfig
 from vlmtune.data.splits import RecordList
 from vlmtune.errors import ConfigError
+from vlmtune.evaluation import evaluate
 from vlmtune.launch import session
 from vlmtune.launch.world import World
 from vlmtune.models import sharding
 from vlmtune.models.parts import base_of
 from vlmtune.objectives import next_token
 
-pytestmark = pytest.mark.xdist_group("sharding")  # one worker, one launch
-
-PROGRAM = """
-import json, sys
-import vlmtune
-from vlmtune.cli.main import leave
-from vlmtune.evaluation import evaluate
-from vlmtune.objectives import next_token
-
-evaluate.ROUND = 1  # one rank has a batch more than the other
-usual = next_token.MOST_LOGITS
-for words in json.loads(sys.argv[1]):
-    next_token.MOST_LOGITS = 2000 if "chunked" in words[-1] else usual
-    vlmtune.train(words)
-leave(0)
-"""
-"""Runs the jobs one after the other, those whose folder is named so with logits of four tokens at a time."""
+pytestmark = pytest.mark.xdist_group("forked")  # one worker: one process imports everything
 
 Make = Callable[..., list[str]]
 FULL = ("adapter=none", "trainer.learning_rate=1e-3", "optimizer.weight_decay=0.1", "trainer.batch_size=1")
@@ -89,11 +75,16 @@ def overrides(checkpoint_of: Callable[[str], Path], folder: Path) -> Make:
 
 def together(jobs: Sequence[Sequence[str]], folder: Path, count: int = 2) -> None:
     """Run one job after the other on the same ranks."""
-    program, log = folder / "program.py", folder / "ranks.log"
-    program.write_text(PROGRAM)
-    with started([f"--nproc_per_node={count}", str(program), json.dumps(jobs)], log) as process:
-        code = process.wait(timeout=900)
-    assert code == 0, log.read_text()[-3000:]
+    forked.as_ranks(count, folder / "ranks.log", train, jobs)
+
+
+def train(jobs: Sequence[Sequence[str]]) -> None:
+    """One rank's part, with logits of four tokens at a time in a job whose folder is named so."""
+    evaluate.ROUND = 1  # one rank has a batch more than the other
+    usual = next_token.MOST_LOGITS
+    for words in jobs:
+        next_token.MOST_LOGITS = 2000 if "chunked" in words[-1] else usual
+        vlmtune.train(words)
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
 
 import tiny
 import vlmtune
+from runs import assert_same_weights
 from vlmtune.errors import ConfigError
 from vlmtune.evaluation import answering
 from vlmtune.launch import scheduler, signals
@@ -182,9 +182,7 @@ def test_a_requeued_job_goes_on_with_its_own_run(
     monkeypatch.setenv("SUBMITIT_LOCAL_JOB_ID", "7")
     resumed = vlmtune.train(overrides(run))
     assert resumed["metrics"] == json.loads((straight / "result.json").read_text())["metrics"]
-    wanted, found = (load_file(folder / "model" / "adapter_model.safetensors") for folder in (straight, run))
-    assert wanted.keys() == found.keys()
-    assert all(found[key].equal(wanted[key]) for key in wanted)
+    assert_same_weights(run, straight)
 
     assert vlmtune.train(overrides(run))["status"] == "completed", "started once more, nothing is left to do"
     assert "this run is complete" in (run / "train.log").read_text()

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
 from submitit.core.utils import UncompletedJobError
 
 import fake_slurm
 import tiny
 import vlmtune
+from runs import assert_same_weights
 from vlmtune.cli import trials
 from vlmtune.config import compose, launchers
 from vlmtune.config.schema import home
@@ -163,9 +163,7 @@ def result_of(run: Path) -> dict[str, Any]:
 
 def assert_equal(run: Path, straight: Path) -> None:
     assert result_of(run)["metrics"] == result_of(straight)["metrics"]
-    found, wanted = (load_file(folder / "model" / "adapter_model.safetensors") for folder in (run, straight))
-    assert found.keys() == wanted.keys()
-    assert all(found[key].equal(wanted[key]) for key in wanted)
+    assert_same_weights(run, straight)
 
 
 @pytest.fixture(scope="module")

@@ -22,13 +22,13 @@ import pytest
 
 import tiny
 import vlmtune
-from runs import losses, weights
+from runs import assert_same_weights, losses, weights
 from vlmtune.config import compose
 from vlmtune.predict.scores import evaluate_run
 
 pytestmark = pytest.mark.xdist_group("two ranks")  # one worker, one pair of launches
 
-STEPS = 24
+STEPS = 16
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
 PROGRAM = """
 import hashlib, json, os, shutil, signal, sys, threading, time
@@ -116,7 +116,12 @@ def overrides(checkpoint_of: Callable[[str], Path], folder: Path) -> Callable[..
         model = ["model=auto", f"model.path={checkpoint_of('qwen2_vl')}", "generation.max_new_tokens=4"]
         data = ["data=csv", f"data.train={table}", f"data.validation={table}", "data.max_eval_rows=5", "tracker=none"]
         steps = [f"trainer.batch_size={size}", f"trainer.max_steps={STEPS}", "trainer.learning_rate=1e-2"]
-        logged = ["trainer.log_every=1", "trainer.eval_baseline=false", "trainer.eval_batch_size=2"]
+        logged = [
+            "trainer.log_every=1",
+            "trainer.eval_every=6",
+            "trainer.eval_baseline=false",
+            "trainer.eval_batch_size=2",
+        ]
         return [*model, *data, *steps, *logged, *more, f"hydra.run.dir={folder / name}"]
 
     return make
@@ -204,9 +209,7 @@ def test_the_stopped_run_is_resumed_bit_by_bit(runs: dict[str, dict[str, Any]], 
     assert runs["resumed"]["steps"] == STEPS
     assert runs["resumed"]["metrics"] == runs["straight"]["metrics"]
     assert losses(folder / "resumed") == losses(folder / "straight")
-    found, expected = weights(folder / "resumed"), weights(folder / "straight")
-    assert found.keys() == expected.keys()
-    assert all(found[name].equal(expected[name]) for name in expected)
+    assert_same_weights(folder / "resumed", folder / "straight")
 
 
 @pytest.mark.slow
