@@ -15,9 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import tiny
 from torch.distributed import TCPStore
 
+import tiny
 from vlmtune.errors import ConfigError, DataError, TrainingError, VlmtuneError
 from vlmtune.launch import ranks, signals
 from vlmtune.launch.world import World
