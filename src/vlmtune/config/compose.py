@@ -24,7 +24,6 @@ from vlmtune.errors import CheckpointError, ConfigError, UsageError, nearest
 
 NOT_ONE_RUN = "means several runs; add -m, or quote the value if it is one text"
 OmegaConf.register_new_resolver("package", lambda path: str(PACKAGE / path), replace=True)
-OmegaConf.register_new_resolver("or_plain", lambda name: name if name not in (None, "None") else "plain", replace=True)
 OmegaConf.register_new_resolver("home", lambda: str(home()), replace=True)
 OmegaConf.register_new_resolver("typed", typed, replace=True)
 ConfigStore.instance().store("defaults", defaults())  # where conf/train.yaml starts, so that --help shows them too
