@@ -19,6 +19,8 @@ from vlmtune.trials import files, names, submitted, sweep
 from vlmtune.trials.running import Work
 from vlmtune.trials.trial import Trial
 
+PRELOAD = "vlmtune.cli.preload"
+
 
 class Job:
     """What Hydra calls with each config that it composed, here or in a job that its launcher started elsewhere. It
@@ -65,8 +67,8 @@ def launch(job: Job, context: Any, config: DictConfig, overrides: Sequence[Seque
     def work(trial: Trial) -> Work:
         return _work(context, config, full[trial.number], trial)
 
-    modules = ["vlmtune.record.wandb_tracker"] if config.tracker.name == "wandb" else []
-    job.sweep.run(trials, work, modules)
+    modules = ["wandb"] if config.tracker.name == "wandb" else []
+    job.sweep.run(trials, work, [PRELOAD, *modules])
     return [
         JobReturn(
             overrides=trial.overrides,

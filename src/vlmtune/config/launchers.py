@@ -40,9 +40,12 @@ def check(composed: DictConfig, multirun: bool) -> None:
     """Raise ConfigError for a launcher that Hydra would ignore, or whose tasks would all be the same run."""
     name, launcher = composed.hydra.runtime.choices[KEY], composed.hydra.launcher
     if name == OWN:
-        return _check_own(composed, multirun)
-    if name == "basic":
-        return
+        _check_own(composed, multirun)
+    elif name != "basic":
+        _check_other(name, launcher, multirun)
+
+
+def _check_other(name: str, launcher: DictConfig, multirun: bool) -> None:
     if not multirun:
         raise ConfigError(
             f"{KEY}={name}: starts the trials of a multirun; add -m (a single run is then trial 0 of hydra.sweep.dir)"

@@ -22,7 +22,6 @@ from vlmtune.trials.trial import Trial
 
 LOOK_SECONDS = 0.5
 """How often the screen is brought up to date."""
-PRELOAD = "vlmtune.trials.preload"
 LOOKS_ONLY = ("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 """So that to ask for a GPU does not open it: a process that has can't be forked."""
 
@@ -68,11 +67,11 @@ class Running:
 class Runner:
     """Runs the trials of a sweep, several at a time."""
 
-    def __init__(self, parallel: int | None, max_minutes: float | None, modules: Sequence[str] = ()):
-        """`parallel`, `max_minutes`: as in `config.launchers.Processes`. `modules`: to import once for all trials."""
+    def __init__(self, parallel: int | None, max_minutes: float | None, modules: Sequence[str]):
+        """`parallel`, `max_minutes`: as in `config.launchers.Processes`. `modules`: imported once for all trials."""
         self.max_minutes = max_minutes
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload([PRELOAD, *modules])
+        self.context.set_forkserver_preload([*modules])
         os.environ.setdefault(*LOOKS_ONLY)
         forkserver.ensure_running()
         self.devices = Devices(found(self.context), parallel)
@@ -119,9 +118,7 @@ class Runner:
             self.next = None
 
     def _start(self, trial: Trial, call: Callable[[], int], count: int) -> None:
-        (trial.folder / "result.json").unlink(
-            missing_ok=True
-        )  # of an earlier start: what is there later is of this one
+        (trial.folder / "result.json").unlink(missing_ok=True)  # of an earlier start
         devices = self.devices.take(count)
         environment = self.devices.environment(devices, count)
         process = self.context.Process(target=child.begin, args=(call, trial.folder, environment))

@@ -63,9 +63,8 @@ class Screen:
             self._say(f"{name} begins")
         elif trial.is_over and not (self.draws and trial.state == "completed"):
             spent = "" if trial.seconds is None else f" after {display.duration(trial.seconds)}"
-            self._say(
-                f"{name} {trial.state}{spent}{self._outcome(each)}" + f"; {self.overview.counts()}" * (not self.draws)
-            )
+            counts = "" if self.draws else f"; {self.overview.counts()}"
+            self._say(f"{name} {trial.state}{spent}{self._outcome(each)}{counts}")
 
     def _outcome(self, each: Watched) -> str:
         """What a trial that ended reached, or why it ended."""

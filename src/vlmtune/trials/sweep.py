@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vlmtune import comparison, display
+from vlmtune import display
 from vlmtune.commands import typed
 from vlmtune.config.launchers import Processes
 from vlmtune.errors import ConfigError
@@ -41,12 +41,9 @@ class Sweep:
 
         Raises ConfigError where an earlier command had another trial in its place.
         """
-        for before in list(self.recorded.values()):
-            if len(self.trials) <= before["number"] < number:
-                folder = self.folder / str(before["number"])
-                self.trials.append(
-                    Trial(before["number"], before["overrides"], before["swept"], folder, files.state(folder))
-                )
+        for missing in range(len(self.trials), number):
+            before, folder = self.recorded[missing], self.folder / str(missing)
+            self.trials.append(Trial(missing, before["overrides"], before["swept"], folder, files.state(folder)))
         earlier = self.recorded.get(number)
         if earlier is not None and earlier["overrides"] != list(overrides):
             raise ConfigError(
@@ -58,8 +55,8 @@ class Sweep:
         self.trials.append(Trial(number, list(overrides), list(swept), folder, state))
         return self.trials[-1]
 
-    def run(self, trials: Sequence[Trial], work: Callable[[Trial], Work], modules: Sequence[str] = ()) -> None:
-        """Run those of `trials` that wait, while a screen shows all of the sweep. `modules`: to import once for all.
+    def run(self, trials: Sequence[Trial], work: Callable[[Trial], Work], modules: Sequence[str]) -> None:
+        """Run those of `trials` that wait, while a screen shows all of the sweep. `modules`: imported once for all.
 
         Raises Interrupted once a signal has ended those that ran.
         """
@@ -90,7 +87,9 @@ class Sweep:
         if all(trial.is_over for trial in self.trials) and not self.settings.keep_features:
             shutil.rmtree(self.folder / FEATURES, ignore_errors=True)
         if self.trials:
-            display.say(comparison.finish(self.folder))
+            from vlmtune.comparison import finish
+
+            display.say(finish(self.folder))
         return [files.exit_code(trial.folder) for trial in self.trials]
 
 

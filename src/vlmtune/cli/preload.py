@@ -5,7 +5,6 @@ It must never compute: a process that has computed with several threads leaves i
 
 from __future__ import annotations
 
-import easy_vqa  # noqa: F401
 import pandas  # noqa: F401
 from transformers import AutoModelForImageTextToText, AutoProcessor  # noqa: F401
 
