@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmtune.launch.processes import PATIENCE
-from vlmtune.launch.signals import ending_at_once
+from vlmtune.launch.signals import Interrupted, ending_at_once
 from vlmtune.trials.devices import THREADS
 
 OUTPUT = "output.log"
@@ -27,15 +27,18 @@ def begin(work: Callable[[], int], folder: Path, environment: dict[str, str]) ->
     `environment`: variables of this trial alone.
     """
     os.setsid()
-    with ending_at_once():
-        _write_to(folder / OUTPUT)
-        os.environ.update(environment)
-        threading.Thread(target=_end_with, args=(_parent().sentinel,), daemon=True).start()
-        if THREADS in environment:
-            import torch  # read the variable when it was imported, which was before this process began
+    try:
+        with ending_at_once():
+            _write_to(folder / OUTPUT)
+            os.environ.update(environment)
+            threading.Thread(target=_end_with, args=(_parent().sentinel,), daemon=True).start()
+            if THREADS in environment and "torch" in sys.modules:  # which read the variable when it was imported
+                import torch
 
-            torch.set_num_threads(int(environment[THREADS]))
-        sys.exit(work())
+                torch.set_num_threads(int(environment[THREADS]))
+            sys.exit(work())
+    except Interrupted as stopped:
+        sys.exit(128 + stopped.number)
 
 
 def _write_to(file: Path) -> None:
