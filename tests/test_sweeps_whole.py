@@ -34,11 +34,11 @@ def words(checkpoint_of: Callable[[str], Path], tmp_path_factory: pytest.TempPat
 
 
 @contextmanager
-def started(*words: str) -> Iterator[subprocess.Popen[str]]:
+def started(*words: str, folder: Path | None = None) -> Iterator[subprocess.Popen[str]]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, str(home() / "src" / "train.py"), *words]
     with subprocess.Popen(
-        command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        command, cwd=folder, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
         try:
             yield process
@@ -46,9 +46,9 @@ def started(*words: str) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
-def ended(*words: str) -> tuple[int, str]:
+def ended(*words: str, folder: Path | None = None) -> tuple[int, str]:
     """The exit code of a command, and what it says."""
-    with started(*words) as process:
+    with started(*words, folder=folder) as process:
         _, said = process.communicate(timeout=600)
         return process.returncode, said
 
@@ -103,7 +103,7 @@ def test_two_at_once_share_features_and_give_the_numbers_of_one_after_another(wo
     given = ["-m", *words, "trainer.learning_rate=1e-3,1e-2"]
     kept = ["hydra.launcher.keep_features=true", "hydra.launcher.parallel=2"]
     for name, settings in (("one", []), ("two", kept)):
-        code, said = ended(*given, f"hydra.sweep.dir={tmp_path / name}", *settings)
+        code, said = ended(*given, f"hydra.sweep.dir={name}", *settings, folder=tmp_path)
         assert code == 0, said
         for number in "01":
             assert "features   cached on disk" in (tmp_path / name / number / "train.log").read_text()

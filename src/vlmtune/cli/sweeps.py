@@ -121,10 +121,12 @@ def _processes(backend: DictConfig) -> int | None:
 
 def work_of(composed: DictConfig) -> int:
     """In a trial's process: what Hydra's own launcher would do in the process of the command. Returns the exit code."""
+    from hydra import version
     from hydra._internal.callbacks import Callbacks
     from hydra.core.utils import run_job, setup_globals
     from hydra.types import HydraContext
 
+    version.setbase(compose.VERSION_BASE)
     setup_globals()
     job = Job(_train, ALONE)
     context = HydraContext(config_loader=None, callbacks=Callbacks(composed))

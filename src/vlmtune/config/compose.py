@@ -22,6 +22,8 @@ from vlmtune.config.schema import AUTO, SCHEMA, Config, defaults, home
 from vlmtune.config.strict import strict, unreadable
 from vlmtune.errors import CheckpointError, ConfigError, UsageError, nearest
 
+VERSION_BASE = "1.3"
+"""The version of Hydra whose behaviour is asked for."""
 NOT_ONE_RUN = "means several runs; add -m, or quote the value if it is one text"
 OmegaConf.register_new_resolver("package", lambda path: str(PACKAGE / path), replace=True)
 OmegaConf.register_new_resolver("home", lambda: str(home()), replace=True)
@@ -96,7 +98,7 @@ def compose(command: str, overrides: Sequence[str], *, multirun: bool = False) -
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with hydra.initialize_config_dir(str(home() / "conf"), version_base="1.3"):
+        with hydra.initialize_config_dir(str(home() / "conf"), version_base=VERSION_BASE):
             composed: DictConfig = hydra.compose(command, list(overrides), return_hydra_config=True)
             launchers.check(composed, multirun)
             return composed
