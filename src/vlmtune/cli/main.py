@@ -81,7 +81,7 @@ def with_hydra(command: str, job: Callable[[Any], None]) -> None:
     os.environ["PYTHONPATH"] = import_path()  # of a launcher's jobs
     try:
         with submitted.of_submitit():
-            main = hydra.main(version_base=compose.VERSION_BASE, config_path=str(home() / "conf"), config_name=command)
-            main(job)()
+            entry = hydra.main(version_base=compose.VERSION_BASE, config_path=str(home() / "conf"), config_name=command)
+            entry(job)()
     except HydraException as error:
         raise ConfigError(str(error).strip().splitlines()[0]) from error
