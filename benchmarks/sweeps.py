@@ -1,14 +1,13 @@
 """What a trial of a sweep costs beyond the plain command's work, and whether it grows: `python benchmarks/sweeps.py`.
 
-The plain command is started anew for each run, so that the sum of its imports is known: its overhead is what is left of
-its time without reading rows, building, training and evaluating. A trial of the same run does the same work. So the
-overhead of a trial is its time, from its start to its end as the sweep sees them, less the time of the work; the work
-is timed in the trial's own train.log, from its first line to its last.
+A run's work is timed in its own train.log, from its first line, once its rows are read, to its last. What a sweep adds is
+what lies between the last line of a trial and the first one of the next, which reads its rows in that time as well.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -69,7 +68,7 @@ def work(run: Path) -> float:
 def between_trials(runs: list[Path]) -> list[float]:
     """What lies between one trial's work and the next one's."""
     each = [moments(run) for run in runs]
-    return [after[0] - before[1] for before, after in zip(each, each[1:], strict=False)]
+    return [after[0] - before[1] for before, after in itertools.pairwise(each)]
 
 
 if __name__ == "__main__":
