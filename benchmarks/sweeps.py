@@ -1,7 +1,7 @@
 """What a trial of a sweep costs beyond the plain command's work, and whether it grows: `python benchmarks/sweeps.py`.
 
-A run's work is timed in its own train.log, from its first line, once its rows are read, to its last. What a sweep adds is
-what lies between the last line of a trial and the first one of the next, which reads its rows in that time as well.
+A run's work is timed in its own train.log, from its first line, once its rows are read, to its last. What a sweep adds
+is what lies between the last line of a trial and the first one of the next, which reads its rows in that time as well.
 """
 
 from __future__ import annotations

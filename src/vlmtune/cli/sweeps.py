@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
 from vlmtune.cli import resumed, train
 from vlmtune.cli.ending import guard, leave
 from vlmtune.config import compose, paths
 from vlmtune.config.launchers import Processes
+from vlmtune.errors import ConfigError
 from vlmtune.launch.world import ALONE, World
 from vlmtune.trials import files, names, submitted, sweep
 from vlmtune.trials.running import Work
@@ -57,6 +59,7 @@ def launch(job: Job, context: Any, config: DictConfig, overrides: Sequence[Seque
     begins a batch of trials at each call.
     """
     from hydra.core.utils import JobReturn, JobStatus
+    from hydra.errors import HydraException
 
     if job.sweep is None:
         job.sweep = job.stack.enter_context(_opened(config))
@@ -65,7 +68,10 @@ def launch(job: Job, context: Any, config: DictConfig, overrides: Sequence[Seque
     trials = [job.sweep.add(number, *_described(full[number], keys)) for number in full]
 
     def work(trial: Trial) -> Work:
-        return _work(context, config, full[trial.number], trial)
+        try:
+            return _work(context, config, full[trial.number], trial)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError(str(error).strip().splitlines()[0]) from error
 
     modules = ["wandb"] if config.tracker.name == "wandb" else []
     job.sweep.run(trials, work, [PRELOAD, *modules])

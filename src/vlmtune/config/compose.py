@@ -195,6 +195,8 @@ def saved_config(run: str | Path, overrides: Sequence[str]) -> DictConfig:
 
 
 def _runs_nearby(path: Path) -> str:
+    if (path / "sweep.json").is_file():
+        return "; a sweep goes on with -m"
     runs = sorted(config.parent.name for config in path.parent.glob("*/config.yaml"))
     return f"; runs in {path.parent}: {', '.join(runs[-5:])}" if runs else ""
 

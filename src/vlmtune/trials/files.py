@@ -55,13 +55,18 @@ def check_free(sweep: Path, *, resumed: bool) -> None:
         )
 
 
+def result(folder: Path) -> dict[str, Any] | None:
+    """What a trial's result.json holds; None where it has none. One that can't be read counts as failed."""
+    try:
+        return runfolder.read_result(folder)
+    except CheckpointError as error:
+        return {"status": "failed", "error": {"failure": "other", "message": str(error)}}
+
+
 def state(folder: Path) -> str:
     """What a trial that does not run is: completed, failed, interrupted, or waiting where it left no result."""
-    try:
-        result = runfolder.read_result(folder)
-    except CheckpointError:
-        return "failed"
-    status = "waiting" if result is None else str(result["status"])
+    found = result(folder)
+    status = "waiting" if found is None else str(found["status"])
     return "completed" if status == "preflight" else status  # it was asked for no more than the checks
 
 
@@ -71,30 +76,22 @@ def state_before(folder: Path, *, retry_failed: bool) -> str:
     A trial that a signal killed goes on from its last checkpoint, as one that was interrupted; one that failed is
     repeated if asked for.
     """
-    before = state(folder)
-    if before == "failed" and not retry_failed:
-        return "waiting" if failure(folder) == "killed" else "failed"
+    before, found = state(folder), result(folder) or {}
+    was_killed = (found.get("error") or {}).get("failure") == "killed"
+    if before == "failed" and not retry_failed and not was_killed:
+        return "failed"
     return "completed" if before == "completed" else "waiting"
 
 
-def failure(folder: Path) -> str:
-    """The class of a trial's failure (`errors.failure_of`)."""
-    try:
-        result = runfolder.read_result(folder) or {}
-    except CheckpointError:
-        return "other"
-    return str((result.get("error") or {}).get("failure") or "other")
-
-
 def objective(folder: Path) -> float | None:
-    """The metric of a completed trial; None where it has none."""
-    result = runfolder.read_result(folder) if state(folder) == "completed" else None
-    return None if result is None else result.get("objective")
+    """The metric of a completed trial; None where it has none, or did not complete."""
+    found = result(folder) or {}
+    return found.get("objective") if state(folder) == "completed" else None
 
 
 def exit_code(folder: Path) -> int:
     """Of a trial: 0 where it completed or has not begun, 1 where it failed, 128 + n where signal n interrupted it."""
-    found = state(folder)
-    if found == "interrupted":
-        return 128 + int((runfolder.read_result(folder) or {}).get("signal", 0))
-    return int(found == "failed")
+    status = state(folder)
+    if status == "interrupted":
+        return 128 + int((result(folder) or {}).get("signal", 0))
+    return int(status == "failed")

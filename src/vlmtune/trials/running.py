@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from multiprocessing import connection, forkserver
 from typing import Any
 
-from vlmtune.errors import Killed, TimeLimit, TrainingError
+from vlmtune.errors import Killed, TimeLimit, TrainingError, VlmtuneError
 from vlmtune.launch.processes import OUT_OF_MEMORY, PATIENCE
 from vlmtune.launch.signals import Interrupted, handling
 from vlmtune.record import runfolder
@@ -110,7 +110,11 @@ class Runner:
     def _start_next(self, waiting: list[Trial], work: Callable[[Trial], Work]) -> None:
         """Start trials in their order while there is room."""
         while waiting and not self.signals:
-            self.next = self.next or work(waiting[0])
+            try:
+                self.next = self.next or work(waiting[0])
+            except VlmtuneError as error:
+                self._end(waiting.pop(0), error)
+                continue
             count = self.devices.count(self.next.processes)
             if not self.devices.has_room(count):
                 return
@@ -146,13 +150,16 @@ class Runner:
         trial, code = ended.trial, ended.process.exitcode
         if code < 0:
             ended.send(signal.SIGKILL)
-        trial.ended = time.monotonic()
-        error = self._missing(ended, code)
-        if error is not None:
-            trial.folder.mkdir(parents=True, exist_ok=True)
-            runfolder.write_failure(trial.folder, error, memory={})
-        trial.state = files.state(trial.folder)
+        self._end(trial, self._missing(ended, code))
         ended.process.close()
+
+    def _end(self, trial: Trial, error: BaseException | None) -> None:
+        """Note how a trial ended: as `error` says, or as its own result does."""
+        if error is not None:
+            own = files.result(trial.folder) or {}
+            trial.folder.mkdir(parents=True, exist_ok=True)
+            runfolder.write_failure(trial.folder, error, memory=own.get("memory", {}))
+        trial.state, trial.ended = files.state(trial.folder), time.monotonic()
 
     def _missing(self, ended: Running, code: int) -> BaseException | None:
         """What is to be its result; None where its own says how it ended."""
