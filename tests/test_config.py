@@ -406,12 +406,6 @@ def test_a_task_without_metrics_is_refused() -> None:
         compose.read("train", ["task.metrics=[]"])
 
 
-@pytest.mark.parametrize(("words", "name"), [([], "plain"), (["sweeps=lora_rank"], "lora_rank")])
-def test_a_sweeps_folder_bears_its_name(words: list[str], name: str) -> None:
-    composed = compose.compose("train", words)
-    assert Path(composed.hydra.sweep.dir).parts[-2] == name
-
-
 def test_what_a_stream_cannot_do_is_refused_together() -> None:
     stream = ["data=hub", "data.train=a/b", "data.validation=a/b:test", "data.streaming=true", "trainer.max_steps=null"]
     unfit = [

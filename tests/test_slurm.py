@@ -20,11 +20,11 @@ import fake_slurm
 import tiny
 import vlmtune
 from runs import assert_same_weights
-from vlmtune.cli import trials
 from vlmtune.config import compose, launchers
 from vlmtune.config.schema import home
 from vlmtune.errors import ConfigError, TrainingError
 from vlmtune.launch.world import World
+from vlmtune.trials import submitted
 
 LOCAL, SLURM = "hydra/launcher=submitit_local", "hydra/launcher=submitit_slurm"
 
@@ -88,19 +88,19 @@ def test_tasks_of_srun_that_do_not_know_each_other_are_refused(monkeypatch: pyte
     ],
 )
 def test_a_trial_tells_how_it_ended(tmp_path: Path, result: dict[str, Any] | None, said: str) -> None:
-    trials.check(0, tmp_path)
+    submitted.check(0, tmp_path)
     if result is not None:
         (tmp_path / "result.json").write_text(json.dumps(result))
     with pytest.raises(TrainingError) as raised:
-        trials.check(143, tmp_path)
+        submitted.check(143, tmp_path)
     assert str(raised.value) == f"{tmp_path}: {said.format(tmp_path)}"
 
 
 def test_a_job_that_was_killed_is_one_error() -> None:
     """With submitit's own text, which has the end of the job's log."""
-    with pytest.raises(TrainingError, match="submitit: Job 7 has not produced any output"), trials.of_submitit():
+    with pytest.raises(TrainingError, match="submitit: Job 7 has not produced any output"), submitted.of_submitit():
         raise UncompletedJobError("Job 7 has not produced any output")
-    with pytest.raises(RuntimeError, match="a bug"), trials.of_submitit():
+    with pytest.raises(RuntimeError, match="a bug"), submitted.of_submitit():
         raise RuntimeError("a bug")
 
 

@@ -37,6 +37,8 @@ def test_the_wheel_holds_all_that_a_run_reads(wheel: Path) -> None:
     own = {f"vlmtune/{file.relative_to(package)}" for file in package.rglob("*") if file.is_file()}
     assert {name for name in own - names if "__pycache__" not in name} == set()
     assert {"vlmtune/record/report.html.j2", "vlmtune/models/pico_weights/model.safetensors"} <= names
+    assert "hydra_plugins/vlmtune_launcher.py" in names
+    assert "hydra_plugins/__init__.py" not in names, "other packages have plugins in this folder too"
     assert [name for name in names if name.startswith(("src/", "tests/", "outputs/"))] == []
 
 
@@ -88,7 +90,7 @@ def test_the_installed_command_trains_sweeps_predicts_and_evaluates(installed: P
     [trained] = (here / "outputs" / "runs").iterdir()
     assert status(trained) == "completed"
     run(vlmtune, "train", "-m", "adapter.r=2,4", *data, *SHORT, folder=here)
-    [sweep] = (here / "outputs" / "sweeps" / "plain").iterdir()
+    [sweep] = (here / "outputs" / "sweeps" / "adapter.r").iterdir()
     assert [status(sweep / number) for number in ("0", "1")] == ["completed", "completed"]
 
     run(vlmtune, "predict", f"run={trained}", f"data.test={table}", "output=answers.csv", folder=here)

@@ -9,6 +9,8 @@ VlmtuneError
 ├── StorageError       a disk, a folder, a pipe that refuses
 └── TrainingError      the run itself
     ├── LostProcess    another process of the run is gone
+    ├── Killed         a trial of a sweep was ended by a signal
+    ├── TimeLimit      a trial of a sweep took too long
     ├── OutOfMemory    the device or the machine has no more memory (memory.py)
     └── NonFinite      the loss, the gradient or a weight is NaN or infinite
 """
@@ -68,6 +70,14 @@ class LostProcess(TrainingError):
     """Another process of the run is gone, without a word."""
 
 
+class Killed(TrainingError):
+    """A trial of a sweep was ended by a signal, and left no result."""
+
+
+class TimeLimit(TrainingError):
+    """A trial of a sweep took longer than it may."""
+
+
 class OutOfMemory(TrainingError):
     """The device or the machine has no more memory."""
 
@@ -77,11 +87,13 @@ class NonFinite(TrainingError):
 
 
 def failure_of(error: BaseException) -> str:
-    """The class of a failure, by which the trials of a sweep are told apart; `time` is the launcher's to say."""
+    """The class of a failure, by which the trials of a sweep are told apart."""
     classes: dict[type[VlmtuneError], str] = {
         OutOfMemory: "out_of_memory",
         NonFinite: "not_finite",
         LostProcess: "killed",
+        Killed: "killed",
+        TimeLimit: "time",
         DataError: "data",
         ConfigError: "config",
     }

@@ -6,10 +6,9 @@ import os
 import sys
 from collections.abc import Callable
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
-from vlmtune.cli import evaluate, predict, train, trials
+from vlmtune.cli import evaluate, predict, sweeps, train
 from vlmtune.cli.ending import guard, leave, say
 from vlmtune.cli.words import overrides_given, prepare
 from vlmtune.commands import import_path, typed
@@ -18,6 +17,7 @@ from vlmtune.config.schema import home
 from vlmtune.errors import ConfigError, UsageError, nearest
 from vlmtune.launch import ranks
 from vlmtune.launch.world import World
+from vlmtune.trials import submitted
 
 COMMANDS: dict[str, Any] = {"train": train, "predict": predict, "evaluate": evaluate}
 """Each module defines `check(overrides, multirun, world)` and `job(composed, world) -> exit code`."""
@@ -57,22 +57,12 @@ def run(command: str) -> None:
 
 
 def _run(command: str, world: World) -> int:
-    from hydra.core.hydra_config import HydraConfig
-
-    job, codes, place = COMMANDS[command].job, list[int](), trials.place()
-
-    def guarded(composed: Any) -> None:
-        codes.append(guard(lambda: job(composed, world)))
-        if trials.place() != place:  # `codes` is a copy
-            trials.check(codes[-1], Path(HydraConfig.get().runtime.output_dir))
-        elif codes[-1] >= 128:  # a signal is for the whole sweep
-            leave(codes[-1])
-
     if not world.is_main:
         return guard(lambda: _join(command, world), quiet=True)
     prepare(command, COMMANDS[command].check, world)
-    with_hydra(command, guarded)
-    return max(codes, default=0)
+    job = sweeps.Job(COMMANDS[command].job, world)
+    with_hydra(command, job)
+    return job.code()
 
 
 def _join(command: str, world: World) -> int:
@@ -90,7 +80,8 @@ def with_hydra(command: str, job: Callable[[Any], None]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # or it would answer a folder that can't be made with a traceback
     os.environ["PYTHONPATH"] = import_path()  # of a launcher's jobs
     try:
-        with trials.of_submitit():
-            hydra.main(version_base="1.3", config_path=str(home() / "conf"), config_name=command)(job)()
+        with submitted.of_submitit():
+            entry = hydra.main(version_base=compose.VERSION_BASE, config_path=str(home() / "conf"), config_name=command)
+            entry(job)()
     except HydraException as error:
         raise ConfigError(str(error).strip().splitlines()[0]) from error

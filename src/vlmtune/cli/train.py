@@ -8,9 +8,11 @@ from typing import Any
 from vlmtune import backends
 from vlmtune.cli.words import overrides_given
 from vlmtune.config import compose, launchers, paths
+from vlmtune.config.schema import AUTO
 from vlmtune.launch import processes
 from vlmtune.launch.world import World
 from vlmtune.record import guard
+from vlmtune.trials import files
 
 
 def check(overrides: list[str], multirun: bool, world: World) -> None:
@@ -21,6 +23,8 @@ def check(overrides: list[str], multirun: bool, world: World) -> None:
     if world.is_main:
         folder = composed.hydra.sweep.dir if multirun else config.resumed_folder or composed.hydra.run.dir
         paths.check_writable(Path(folder))
+        if multirun and launchers.is_own(composed):
+            files.check_free(Path(folder), resumed=config.resume == AUTO)
     if not multirun and world.is_main:
         guard.check_free(Path(composed.hydra.run.dir), config)
     elif swept := composed.hydra.sweeper.get("params"):

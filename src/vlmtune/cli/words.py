@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from vlmtune.cli import resumed
 from vlmtune.commands import typed
-from vlmtune.config import compose, paths
-from vlmtune.config.schema import AUTO
+from vlmtune.config import compose
 from vlmtune.errors import ConfigError, StorageError, UsageError
 from vlmtune.launch.world import World
 
@@ -28,15 +28,16 @@ def prepare(command: str, check: Check, world: World) -> None:
     words = flags_and_overrides(command)
     if words.hydra_help or words.shell_completion:
         return
-    usable, problems = compose.normalise(words.overrides)
+    given = resumed.of_sweep(words.overrides) if words.multirun else words.overrides
+    usable, problems = compose.normalise(given)
     looks_only = words.help or words.cfg or words.info
     if not looks_only:
-        refuse_launcher(command, words.overrides, words.multirun, world)
-        check(words.overrides, words.multirun, world)
+        refuse_launcher(command, given, words.multirun, world)
+        check(given, words.multirun, world)
     elif problems:
         raise ConfigError(problems)
     flags = [word for word in sys.argv[1:] if word not in words.overrides]
-    sys.argv[1:] = [*flags, *usable, *folder_of_resumed(words.overrides)]
+    sys.argv[1:] = [*flags, *usable, *resumed.folder_of_run(given)]
 
 
 def flags_and_overrides(command: str) -> Any:
@@ -79,10 +80,3 @@ def refuse_launcher(command: str, overrides: list[str], multirun: bool, world: W
         raise ConfigError(
             "WANDB_RUN_ID: would make one run of all trials of a sweep; unset it (WANDB_RUN_GROUP is theirs)"
         )
-
-
-def folder_of_resumed(overrides: list[str]) -> list[str]:
-    """The Hydra override that makes a resumed run continue in its own folder."""
-    resumed = [o for o in compose.parse(overrides) if o.key_or_group == "resume" and not o.is_sweep_override()]
-    found = [override.value() for override in resumed if override.value() != AUTO]
-    return [f"hydra.run.dir={paths.quoted(str(found[-1]))}", "hydra.output_subdir=null"] if found and found[-1] else []

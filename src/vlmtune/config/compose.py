@@ -22,9 +22,10 @@ from vlmtune.config.schema import AUTO, SCHEMA, Config, defaults, home
 from vlmtune.config.strict import strict, unreadable
 from vlmtune.errors import CheckpointError, ConfigError, UsageError, nearest
 
+VERSION_BASE = "1.3"
+"""The version of Hydra whose behaviour is asked for."""
 NOT_ONE_RUN = "means several runs; add -m, or quote the value if it is one text"
 OmegaConf.register_new_resolver("package", lambda path: str(PACKAGE / path), replace=True)
-OmegaConf.register_new_resolver("or_plain", lambda name: name if name not in (None, "None") else "plain", replace=True)
 OmegaConf.register_new_resolver("home", lambda: str(home()), replace=True)
 OmegaConf.register_new_resolver("typed", typed, replace=True)
 ConfigStore.instance().store("defaults", defaults())  # where conf/train.yaml starts, so that --help shows them too
@@ -97,7 +98,7 @@ def compose(command: str, overrides: Sequence[str], *, multirun: bool = False) -
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with hydra.initialize_config_dir(str(home() / "conf"), version_base="1.3"):
+        with hydra.initialize_config_dir(str(home() / "conf"), version_base=VERSION_BASE):
             composed: DictConfig = hydra.compose(command, list(overrides), return_hydra_config=True)
             launchers.check(composed, multirun)
             return composed
@@ -194,6 +195,8 @@ def saved_config(run: str | Path, overrides: Sequence[str]) -> DictConfig:
 
 
 def _runs_nearby(path: Path) -> str:
+    if (path / "sweep.json").is_file():
+        return "; a sweep goes on with -m"
     runs = sorted(config.parent.name for config in path.parent.glob("*/config.yaml"))
     return f"; runs in {path.parent}: {', '.join(runs[-5:])}" if runs else ""
 

@@ -231,18 +231,25 @@ class DataConfig:
     from those of the full-size image scaled down."""
     cache_features: str = one_of("auto", "off", "memory", "disk")
     """Cache the features that a frozen vision tower and projector compute for each image: in memory, or also on disk
-    for later runs. `auto`: in memory, on a CPU, if images are needed more than once. If the tower trains or the model
-    takes no features, `memory` and `disk` cache the processor's pixels instead."""
+    for later runs. `auto`: on a CPU, if images are needed more than once, in memory and in `cache_folder` if it is set;
+    the trials of a sweep share one. If the tower trains or the model takes no features, `memory` and `disk` cache the
+    processor's pixels instead."""
     cache_gb: float = number(4.0, least=0)
     """Size limit of the cache in memory, in gigabytes per process; further images are computed each time."""
     cache_folder: str | None = None
-    """Folder for cache_features=disk; null: `vlmtune` in the user's cache folder."""
+    """Folder of the cache on disk; null: for cache_features=disk `vlmtune` in the user's cache folder, for the trials
+    of a sweep one in the sweep's folder."""
     max_image_pixels: int = number(100_000_000, least=1)
     """Images with more pixels (width x height) are refused before they are decoded."""
     max_train_rows: int | None = number(None, least=1)
     """Use at most N training rows, drawn at random by seed."""
     max_eval_rows: int | None = number(None, least=1)
     """Use at most the first N rows of validation and of test."""
+
+    @property
+    def caches_on_disk(self) -> bool:
+        """Whether what is cached of images is kept on disk too, for other runs."""
+        return self.cache_features == "disk" or (self.cache_features == "auto" and self.cache_folder is not None)
 
 
 @dataclass

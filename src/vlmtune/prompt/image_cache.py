@@ -113,7 +113,7 @@ class PixelStore:
         """`mark`: a hash of everything that an entry depends on, except the image."""
         self.budget = config.cache_gb * 1e9
         folder = None
-        if config.cache_features == "disk":
+        if config.caches_on_disk:
             folder = Path(config.cache_folder or default_folder()).expanduser() / self.kind / mark
         if (mark, folder) not in STORES:
             STORES.clear()

@@ -144,7 +144,9 @@ def choose_cache(
     if not fits:
         return _uncached(setting, evidence)
     what = f"not cached ({refused}), but pixels are," if refused else "cached"
-    return ImageCache(store, f"features   {what} {'on disk' if setting == 'disk' else 'in memory'} ({evidence})")
+    return ImageCache(
+        store, f"features   {what} {'on disk' if config.data.caches_on_disk else 'in memory'} ({evidence})"
+    )
 
 
 def _needs_no_cache(data: DataConfig, shown: Sequence[Record], engine: Engine, seen_once: bool) -> str | None:
@@ -158,7 +160,7 @@ def _needs_no_cache(data: DataConfig, shown: Sequence[Record], engine: Engine, s
         return "these rows have no images"
     if setting == "auto" and engine.device.type != "cpu":
         return "auto: only on a CPU"
-    if setting == "auto" and seen_once:
+    if setting == "auto" and seen_once and not data.caches_on_disk:
         return "auto: each image is needed once"
     return None
 

@@ -180,8 +180,11 @@ def write_table(path: Path, frame: Any) -> None:
     write_whole(path, as_cells(frame).to_csv(index=False))
 
 
-def write_failure(folder: Path, error: BaseException) -> None:
-    """Say in result.json that and why the run failed or was interrupted, with what its log shows of how far it came."""
+def write_failure(folder: Path, error: BaseException, memory: dict[str, int] | None = None) -> None:
+    """Say in result.json that and why the run failed or was interrupted, with what its log shows of how far it came.
+
+    `memory`: as `environment.memory`, which it is by default; where this process is not the run's own, another.
+    """
     stopped = isinstance(error, signals.Interrupted | KeyboardInterrupt)
     rows = read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else []
     last: dict[str, Any] = {}
@@ -194,7 +197,7 @@ def write_failure(folder: Path, error: BaseException) -> None:
         "examples": last.get("train/examples", 0),
         "metrics": {name: value for name, value in last.items() if name.startswith(("eval/", "test/"))},
         "speed": {},
-        "memory": environment.memory(),
+        "memory": environment.memory() if memory is None else memory,
         "error": {"type": type(error).__name__, "failure": failure_of(error), "message": str(error)},
     }
     if stopped:

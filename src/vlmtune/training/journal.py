@@ -13,7 +13,7 @@ from vlmtune import display
 from vlmtune.config.schema import plain
 from vlmtune.data import bad_rows
 from vlmtune.launch import signals
-from vlmtune.models.parts import base_files
+from vlmtune.models.parts import base_files, count
 from vlmtune.record import environment, runfolder, tracking
 from vlmtune.record.metrics_file import MetricsFile
 from vlmtune.record.progress import Progress
@@ -62,6 +62,8 @@ class Journal:
         described = environment.describe(run.config.trainer.seed, run.loader.fingerprint, run.processor)
         described |= {"image_fingerprint": run.loader.image_fingerprint, "changes": self.progress.changes}
         described["base_model"] = base_files(run.model, str(run.config.model.path))
+        described["total_steps"] = run.loader.total_steps
+        described["trainable_weights"] = sum(count(p) for p in run.model.parameters() if p.requires_grad)
         runfolder.write_json(folder / "environment.json", described)
 
     @contextmanager

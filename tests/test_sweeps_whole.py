@@ -1,0 +1,137 @@
+"""Whole sweeps of `train -m`: what fails, is killed or stopped, and what goes on afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import runs
+import tiny
+from vlmtune.config.schema import home
+from vlmtune.errors import ConfigError
+from vlmtune.trials import files
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def words(checkpoint_of: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A run of some twenty steps over a few images, each shown several times, with a checkpoint at each step."""
+    folder = tmp_path_factory.mktemp("rows")
+    table = tiny.write_csv(folder, [(f"what is {i}?", ("red", "blue")[i % 2]) for i in range(16)], per_image=2)
+    steps = ["trainer.batch_size=4", "trainer.max_steps=24", "trainer.log_every=1", "trainer.save_every=1"]
+    rest = ["trainer.eval_every=null", "trainer.eval_baseline=false", "generation.max_new_tokens=2"]
+    validation = f"data.validation={table}"
+    return [*runs.words(checkpoint_of("qwen2_vl"), table), validation, *steps, *rest, "adapter.lora_dropout=0.2"]
+
+
+@contextmanager
+def started(*words: str, folder: Path | None = None) -> Iterator[subprocess.Popen[str]]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, str(home() / "src" / "train.py"), *words]
+    with subprocess.Popen(
+        command, cwd=folder, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def ended(*words: str, folder: Path | None = None) -> tuple[int, str]:
+    """The exit code of a command, and what it says."""
+    with started(*words, folder=folder) as process:
+        _, said = process.communicate(timeout=600)
+        return process.returncode, said
+
+
+def result(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "result.json").read_text())
+    return found
+
+
+def wait_for_step(run: Path, step: int) -> None:
+    """Until a run has saved so many steps."""
+    end = time.monotonic() + 300
+    while not (run / "checkpoints" / f"step_{step:06}").exists():
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.01)
+
+
+def process_of(run: Path) -> int:
+    """The process that holds a run folder."""
+    return int((run / ".lock").read_text().split()[1])
+
+
+def test_one_is_killed_one_can_not_begin_and_one_is_fine(words: list[str], tmp_path: Path) -> None:
+    """Resumed, the killed one ends as if nothing had happened, and the others stay as they are."""
+    sweep, straight = tmp_path / "sweep", tmp_path / "straight"
+    with started("-m", *words, "adapter.r=2,-1,4", f"hydra.sweep.dir={sweep}") as process:
+        wait_for_step(sweep / "2", 3)
+        os.kill(process_of(sweep / "2"), signal.SIGKILL)
+        _, said = process.communicate(timeout=600)
+        assert process.returncode == 1, said
+    results = [result(sweep / number) for number in "012"]
+    assert [each["status"] for each in results] == ["completed", "failed", "failed"]
+    assert [(each["error"] or {}).get("failure") for each in results] == [None, "config", "killed"]
+    assert "`r` should be a positive integer" in results[1]["error"]["message"]
+    assert (sweep / "0" / ".hydra" / "overrides.yaml").exists()
+    recorded = json.loads((sweep / "sweep.json").read_text())
+    assert [trial["swept"] for trial in recorded["trials"]] == [["adapter.r=2"], ["adapter.r=-1"], ["adapter.r=4"]]
+    finished = (sweep / "0" / "result.json").stat().st_mtime_ns
+
+    code, said = ended("-m", f"resume={sweep}")
+    assert code == 1, said
+    assert [result(sweep / number)["status"] for number in "012"] == ["completed", "failed", "completed"]
+    assert (sweep / "0" / "result.json").stat().st_mtime_ns == finished
+    assert ended(*words, "adapter.r=4", f"hydra.run.dir={straight}")[0] == 0
+    assert runs.losses(sweep / "2") == runs.losses(straight)
+    code, said = ended("-m", *words, "adapter.r=2,-1,4", f"hydra.sweep.dir={sweep}")
+    assert code == 1
+    assert "holds a sweep already" in said
+
+
+def test_two_at_once_share_features_and_give_the_numbers_of_one_after_another(words: list[str], tmp_path: Path) -> None:
+    given = ["-m", *words, "trainer.learning_rate=1e-3,1e-2"]
+    kept = ["hydra.launcher.keep_features=true", "hydra.launcher.parallel=2"]
+    for name, settings in (("one", []), ("two", kept)):
+        code, said = ended(*given, f"hydra.sweep.dir={name}", *settings, folder=tmp_path)
+        assert code == 0, said
+        for number in "01":
+            assert "features   cached on disk" in (tmp_path / name / number / "train.log").read_text()
+    for number in "01":
+        assert runs.losses(tmp_path / "one" / number) == runs.losses(tmp_path / "two" / number)
+    assert not (tmp_path / "one" / "features").exists()
+    assert list((tmp_path / "two" / "features").rglob("*.safetensors"))
+    assert not list((tmp_path / "two" / "features").rglob("*.part"))
+    log = (tmp_path / "one" / "1" / "train.log").read_text()
+    assert "image features: 0 computed" in log, "the second trial found those of the first one"
+
+
+def test_a_sweep_that_is_stopped_goes_on(words: list[str], tmp_path: Path) -> None:
+    sweep = tmp_path / "sweep"
+    with started("-m", *words, "adapter.r=2,4", f"hydra.sweep.dir={sweep}") as process:
+        wait_for_step(sweep / "0", 2)
+        process.send_signal(signal.SIGINT)
+        with pytest.raises(ConfigError, match="is in use by process"):
+            files.check_free(sweep, resumed=True)
+        _, said = process.communicate(timeout=600)
+        assert process.returncode == 130, said
+    assert f"-m resume={sweep}" in said
+    assert result(sweep / "0")["status"] == "interrupted"
+    assert not (sweep / "1").exists()
+    before = len(runs.losses(sweep / "0"))
+    assert 2 <= before < 24
+    code, said = ended("-m", f"resume={sweep}")
+    assert code == 0, said
+    assert [len(runs.losses(sweep / number)) for number in "01"] == [24, 24]
