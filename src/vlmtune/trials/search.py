@@ -159,8 +159,8 @@ def _tell(study: Study, number: int, values: list[float] | None) -> None:
 
 def _write_best(study: Study, folder: Path, settings: sweepers.Optuna) -> None:
     """Show the best trial, or with several objectives those that no other one beats in all, and write them down."""
-    best = study.best_trials
     goals = settings.objectives or ["objective"]
+    best = study.best_trials if len(goals) > 1 else study.best_trials[:1]  # the first of equals
     title = f"search: {len(study.trials)} trials"
     if not best:
         display.say(f"{title}, none of them completed")
