@@ -27,7 +27,8 @@ RATE = "trainer.learning_rate=tag(log,interval(1e-5,1e-2))"
     ("text", "wanted"),
     [
         ("interval(0,1.0)", FloatDistribution(0, 1)),
-        ("interval(1,8)", IntDistribution(1, 8)),
+        ("interval(1,8)", FloatDistribution(1, 8)),
+        ("int(interval(1,8))", IntDistribution(1, 8)),
         ("tag(log,interval(1e-5,1e-2))", FloatDistribution(1e-5, 1e-2, log=True)),
         ("range(1,9,2)", IntDistribution(1, 7, step=2)),
         ("range(0.1,0.4,0.1)", CategoricalDistribution(["0.1", "0.2", "0.3"])),
@@ -70,7 +71,7 @@ def test_what_can_not_be_searched_is_refused(words: list[str], problem: str) -> 
     ],
 )
 def test_wrong_settings_are_refused(word: str, problem: str) -> None:
-    with pytest.raises(ConfigError, match="hydra.sweeper") as caught:
+    with pytest.raises(ConfigError, match=r"hydra\.sweeper") as caught:
         compose.read("train", ["hydra/sweeper=optuna", word], multirun=True)
     assert problem in str(caught.value)
 
