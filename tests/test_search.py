@@ -31,7 +31,7 @@ RATE = "trainer.learning_rate=tag(log,interval(1e-5,1e-2))"
         ("int(interval(1,8))", IntDistribution(1, 8)),
         ("tag(log,interval(1e-5,1e-2))", FloatDistribution(1e-5, 1e-2, log=True)),
         ("range(1,9,2)", IntDistribution(1, 7, step=2)),
-        ("range(0.1,0.4,0.1)", CategoricalDistribution(["0.1", "0.2", "0.3"])),
+        ("range(0,1,0.5)", CategoricalDistribution(["0.0", "0.5"])),
         ("choice(4,8)", CategoricalDistribution(["4", "8"])),
         ("[q_proj],[q_proj,v_proj]", CategoricalDistribution(["[q_proj]", "[q_proj,v_proj]"])),
     ],

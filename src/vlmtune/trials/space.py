@@ -39,8 +39,7 @@ def split(params: Mapping[str, str] | None, arguments: Sequence[str]) -> tuple[d
 def distribution(override: Any) -> BaseDistribution:
     """Raises ValueError for what Optuna can't draw from, such as an interval whose ends are in the wrong order.
 
-    Of lists each value is one of a kind, also where it is a number: only `int(interval(...))` and `range` of whole numbers have
-    an order.
+    Values of a list are in no order, numbers neither; those of intervals and of `range` of whole numbers are.
     """
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
