@@ -69,10 +69,36 @@ def test_every_option_of_a_group_apart_composes(group: str, option: str) -> None
 
 @pytest.mark.parametrize("name", compose.groups()["sweeps"])
 def test_every_sweep_composes_and_its_values_are_valid(name: str) -> None:
-    composed = compose.compose("train", [f"sweeps={name}"])
+    """All trials of a grid; both ends of each interval of a search."""
+    composed = compose.compose("train", [f"sweeps={name}"], multirun=True)
     for key, values in (composed.hydra.sweeper.get("params") or {}).items():
-        for value in compose.parse([f"{key}={values}"])[0].sweep_string_iterator():
+        [swept] = compose.parse([f"{key}={values}"])
+        own = swept.value()
+        for value in [own.start, own.end] if swept.is_interval_sweep() else swept.sweep_string_iterator():
             read(f"sweeps={name}", f"{key}={value}", multirun=True)
+
+
+@pytest.mark.parametrize("name", compose.groups()["sweeps"])
+def test_every_sweep_asks_a_question_and_shows_its_command(name: str) -> None:
+    line = (ROOT / "sweeps" / f"{name}.yaml").read_text().splitlines()[1]
+    assert "?" in line
+    assert f"python src/train.py -m sweeps={name}" in line
+
+
+def test_the_sweep_of_wandbs_server_gives_valid_overrides() -> None:
+    """As `wandb agent` makes its words from a trial's values."""
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+
+    assert "wandb_bayes" not in compose.groups()["sweeps"]  # it is no file of Hydra's
+    file = yaml.safe_load((ROOT / "sweeps" / "wandb_bayes.yaml").read_text())
+    assert (ROOT / file["program"]).is_file()
+    for end in ("min", "max"):
+        chosen = {
+            key: {"value": each.get(end, each.get("values", [0])[-1])} for key, each in file["parameters"].items()
+        }
+        words = create_sweep_command_args({"args": chosen})["args_no_hyphens"]
+        command = create_sweep_command(list(file["command"]))
+        read(*[word for word in command if "=" in word], *words)
 
 
 @pytest.mark.parametrize(("group", "option"), [pair for pair in OPTIONS if pair[0] in config.SCHEMA])

@@ -11,7 +11,7 @@ from vlmtune.config.schema import AUTO
 from vlmtune.errors import ConfigError
 from vlmtune.trials import files
 
-SETTINGS = "hydra.launcher."
+SETTINGS = ("hydra.launcher.", "hydra.sweeper.n_trials")
 """What may be another when a sweep goes on."""
 
 
@@ -32,7 +32,7 @@ def of_sweep(overrides: list[str]) -> list[str]:
     folder = Path(named).expanduser()
     given = [each for each in compose.parse(overrides) if each.key_or_group != "resume"]
     problems = [
-        f"{each.input_line}: a sweep goes on as it was started; only {SETTINGS}* can be set"
+        f"{each.input_line}: a sweep goes on as it was started; only {SETTINGS[0]}* and {SETTINGS[1]} can be set"
         for each in given
         if not each.key_or_group.startswith(SETTINGS)
     ]

@@ -7,12 +7,12 @@ from typing import Any
 
 from vlmtune import backends
 from vlmtune.cli.words import overrides_given
-from vlmtune.config import compose, launchers, paths
+from vlmtune.config import compose, launchers, paths, sweepers
 from vlmtune.config.schema import AUTO
 from vlmtune.launch import processes
 from vlmtune.launch.world import World
 from vlmtune.record import guard
-from vlmtune.trials import files
+from vlmtune.trials import files, space
 
 
 def check(overrides: list[str], multirun: bool, world: World) -> None:
@@ -29,6 +29,8 @@ def check(overrides: list[str], multirun: bool, world: World) -> None:
         guard.check_free(Path(composed.hydra.run.dir), config)
     elif swept := composed.hydra.sweeper.get("params"):
         compose.read("train", [*(f"{key}={values}" for key, values in swept.items()), *overrides], multirun=True)
+    if multirun and sweepers.searches(composed):
+        space.split(composed.hydra.sweeper.params, compose.normalise(overrides)[0])
 
 
 def job(composed: Any, world: World) -> int:

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vlmtune.commands import PACKAGE, typed
-from vlmtune.config import launchers, paths, saved
+from vlmtune.config import launchers, paths, saved, sweepers
 from vlmtune.config.adapter_source import with_source
 from vlmtune.config.paths import files_of
 from vlmtune.config.schema import AUTO, SCHEMA, Config, defaults, home
@@ -35,8 +35,15 @@ ConfigStore.instance().store("defaults", defaults())  # where conf/train.yaml st
 def groups() -> dict[str, list[str]]:
     """The config groups and their options."""
     folders = [*sorted((home() / "conf").iterdir()), home() / "sweeps"]
-    found = {f.name: sorted(file.stem for file in f.glob("*.yaml")) for f in folders if f.is_dir()}
+    found = {f.name: sorted(_options(f)) for f in folders if f.is_dir()}
     return {name: options for name, options in found.items() if name != "hydra"}
+
+
+def _options(folder: Path) -> list[str]:
+    """The files of a config group; sweeps/wandb_*.yaml are for W&B's server."""
+    return [
+        file.stem for file in folder.glob("*.yaml") if not file.stem.startswith("wandb_") or folder.name != "sweeps"
+    ]
 
 
 def normalise(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -54,7 +61,7 @@ def normalise(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
         elif override.is_delete():
             problems.append(f"{text}: keys can't be removed; set another value")
         elif key in groups():
-            values = list(override.sweep_iterator()) if override.is_sweep_override() else [override.value()]
+            values = list(override.sweep_iterator()) if override.is_discrete_sweep() else [override.value()]
             options = [*groups()[key], *(["null"] if key in ("sweeps", "experiment") else [])]
             wrong = [f"{key}={v}: {nearest(str(v), options)}" for v in values if str(v or "null") not in options]
             problems += wrong
@@ -101,6 +108,7 @@ def compose(command: str, overrides: Sequence[str], *, multirun: bool = False) -
         with hydra.initialize_config_dir(str(home() / "conf"), version_base=VERSION_BASE):
             composed: DictConfig = hydra.compose(command, list(overrides), return_hydra_config=True)
             launchers.check(composed, multirun)
+            sweepers.check(composed, multirun)
             return composed
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(launchers.not_found(str(error)) or str(error).strip().splitlines()[0]) from error
@@ -166,7 +174,8 @@ def one_choice(override: str) -> str:
     [parsed] = parse([override])
     if not parsed.is_sweep_override():
         return override
-    return f"{override.split('=', 1)[0]}={next(parsed.sweep_string_iterator())}"
+    value = parsed.value().start if parsed.is_interval_sweep() else next(parsed.sweep_string_iterator())
+    return f"{override.split('=', 1)[0]}={value}"
 
 
 def saved_config(run: str | Path, overrides: Sequence[str]) -> DictConfig:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from vlmtune.errors import ConfigError, nearest
-from vlmtune.record import runfolder
+from vlmtune.record import place, runfolder
 from vlmtune.record.samples import IMAGE_SIDE, Sample, thumbnail
 
 log = logging.getLogger(__name__)
@@ -37,14 +37,22 @@ class WandB:
     `folder`/wandb/run_id.
     """
 
-    def __init__(self, project: str | None, mode: str, config: dict[str, Any], folder: Path, resumed: bool = False):
+    def __init__(
+        self,
+        project: str | None,
+        mode: str,
+        config: dict[str, Any],
+        folder: Path,
+        resumed: bool = False,
+        placed: dict[str, Any] | None = None,
+    ):
+        """`placed`: as `place.of`, which finds it otherwise."""
         if mode not in WANDB_MODES:
             raise ConfigError(f"WANDB_MODE={mode}: {nearest(mode, WANDB_MODES)}")
         import wandb
 
         self.wandb = wandb
         self.data_folder = Path(os.environ.get("WANDB_DIR") or folder) / "wandb"
-        place = folder.resolve().parts[-3:]  # sweeps/<name>/<stamp>/<trial>: the trials of one sweep make a group
         earlier = folder / "wandb" / "run_id"
         kept: dict[str, Any] = {"id": earlier.read_text(), "resume": "allow"} if resumed and earlier.exists() else {}
         try:
@@ -53,8 +61,7 @@ class WandB:
                 mode=mode,  # type: ignore[arg-type]  # checked above
                 config=config,
                 dir=os.environ.get("WANDB_DIR") or folder,
-                group=os.environ.get("WANDB_RUN_GROUP") or "/".join(place[:-1]),
-                name=os.environ.get("WANDB_NAME") or "/".join(place),
+                **_placed(placed or place.of(folder, config)),
                 settings=_wandb_settings(wandb),
                 **kept,
             )
@@ -106,6 +113,32 @@ class WandB:
             raise
 
 
+def summary(sweep: Path, rows: Sequence[Mapping[str, Any]], metric: str, project: str | None, mode: str) -> None:
+    """Add a run to the sweep's group that shows it as a whole: its table, a plot of the metric for each swept key, and
+    compare.html.
+
+    `rows`: of summary.csv; `metric`: the column that the trials are compared by. Raises ConfigError, `Hangs`, and what
+    W&B raises.
+    """
+    group = place.group(sweep)
+    own = {"group": group, "name": f"{group} (all trials)", "job_type": "sweep", "tags": [sweep.resolve().parts[-2]]}
+    tracker = WandB(project, mode, {"metric": metric}, sweep, placed=own)
+    wandb = tracker.wandb
+    columns = list(rows[0]) if rows else []
+    table = wandb.Table(columns=columns, data=[[row[name] for name in columns] for row in rows])
+    shown: dict[str, Any] = {"trials": table}
+    swept = columns[1 : columns.index("overrides")] if rows else []  # as trials.summary puts them
+    for key in swept if metric in columns else []:
+        pairs = [[_number(row[key]), row[metric]] for row in rows if row[metric] is not None]
+        points = wandb.Table(columns=[key, metric], data=pairs)
+        shown[f"{metric} by {key}"] = wandb.plot.scatter(points, key, metric, title=f"{metric} by {key}")
+    if (sweep / "compare.html").is_file():
+        shown["compare"] = wandb.Html(str(sweep / "compare.html"), inject=False)
+    with _environment("WANDB_DATA_DIR", str(tracker.data_folder)):
+        tracker._call(lambda: tracker.run.log(shown), WANDB_CALL_SECONDS)
+    tracker.finish({})
+
+
 class Hangs(Exception):
     """W&B's service process does not answer."""
 
@@ -127,6 +160,20 @@ def _within(seconds: float | None, call: Callable[[], None]) -> None:
         raise Hangs(f"no answer within {seconds:.0f} s")
     for failure in failures:
         raise failure
+
+
+def _placed(known: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `wandb.init`, without those that a variable sets."""
+    variables = {"group": "WANDB_RUN_GROUP", "name": "WANDB_NAME", "job_type": "WANDB_JOB_TYPE", "tags": "WANDB_TAGS"}
+    return {name: value for name, value in known.items() if not os.environ.get(variables[name])}
+
+
+def _number(text: Any) -> Any:
+    """A swept value as a number, where it is one."""
+    try:
+        return float(text)
+    except (TypeError, ValueError):
+        return str(text)
 
 
 def _wandb_settings(wandb: Any) -> Any:

@@ -43,7 +43,8 @@ def write(sweep: Path, name: str, metric: str, overrides: Sequence[str], trials:
 
 def describe(trial: Trial) -> dict[str, Any]:
     """A trial as sweep.json has it."""
-    return {"number": trial.number, "overrides": trial.overrides, "swept": trial.swept}
+    known = {"number": trial.number, "overrides": trial.overrides, "swept": trial.swept}
+    return known | {"label": trial.label}  # for W&B
 
 
 def check_free(sweep: Path, *, resumed: bool) -> None:

@@ -1,0 +1,43 @@
+"""Where a run belongs among others: on its own, or among the trials of a sweep."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+LONGEST_TAG = 64
+"""Letters, for W&B."""
+SWEEP = "sweep.json"
+
+
+def of(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """`group`, `name`, `job_type` and `tags` as W&B has them. All trials of a sweep make a group, and each is named
+    after what differs. `config`: of the run, as plain values.
+    """
+    folder = folder.resolve()
+    chosen = (("model", "name"), ("adapter", "method"), ("task", "name"))
+    tags = [str(value) for group, key in chosen if (value := (config.get(group) or {}).get(key))]
+    if not (folder.parent / SWEEP).is_file() and not folder.name.isdigit():  # other launchers write no sweep.json
+        return {"group": None, "name": "/".join(folder.parts[-3:]), "job_type": "train", "tags": _short(tags)}
+    name = _label(folder) or folder.name
+    return {"group": group(folder.parent), "name": name, "job_type": "trial", "tags": _short([*tags, folder.parts[-3]])}
+
+
+def group(sweep: Path) -> str:
+    """The name of a sweep among all: `<name>/<stamp>`."""
+    return "/".join(sweep.resolve().parts[-2:])
+
+
+def _label(folder: Path) -> str | None:
+    """What differs between a trial and others of its sweep."""
+    try:
+        trials = json.loads((folder.parent / SWEEP).read_text(encoding="utf-8"))["trials"]
+        return next(str(trial["label"]) for trial in trials if str(trial["number"]) == folder.name)
+    except (OSError, ValueError, LookupError, TypeError, StopIteration):
+        return None
+
+
+def _short(tags: list[str]) -> list[str]:
+    return list(dict.fromkeys(tag[:LONGEST_TAG] for tag in tags))
