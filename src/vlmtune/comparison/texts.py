@@ -1,0 +1,50 @@
+"""A comparison on the terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vlmtune import display
+from vlmtune.comparison.ranking import Comparison, Entry
+from vlmtune.comparison.runs import short
+
+
+def table(found: Comparison, most: int | None = None) -> str:
+    """The best `most` entries (None: all) with their intervals and verdicts, what is left out, and the notes."""
+    lines = []
+    if found.entries:
+        title = f"{found.metrics[0]} on {len(found.rows)} rows about {found.images} images"
+        share = f"{100 * found.confidence:g} %"
+        columns = ("run", *short(found.keys), "mean", share, "to the best", share, "verdict")
+        lines.append(display.table(title, columns, [_row(entry, found) for entry in found.entries[:most]]))
+        if most is not None and len(found.entries) > most:
+            lines.append(f"... and {len(found.entries) - most} more")
+    else:
+        lines.append("No run to compare yet: none has ended with evaluated rows.")
+    lines += [f"{run.name}: {shortened(reason)}" for run, reason in found.left_out]
+    lines += [f"Note: {note}." for note in found.notes]
+    return "\n".join(lines)
+
+
+def _row(entry: Entry, found: Comparison) -> tuple[str, ...]:
+    score = entry.scores[found.metrics[0]]
+    spread = "" if score.spread is None else f" (seeds: sd {score.spread:.4f})"
+    best = score.verdict == "best"
+    apart = ("", "") if best else (f"{score.difference:+.4f}", interval(score.difference_low, score.difference_high, "+"))
+    values = [entry.swept.get(key, "") for key in found.keys]
+    return (entry.name, *values, f"{score.mean:.4f}{spread}", interval(score.low, score.high), *apart, score.verdict)
+
+
+def interval(low: float, high: float, sign: str = "") -> str:
+    return f"{low:{sign}.3f} to {high:{sign}.3f}"
+
+
+def shortened(text: str, most: int = 160) -> str:
+    """A message on one line."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else f"{line[: most - 1]}…"
+
+
+def ending(found: Comparison, page: Path) -> str:
+    """The last lines of a sweep: the head of the table, and where the page is."""
+    return f"{table(found, most=5)}\n  compared     {page}"
