@@ -74,7 +74,9 @@ def answered(images: int, rows: int, share: float, seed: int) -> list[bool]:
     """Which rows are right, those of one image alike: some images are harder than others."""
     rng = np.random.default_rng(seed)
     hardness = rng.normal(size=(images, 1)) * 0.5
-    return list((np.random.default_rng(seed + 1).normal(size=(images, rows)) * 0.8 + hardness < _quantile(share)).ravel())
+    return list(
+        (np.random.default_rng(seed + 1).normal(size=(images, rows)) * 0.8 + hardness < _quantile(share)).ravel()
+    )
 
 
 def _quantile(share: float) -> float:

@@ -9,9 +9,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from vlmtune.cli import evaluate, predict, train, trials
+from vlmtune.cli import compare, evaluate, predict, train, trials
 from vlmtune.cli.ending import guard, leave, say
-from vlmtune.cli.words import overrides_given, prepare
+from vlmtune.cli.words import gather, overrides_given, prepare
 from vlmtune.commands import import_path, typed
 from vlmtune.config import compose
 from vlmtune.config.schema import home
@@ -19,7 +19,7 @@ from vlmtune.errors import ConfigError, UsageError, nearest
 from vlmtune.launch import ranks
 from vlmtune.launch.world import World
 
-COMMANDS: dict[str, Any] = {"train": train, "predict": predict, "evaluate": evaluate}
+COMMANDS: dict[str, Any] = {"train": train, "predict": predict, "evaluate": evaluate, "compare": compare}
 """Each module defines `check(overrides, multirun, world)` and `job(composed, world) -> exit code`."""
 
 
@@ -70,6 +70,8 @@ def _run(command: str, world: World) -> int:
 
     if not world.is_main:
         return guard(lambda: _join(command, world), quiet=True)
+    if command == "compare":
+        gather(command, "runs")
     prepare(command, COMMANDS[command].check, world)
     with_hydra(command, guarded)
     return max(codes, default=0)

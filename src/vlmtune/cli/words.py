@@ -39,6 +39,15 @@ def prepare(command: str, check: Check, world: World) -> None:
     sys.argv[1:] = [*flags, *usable, *folder_of_resumed(words.overrides)]
 
 
+def gather(command: str, key: str) -> None:
+    """Put the words in `sys.argv` that are no key=value, and names of existing files, into one list: `key=[a,b]`."""
+    words = flags_and_overrides(command).overrides
+    plain = [word for word in words if "=" not in word or os.path.exists(word)]
+    if plain:
+        rest = [word for word in sys.argv[1:] if word not in plain]
+        sys.argv[1:] = [*rest, f"{key}=[{','.join(map(paths.quoted, plain))}]"]
+
+
 def flags_and_overrides(command: str) -> Any:
     """The command line as Hydra's parser reads it. Raises UsageError for flags that don't apply here."""
     from hydra._internal.utils import get_args_parser

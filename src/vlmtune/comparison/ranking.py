@@ -109,12 +109,12 @@ def compare(
     scores = {name: rows.matrix(groups, name, common) for name in metrics}
     best = int(np.argmax(scores[metrics[0]].mean(axis=0)))
     images = _images(groups[0], common)
-    judged = {
-        name: _judged(name, values, images, groups, best, confidence, seed) for name, values in scores.items()
-    }
+    judged = {name: _judged(name, values, images, groups, best, confidence, seed) for name, values in scores.items()}
     order = sorted(range(len(groups)), key=lambda at: (at != best, -judged[metrics[0]][at].mean))
     entries = [
-        Entry([read.run for read in groups[at]], groups[at], groups[at][0].run.swept, {m: judged[m][at] for m in metrics})
+        Entry(
+            [read.run for read in groups[at]], groups[at], groups[at][0].run.swept, {m: judged[m][at] for m in metrics}
+        )
         for at in order
     ]
     made = Comparison(entries, left_out, metrics, keys, common, len(set(images)), confidence, [])
@@ -174,9 +174,7 @@ def _judged(
         verdict = "best" if at == best else _verdict(difference, p_values[at], 1 - confidence)
         exact = None if at == best else _mcnemar(values[:, at], values[:, best])
         mean = float(sums[:, at].sum() / counts.sum())
-        found.append(
-            Score(mean, low, high, _spread(metric, group), difference, *apart, p_values[at], verdict, exact)
-        )
+        found.append(Score(mean, low, high, _spread(metric, group), difference, *apart, p_values[at], verdict, exact))
     return found
 
 
@@ -217,8 +215,10 @@ def notes(found: Comparison) -> list[str]:
     best, count = found.entries[0], len(found.entries)
     if count > 1:
         tested = [value for run in best.runs if (value := run.of_test(metric)) is not None]
-        test = f"on the test rows it has {fmean(tested):.4f}" if tested else (
-            f"score it on rows that chose nothing: {typed('evaluate')} run={best.runs[0].folder} data.test=FILE"
+        test = (
+            f"on the test rows it has {fmean(tested):.4f}"
+            if tested
+            else (f"score it on rows that chose nothing: {typed('evaluate')} run={best.runs[0].folder} data.test=FILE")
         )
         said.append(
             f"{best.name} is the best of {count} on these rows, and was chosen by them: its score there is biased "

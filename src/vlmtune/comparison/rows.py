@@ -71,12 +71,12 @@ class Rows:
         cells = [row.get(column) or "" for row in self.cells]
         return [key if unknown(cell) else cell for key, cell in zip(self.keys, cells, strict=True)]
 
-    def scores(self, metric: str, references: dict[Key, tuple[str, ...]]) -> list[float]:
+    def scores(self, metric: str) -> list[float]:
         """The rows' scores: those of the file, or another metric's of the same answers. Raises DataError."""
         if metric == self.run.metrics[0]:
             return [self._score(row, number) for number, row in enumerate(self.cells, start=1)]
         score = METRICS[metric]
-        return [score(row[ANSWER], references[key]) for key, row in zip(self.keys, self.cells, strict=True)]
+        return [score(row[ANSWER], record.answers) for row, record in zip(self.cells, self.records, strict=True)]
 
     def _score(self, row: dict[str, str], number: int) -> float:
         try:
@@ -150,17 +150,13 @@ def check_same(groups: Sequence[Sequence[Rows]]) -> None:
 
 def matrix(groups: Sequence[Sequence[Rows]], metric: str, keys: Sequence[Key]) -> Floats:
     """Scores `[rows, groups]`, each the mean over the group's seeds that evaluated the row."""
-    references: dict[Key, tuple[str, ...]] = {}
-    if any(rows.run.metrics[0] != metric for group in groups for rows in group):
-        told = (pair for rows in groups[0] for pair in zip(rows.keys, rows.records, strict=True))
-        references = {key: record.answers for key, record in told}
     at = {key: number for number, key in enumerate(keys)}
     found = np.zeros((len(keys), len(groups)))
     for column, group in enumerate(groups):
         seeds = np.zeros(len(keys))
         for rows in group:
             places = [at[key] for key in rows.keys]
-            found[places, column] += rows.scores(metric, references)
+            found[places, column] += rows.scores(metric)
             seeds[places] += 1
         found[:, column] /= seeds
     return found

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from vlmtune import display
 from vlmtune.comparison.ranking import Comparison, Entry
 from vlmtune.comparison.runs import short
@@ -26,11 +24,23 @@ def table(found: Comparison, most: int | None = None) -> str:
     return "\n".join(lines)
 
 
+def summary(found: Comparison) -> str:
+    """The result in a sentence or two."""
+    metric, best, others = found.metrics[0], found.entries[0], len(found.entries) - 1
+    score = best.scores[metric]
+    said = f"Best: run {label(best, found)}, {metric} {score.mean:.4f} ({interval(score.low, score.high)})"
+    ties = sum(entry.scores[metric].verdict == "tie" for entry in found.entries)
+    verdict = f"; {others - ties} of {others} others are worse, {ties} a tie with it" if others else ""
+    return f"{said}{verdict}. {len(found.rows)} rows about {found.images} images."
+
+
 def _row(entry: Entry, found: Comparison) -> tuple[str, ...]:
     score = entry.scores[found.metrics[0]]
     spread = "" if score.spread is None else f" (seeds: sd {score.spread:.4f})"
     best = score.verdict == "best"
-    apart = ("", "") if best else (f"{score.difference:+.4f}", interval(score.difference_low, score.difference_high, "+"))
+    apart = (
+        ("", "") if best else (f"{score.difference:+.4f}", interval(score.difference_low, score.difference_high, "+"))
+    )
     values = [entry.swept.get(key, "") for key in found.keys]
     return (entry.name, *values, f"{score.mean:.4f}{spread}", interval(score.low, score.high), *apart, score.verdict)
 
@@ -45,6 +55,8 @@ def shortened(text: str, most: int = 160) -> str:
     return line if len(line) <= most else f"{line[: most - 1]}…"
 
 
-def ending(found: Comparison, page: Path) -> str:
-    """The last lines of a sweep: the head of the table, and where the page is."""
-    return f"{table(found, most=5)}\n  compared     {page}"
+def label(entry: Entry, found: Comparison) -> str:
+    """An entry in a few words: `3: r=4 learning_rate=1e-3`."""
+    pairs = zip(short(found.keys), (entry.swept.get(key) for key in found.keys), strict=True)
+    swept = " ".join(f"{name}={value}" for name, value in pairs if value is not None)
+    return f"{entry.name}: {swept}" if swept else entry.name

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 THUMBNAIL_SIDE = 220
+STYLE = Path(__file__).with_name("style.css")
+"""The style that all pages share."""
 
 
 def write(path: Path, template: Path, **values: Any) -> Path:
