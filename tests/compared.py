@@ -6,6 +6,7 @@ import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -71,15 +72,7 @@ def write_sweep(folder: Path, swept: Sequence[Sequence[str]]) -> None:
 
 
 def answered(images: int, rows: int, share: float, seed: int) -> list[bool]:
-    """Which rows are right, those of one image alike: some images are harder than others."""
+    """Which rows are right, about this share of them; the rows of one image are alike."""
     rng = np.random.default_rng(seed)
-    hardness = rng.normal(size=(images, 1)) * 0.5
-    return list(
-        (np.random.default_rng(seed + 1).normal(size=(images, rows)) * 0.8 + hardness < _quantile(share)).ravel()
-    )
-
-
-def _quantile(share: float) -> float:
-    from statistics import NormalDist
-
-    return NormalDist(0, 0.95).inv_cdf(share)
+    hardness = rng.normal(size=(images, 1)) * 0.6 + rng.normal(size=(images, rows)) * 0.8  # of variance 1
+    return [bool(right) for right in (hardness < NormalDist().inv_cdf(share)).ravel()]

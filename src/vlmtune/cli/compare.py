@@ -59,7 +59,7 @@ def job(composed: Any, world: World) -> int:
 
 
 def _options(composed: Any) -> Options:
-    raw = OmegaConf.to_container(composed, resolve=False)
+    raw: Any = OmegaConf.to_container(composed, resolve=False)
     options: Options = read(Options, {key: value for key, value in raw.items() if key != "hydra"})
     return options
 

@@ -129,7 +129,7 @@ def _cost(found: Comparison, by: str, entries: list[Entry], costs: list[float], 
     x = scale(wide[0], wide[-1], LEFT + 16, WIDTH - RIGHT - 16)
     _, y = _heights(found)
     means = [entry.scores[found.metrics[0]].mean for entry in entries]
-    corners, best = [], -math.inf
+    corners, best = list[str](), -math.inf
     for cost, mean in sorted(zip(costs, means, strict=True), key=lambda pair: (pair[0], -pair[1])):
         if mean > best:
             corners += [f"{x(cost)},{y(best)}"] * bool(corners) + [f"{x(cost)},{y(mean)}"]

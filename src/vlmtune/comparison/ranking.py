@@ -111,15 +111,14 @@ def compare(
     images = _images(groups[0], common)
     judged = {name: _judged(name, values, images, groups, best, confidence, seed) for name, values in scores.items()}
     order = sorted(range(len(groups)), key=lambda at: (at != best, -judged[metrics[0]][at].mean))
-    entries = [
-        Entry(
-            [read.run for read in groups[at]], groups[at], groups[at][0].run.swept, {m: judged[m][at] for m in metrics}
-        )
-        for at in order
-    ]
+    entries = [_entry(groups[at], {name: judged[name][at] for name in metrics}) for at in order]
     made = Comparison(entries, left_out, metrics, keys, common, len(set(images)), confidence, [])
     made.notes.extend(notes(made))
     return made
+
+
+def _entry(group: list[Rows], scores: dict[str, Score]) -> Entry:
+    return Entry([read.run for read in group], group, group[0].run.swept, scores)
 
 
 def _why_not(run: Run) -> str:

@@ -117,11 +117,9 @@ def _is_run(folder: Path) -> bool:
 
 
 def _read(folder: Path, swept: dict[str, str]) -> Run:
-    config = {}
-    if (folder / "config.yaml").is_file():
-        config = OmegaConf.to_container(saved.read(folder / "config.yaml"))
-        assert isinstance(config, dict)
-    return Run(folder, swept=swept, result=read_result(folder) or {}, config={str(k): v for k, v in config.items()})
+    path = folder / "config.yaml"
+    config: Any = OmegaConf.to_container(saved.read(path)) if path.is_file() else {}
+    return Run(folder, swept=swept, result=read_result(folder) or {}, config=config)
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
