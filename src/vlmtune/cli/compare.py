@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from vlmtune.commands import typed
 from vlmtune.config import compose
 from vlmtune.config.schema import number
 from vlmtune.config.strict import read
-from vlmtune.errors import ConfigError
+from vlmtune.errors import ConfigError, nearest
 from vlmtune.launch.world import World
 
 
@@ -31,7 +31,11 @@ class Options:
 
 def check(overrides: list[str], multirun: bool, world: World) -> None:
     """Raise VlmtuneError with every problem that can be found without opening a run."""
-    usable, problems = compose.normalise(overrides)
+    parsed = compose.parse(overrides)
+    known = {spec.name for spec in fields(Options)}
+    strange = [o for o in parsed if o.key_or_group not in known and not o.key_or_group.startswith("hydra")]
+    problems = [f"{o.key_or_group}: no such key; {nearest(o.key_or_group, known)}" for o in strange]
+    usable, _ = compose.normalise([str(override.input_line) for override in parsed if override not in strange])
     try:
         options = _options(compose.compose("compare", usable, multirun=multirun))
     except ConfigError as error:
