@@ -34,10 +34,8 @@ def write_table(folder: Path, images: int, rows: int) -> Path:
 
 def write_run(folder: Path, table: Path, right: Sequence[bool], overrides: Sequence[str] = (), **result: Any) -> Path:
     """A run that answered the rows of `table`, those that are not `right` with "no"."""
-    folder.mkdir(parents=True)
     words = ["data=csv", f"data.train={table}", f"data.validation={table}", "task.metrics=[exact_match,anls]"]
-    config, _ = compose.read("train", [*words, *overrides])
-    (folder / "config.yaml").write_text(yaml.safe_dump(plain(config), sort_keys=False))
+    write_config(folder, [*words, *overrides])
     with table.open(newline="") as file:
         header, *rows = csv.reader(file)
     answers = [(*row, row[2] if yes else "no", float(yes)) for row, yes in zip(rows, right, strict=True)]
@@ -47,6 +45,13 @@ def write_run(folder: Path, table: Path, right: Sequence[bool], overrides: Seque
     curve = [{"step": step, "train/loss": 2 / step, "eval/exact_match": mean * step / 40} for step in (10, 20, 40)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(point) + "\n" for point in curve))
     write_result(folder, objective=mean, metrics={"eval/exact_match": mean} | result.pop("metrics", {}), **result)
+    return folder
+
+
+def write_config(folder: Path, overrides: Sequence[str]) -> Path:
+    config, _ = compose.read("train", overrides)
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(plain(config), sort_keys=False))
     return folder
 
 

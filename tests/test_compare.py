@@ -8,15 +8,21 @@ import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import compared
+import vlmtune
 from test_cli import refused, script
 from vlmtune import comparison
 from vlmtune.comparison.plots import is_logarithmic
 from vlmtune.comparison.runs import short
+from vlmtune.config import compose
 from vlmtune.data.fingerprint import content
+from vlmtune.data.images import open_image
+from vlmtune.data.table import load
 from vlmtune.errors import ConfigError, DataError, VlmtuneError
 from vlmtune.record.outputs import as_cells
+from vlmtune.record.runfolder import frame_of, write_table
 
 IMAGES, ROWS = 40, 3
 EQUAL = compared.answered(IMAGES, ROWS, 0.8, seed=0)
@@ -170,7 +176,6 @@ def test_rows_without_images_are_taken_one_by_one(tmp_path: Path, table: Path) -
 
 def test_images_in_memory_are_told_apart_in_predictions() -> None:
     import pandas as pd
-    from PIL import Image
 
     red, again, blue = (
         Image.new("RGB", (4, 4), "red"),
@@ -191,6 +196,55 @@ def test_a_damaged_file_is_named(tmp_path: Path, table: Path, change: dict[str, 
     rewrite(run, change)
     with pytest.raises(DataError, match=message):
         comparison.compare([run])
+
+
+# ---------------------------------------------------------------- images of rows
+
+
+DRAWN = "vlmtune.data.sources.drawn.courses.load_see"
+
+
+@pytest.mark.parametrize(("target", "shown"), [(DRAWN, True), ("somebody.elses.load", False)])
+def test_images_that_are_no_files_come_from_the_source(tmp_path: Path, target: str, shown: bool) -> None:
+    """From vlmtune's own sources; a run folder of somebody else makes no code run."""
+    config, _ = compose.read("train", [f"data._target_={DRAWN}", "data.max_eval_rows=4"])
+    split = load(config.data, config.task, 0, ("validation",))["validation"]
+    frame = frame_of(split).assign(answer_predictions="no", score=0.0)
+    run = compared.write_config(tmp_path / "run", [f"data._target_={target}", "data.max_eval_rows=4"])
+    write_table(run / "predictions.csv", frame)
+    compared.write_result(run, objective=0.0, metrics={})
+    [entry] = comparison.compare([run]).entries
+    picture = entry.rows[0].image(2)
+    assert (picture is not None) is shown
+    if shown:
+        assert picture.tobytes() == open_image(split.records[2].images[0], 10**6).tobytes()
+
+
+def test_relative_images_of_several_tables_are_those_of_each(tmp_path: Path) -> None:
+    """`images/0.png` in two folders is two pictures."""
+    tables = [compared.write_table(tmp_path / name, 2, 1) for name in ("one", "two")]
+    Image.new("RGB", (48, 32), "black").save(tmp_path / "two" / "images" / "0.png")
+    both = f"data.validation=[{tables[0]},{tables[1]}]"
+    run = compared.write_run(tmp_path / "run", tables[0], [True, True], [both])
+    lines = (run / "predictions.csv").read_text().splitlines()
+    (run / "predictions.csv").write_text("\n".join([*lines, *lines[1:]]) + "\n")
+    [entry] = comparison.compare([run]).entries
+    colours = [entry.rows[0].image(place).getpixel((5, 5)) for place in range(4)]
+    assert colours == [(255, 0, 0), (0, 128, 0), (0, 0, 0), (0, 128, 0)]
+
+
+def test_two_real_runs(tmp_path: Path) -> None:
+    words = ["tracker=none", "trainer.max_steps=2", "data.max_train_rows=32", "data.max_eval_rows=24"]
+    words += ["trainer.eval_baseline=false", "trainer.save_every=null"]
+    made = [vlmtune.train([*words, f"adapter.r={r}", f"hydra.run.dir={tmp_path / str(r)}"]) for r in (2, 4)]
+    found = comparison.compare([tmp_path / "2", tmp_path / "4"])
+    assert found.keys == ["adapter.r"]
+    means = {entry.name: entry.scores["exact_match"].mean for entry in found.entries}
+    assert means == pytest.approx({"2": made[0]["objective"], "4": made[1]["objective"]})
+    assert (len(found.rows), 1 < found.images < 24) == (24, True)
+    assert found.entries[0].rows[0].image(0).size == (64, 64)
+    page = comparison.write(tmp_path / "compare.html", found).read_text()
+    assert "exact_match by training time" in page
 
 
 # ---------------------------------------------------------------- what is left out

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import combinations, zip_longest
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,9 +11,6 @@ import numpy as np
 from vlmtune.comparison.ranking import Comparison, Entry
 from vlmtune.comparison.rows import Key, Rows
 from vlmtune.comparison.texts import label
-from vlmtune.data.images import open_image
-from vlmtune.data.records import Record
-from vlmtune.errors import VlmtuneError
 from vlmtune.metrics.statistics import Floats
 from vlmtune.record import pages
 from vlmtune.record.outputs import ANSWER
@@ -77,26 +73,16 @@ def _row(key: Key, read: Sequence[Rows], scores: Any, images: dict[str, int]) ->
     answers: dict[str, int] = {}
     given = [rows.cells[rows.place[key]][ANSWER] if key in rows.place else None for rows in read]
     own = next(rows for rows in read if key in rows.place)
-    record = own.records[own.place[key]]
-    picture = _picture(record, own.config.data.max_image_pixels)
+    place = own.place[key]
+    record, image = own.records[place], own.image(place)
     return {
         "question": _cut(record.question),
         "reference": _cut(" | ".join(record.answers)),
-        "image": None if picture is None else images.setdefault(picture, len(images)),
+        "image": None if image is None else images.setdefault(pages.data_uri(image), len(images)),
         "given": [None if text is None else answers.setdefault(_cut(text), len(answers)) for text in given],
         "answers": list(answers),
         "scores": [None if np.isnan(score) else round(float(score), 4) for score in scores],
     }
-
-
-def _picture(record: Record, max_pixels: int) -> str | None:
-    """The row's first image, if it is a file that is still there."""
-    if not record.images or not isinstance(record.images[0], Path):
-        return None
-    try:
-        return pages.data_uri(open_image(record.images[0], max_pixels))
-    except VlmtuneError:
-        return None
 
 
 def _cut(text: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import logging
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -19,17 +20,21 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from vlmtune.comparison.runs import Run
+from vlmtune.config import saved
 from vlmtune.config.paths import files_of
 from vlmtune.config.schema import READ_FILES, Config
 from vlmtune.config.strict import strict
+from vlmtune.data import table
+from vlmtune.data.images import open_image
 from vlmtune.data.reader import RowReader
 from vlmtune.data.records import Record
 from vlmtune.data.table import image_root_of
-from vlmtune.errors import DataError
+from vlmtune.errors import DataError, VlmtuneError
 from vlmtune.metrics import METRICS
 from vlmtune.metrics.statistics import Floats
 from vlmtune.record.outputs import ANSWER, SCORE
 
+log = logging.getLogger("vlmtune")
 Key = tuple[str, str, str, int]
 
 
@@ -54,16 +59,40 @@ class Rows:
         """The rows as the run read them, their images located."""
         config, present = self.config, list(self.cells[0])
         data = dataclasses.replace(config.data, image_root=image_root_of(config.data, "validation"))
-        reader = RowReader(data, config.task, self._file(), answers_required=True, present=present)
+        reader = RowReader(data, config.task, next(iter(self._tables()), ""), answers_required=True, present=present)
         return [reader.read_cells(number, cells)[0] for number, cells in enumerate(self.cells)]
 
-    def _file(self) -> str:
-        """The table that relative image paths start from."""
+    def _tables(self) -> list[str]:
+        """The files that the rows came from; none for other sources."""
         from vlmtune.data.sources.files import parted
 
         data = self.config.data
-        tables = files_of(data.validation) or files_of(data.train)
-        return str(parted(tables[0])[0]) if data._target_ == READ_FILES and tables else ""
+        names = files_of(data.validation) or files_of(data.train)
+        return [str(parted(name)[0]) for name in names] if data._target_ == READ_FILES else []
+
+    def image(self, place: int) -> Any:
+        """The row's first image, opened; None if it has none, or if it is gone."""
+        own = next(iter(self.records[place].images), None)
+        one_folder = len({Path(name).parent for name in self._tables()}) < 2  # else the row's own table is not known
+        if not (one_folder and isinstance(own, Path) and own.is_file()):
+            own = next(iter(self.loaded[place].images), None) if self.loaded else None
+        try:
+            return None if own is None else open_image(own, self.config.data.max_image_pixels)
+        except DataError:
+            return None
+
+    @cached_property
+    def loaded(self) -> Sequence[Record]:
+        """The rows from their source; none if it is gone or has changed, or would run code that is not ours."""
+        config, path = self.config, self.run.folder / "config.yaml"
+        try:
+            saved.refuse_code(saved.read(path), path, ())
+            data = dataclasses.replace(config.data, check_images="header")
+            found = table.load(data, config.task, config.trainer.seed, ("validation",))["validation"].records
+        except VlmtuneError as error:
+            log.warning("%s: its images are not shown: %s", self.run.folder, error)
+            return []
+        return found if len(found) == len(self.cells) else []
 
     def images(self) -> list[Hashable]:
         """Equal for rows that show the same image; a row whose image is not known stands for itself."""
