@@ -12,7 +12,7 @@ from PIL import Image
 
 import compared
 import vlmtune
-from test_cli import refused, script
+from test_cli import SOURCE, refused, script
 from vlmtune import comparison
 from vlmtune.comparison.plots import is_logarithmic
 from vlmtune.comparison.runs import short
@@ -80,7 +80,8 @@ def test_other_metrics_are_computed_from_the_same_answers(tmp_path: Path, table:
 
 
 def test_the_same_seed_gives_the_same_numbers(tmp_path: Path, table: Path) -> None:
-    runs = [compared.write_run(tmp_path / name, table, right) for name, right in (("a", EQUAL), ("b", WORSE))]
+    near = compared.answered(IMAGES, ROWS, 0.75, seed=7)
+    runs = [compared.write_run(tmp_path / name, table, right) for name, right in (("a", EQUAL), ("b", near))]
     first, again, other = (comparison.compare(runs, seed=seed).entries[1].scores for seed in (0, 0, 1))
     assert first == again != other
     wide = comparison.compare(runs, confidence=0.99).entries[1].scores["exact_match"]
@@ -135,7 +136,7 @@ def test_the_keys_of_runs_without_a_sweep_are_those_of_their_configs(tmp_path: P
         ("one/stamp", "4"),
         ("two/stamp", "8"),
     ]
-    assert "r=4 learning_rate=0.0002" in comparison.page.label(found.entries[0], found)
+    assert "r=4 learning_rate=0.003" in comparison.page.label(found.entries[0], found)
 
 
 def test_short_names_stay_apart() -> None:
@@ -328,6 +329,23 @@ def test_the_command_prints_the_table_and_writes_the_page(tmp_path: Path, table:
     both = script("compare", f"{sweep}/0", f"{sweep}/1", "output=mine.html", folder=tmp_path)
     assert (both.returncode, (tmp_path / "mine.html").exists()) == (0, True)
     assert json.loads((sweep / "sweep.json").read_text())["name"] == "stamp"  # run folders are only read
+
+
+def test_the_command_has_help(tmp_path: Path) -> None:
+    done = script("compare", "--help", folder=tmp_path, python=("-X", "importtime"))
+    assert f"python {SOURCE}/compare.py outputs/sweeps/NAME/STAMP" in done.stdout
+    assert not {"torch", "pandas", "numpy"} & {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}
+
+
+def test_another_page_is_not_replaced(tmp_path: Path, table: Path) -> None:
+    run = compared.write_run(tmp_path / "run", table, EQUAL)
+    (tmp_path / "compare.html").write_text("my own")
+    refused(
+        script("compare", str(run), folder=tmp_path),
+        1,
+        "config error: compare.html: is not an earlier page of comparisons; name another file",
+    )
+    assert [script("compare", str(run), "output=a.html", folder=tmp_path).returncode for _ in range(2)] == [0, 0]
 
 
 def test_the_commands_mistakes_are_answered(tmp_path: Path) -> None:

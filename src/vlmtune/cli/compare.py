@@ -17,6 +17,9 @@ from vlmtune.config.strict import read
 from vlmtune.errors import ConfigError, nearest
 from vlmtune.launch.world import World
 
+OURS = '<meta name="generator" content="vlmtune compare">'
+"""In every page that this command wrote."""
+
 
 @dataclass
 class Options:
@@ -42,7 +45,7 @@ def check(overrides: list[str], multirun: bool, world: World) -> None:
         raise ConfigError([*problems, *error.problems]) from error
     if not options.runs:
         problems.append(f"no folder is named; for instance {typed('compare')} outputs/sweeps/NAME/STAMP")
-    if options.output is not None and (problem := _unfit(Path(options.output).expanduser())):
+    if options.output and (problem := _unfit(Path(options.output).expanduser())):
         problems.append(f"output={options.output}: {problem}")
     if problems:
         raise ConfigError(problems)
@@ -57,6 +60,8 @@ def job(composed: Any, world: World) -> int:
     found = comparison.compare(folders, metric=options.metric, confidence=options.confidence, seed=options.seed)
     own = len(folders) == 1 and not (folders[0] / "config.yaml").exists()  # a sweep's page lies beside its trials
     target = Path(options.output).expanduser() if options.output else (folders[0] if own else Path()) / comparison.PAGE
+    if problem := _unfit(target):
+        raise ConfigError(f"{target}: {problem}")
     say(comparison.table(found))
     say(f"  page         {comparison.write(target, found)}")
     return 0
@@ -74,6 +79,8 @@ def _unfit(target: Path) -> str | None:
         return f"must end in .html, for instance {target.name}.html"
     if not target.parent.is_dir():
         return f"the folder {target.parent} does not exist"
+    if target.exists() and OURS not in target.read_text(encoding="utf-8", errors="replace"):
+        return "is not an earlier page of comparisons; name another file"
     if not os.access(target if target.exists() else target.parent, os.W_OK):
         return "can't be written; name another file"
     return None

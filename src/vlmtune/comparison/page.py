@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ def write(path: Path, found: Comparison) -> Path:
         path,
         HERE / "page.html.j2",
         found=found,
-        title="/".join(path.resolve().parent.parts[-2:]),
+        title=_title(found),
         share=f"{100 * found.confidence:g} %",
         summary=summary(found) if found.entries else "",
         verdicts=Counter(entry.scores[found.metrics[0]].verdict for entry in found.entries),
@@ -47,6 +48,12 @@ def write(path: Path, found: Comparison) -> Path:
         plot=PLOT,
         bar=BAR,
     )
+
+
+def _title(found: Comparison) -> str:
+    """The end of the folder that all runs lie in: a sweep's name and stamp."""
+    runs = [run for entry in found.entries for run in entry.runs] + [run for run, _ in found.left_out]
+    return "/".join(Path(os.path.commonpath([run.folder.resolve().parent for run in runs])).parts[-2:])
 
 
 def _style() -> str:

@@ -10,6 +10,7 @@ compare
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,6 +127,8 @@ def _why_not(run: Run) -> str:
     if run.status != "completed":
         failure, message = run.failure
         return ": ".join(filter(None, [run.status, failure, message]))
+    if not run.metrics:
+        return "its config.yaml is missing"
     return "" if (run.folder / "predictions.csv").is_file() else "no evaluated rows (it has no validation split)"
 
 
@@ -171,7 +174,8 @@ def _judged(
         apart = statistics.interval(drawn[:, at] - drawn[:, best], differences[:, at], counts, confidence)
         difference = float(differences[:, at].sum() / counts.sum())
         verdict = "best" if at == best else _verdict(difference, p_values[at], 1 - confidence)
-        exact = None if at == best else _mcnemar(values[:, at], values[:, best])
+        single = at != best and len(group) == len(groups[best]) == 1
+        exact = _mcnemar(values[:, at], values[:, best]) if single else None
         mean = float(sums[:, at].sum() / counts.sum())
         found.append(Score(mean, low, high, _spread(metric, group), difference, *apart, p_values[at], verdict, exact))
     return found
@@ -214,14 +218,11 @@ def notes(found: Comparison) -> list[str]:
     best, count = found.entries[0], len(found.entries)
     if count > 1:
         tested = [value for run in best.runs if (value := run.of_test(metric)) is not None]
-        test = (
-            f"on the test rows it has {fmean(tested):.4f}"
-            if tested
-            else (f"score it on rows that chose nothing: {typed('evaluate')} run={best.runs[0].folder} data.test=FILE")
-        )
+        again = f"{typed('evaluate')} run={shlex.quote(str(best.runs[0].folder))} data.test=FILE"
         said.append(
             f"{best.name} is the best of {count} on these rows, and was chosen by them: its score there is biased "
-            f"upward; {test}"
+            "upward; "
+            + (f"on the test rows it has {fmean(tested):.4f}" if tested else f"score it on other rows: {again}")
         )
         if all(len(entry.runs) == 1 for entry in found.entries):
             said.append(
