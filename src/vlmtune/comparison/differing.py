@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from vlmtune.comparison.ranking import Comparison, Entry
-from vlmtune.comparison.rows import Key, Rows
+from vlmtune.comparison.rows import Key, Rows, references
 from vlmtune.comparison.texts import label
 from vlmtune.metrics.statistics import Floats
 from vlmtune.record import pages
@@ -44,10 +44,12 @@ def _label(entry: Entry, rows: Rows, found: Comparison) -> str:
 
 def _scores(found: Comparison, read: Sequence[Rows]) -> Floats:
     """Scores `[rows, runs]` on the metric that ranks; NaN where a run did not evaluate a row."""
+    metric = found.metrics[0]
+    answers = references([read], metric)
     values = np.full((len(found.rows), len(read)), np.nan)
     at = {key: number for number, key in enumerate(found.rows)}
     for column, rows in enumerate(read):
-        values[[at[key] for key in rows.keys], column] = rows.scores(found.metrics[0])
+        values[[at[key] for key in rows.keys], column] = rows.scores(metric, answers)
     return values
 
 

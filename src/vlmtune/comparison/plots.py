@@ -81,7 +81,7 @@ def plots(found: Comparison) -> list[Plot]:
     for key, name in zip(found.keys, short(found.keys), strict=True):
         known = [entry for entry in entries if key in entry.swept]
         axis = _axis([entry.swept[key] for entry in known], LEFT + 24, WIDTH - RIGHT - 24)
-        made.append(_plot(found, name, known, axis))
+        made.append(_plot(found, name, known, Axis(_side_by_side(axis.places), axis.ticks)))
     timed = [(entry, entry.seconds) for entry in entries if entry.seconds is not None]
     sized = [(entry, entry.memory) for entry in entries if entry.memory is not None]
     if len(timed) > 1:
@@ -99,7 +99,7 @@ def _plot(found: Comparison, by: str, entries: Sequence[Entry], axis: Axis, fron
     metric = found.metrics[0]
     y_ticks, y = _heights(found)
     marks = []
-    for entry, x in zip(entries, _side_by_side(axis.places), strict=True):
+    for entry, x in zip(entries, axis.places, strict=True):
         score = entry.scores[metric]
         title = f"{label(entry, found)}: {score.mean:.4f} ({interval(score.low, score.high)}), {score.verdict}"
         marks.append(Mark(entry.name, score.verdict, x, y(score.mean), y(score.low), y(score.high), title))
@@ -224,9 +224,11 @@ def _number(text: str) -> float | None:
 
 
 def _plain(value: float) -> str:
-    """A number as short as it can be written: `1e-5` in place of `1e-05`."""
-    head, e, power = f"{value:g}".partition("e")
-    return head + (e + str(int(power)) if e else "")
+    """A number as people type it: `16`, `0.05`, `1e-4`."""
+    if value and abs(value) < 0.01:
+        head, _, power = f"{value:.2e}".partition("e")
+        return f"{float(head):g}e{int(power)}"
+    return f"{value:g}"
 
 
 def _cut(text: str, most: int = 14) -> str:

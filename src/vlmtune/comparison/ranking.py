@@ -97,20 +97,19 @@ def compare(
     `metric`: the one that ranks; None: the runs' own first one. `confidence`: of the intervals; verdicts err with the
     rest of it. Raises VlmtuneError for folders that hold no runs and for runs that answered different rows.
     """
-    found = find(folders)
-    left_out = [(run, reason) for run in found if (reason := _why_not(run))]
-    without = {id(run) for run, _ in left_out}
-    groups = [[rows.read(run) for run in group] for group in grouped([run for run in found if id(run) not in without])]
-    keys = list(dict.fromkeys(key for run in found for key in run.swept if key != SEED))
+    runs = find(folders)
+    left_out = [(run, reason) for run in runs if (reason := _why_not(run))]
+    groups = [[rows.read(run) for run in group] for group in grouped([run for run in runs if not _why_not(run)])]
+    keys = list(dict.fromkeys(key for run in runs for key in run.swept if key != SEED))
     if not groups:
         return Comparison([], left_out, [metric] if metric else [], keys, [], 0, confidence, [])
     rows.check_same(groups)
     metrics = _metrics([read.run for group in groups for read in group], metric)
     common = list(rows.of_group(groups[0]))
-    scores = {name: rows.matrix(groups, name, common) for name in metrics}
-    best = int(np.argmax(scores[metrics[0]].mean(axis=0)))
+    measured = {name: _measured(groups, name, common) for name in metrics}
+    best = int(np.argmax(measured[metrics[0]][0].mean(axis=0)))
     images = _images(groups[0], common)
-    judged = {name: _judged(name, values, images, groups, best, confidence, seed) for name, values in scores.items()}
+    judged = {name: _judged(*found, images, best, confidence, seed) for name, found in measured.items()}
     order = sorted(range(len(groups)), key=lambda at: (at != best, -judged[metrics[0]][at].mean))
     entries = [_entry(groups[at], {name: judged[name][at] for name in metrics}) for at in order]
     made = Comparison(entries, left_out, metrics, keys, common, len(set(images)), confidence, [])
@@ -159,8 +158,16 @@ def _images(group: Sequence[Rows], keys: Sequence[Key]) -> list[object]:
     return [found[key] for key in keys]
 
 
+def _measured(groups: list[list[Rows]], metric: str, keys: Sequence[Key]) -> tuple[Floats, list[float | None]]:
+    """Scores `[rows, entries]`, and each entry's spread over its seeds; None for a single run."""
+    answers = rows.references(groups, metric)
+    values = rows.matrix(groups, metric, keys, answers)
+    means = [[fmean(read.scores(metric, answers)) for read in group] if len(group) > 1 else [] for group in groups]
+    return values, [stdev(of_seeds) if of_seeds else None for of_seeds in means]
+
+
 def _judged(
-    metric: str, values: Floats, images: list[object], groups: list[list[Rows]], best: int, confidence: float, seed: int
+    values: Floats, spreads: list[float | None], images: list[object], best: int, confidence: float, seed: int
 ) -> list[Score]:
     """The scores of all entries on one metric, from `[rows, entries]`."""
     rng = np.random.default_rng(seed)
@@ -169,15 +176,15 @@ def _judged(
     differences = sums - sums[:, [best]]
     p_values = significance(differences, best, rng, 1 - confidence)
     found = []
-    for at, group in enumerate(groups):
+    for at, spread in enumerate(spreads):
         low, high = statistics.interval(drawn[:, at], sums[:, at], counts, confidence)
         apart = statistics.interval(drawn[:, at] - drawn[:, best], differences[:, at], counts, confidence)
         difference = float(differences[:, at].sum() / counts.sum())
         verdict = "best" if at == best else _verdict(difference, p_values[at], 1 - confidence)
-        single = at != best and len(group) == len(groups[best]) == 1
+        single = at != best and spread is None and spreads[best] is None
         exact = _mcnemar(values[:, at], values[:, best]) if single else None
         mean = float(sums[:, at].sum() / counts.sum())
-        found.append(Score(mean, low, high, _spread(metric, group), difference, *apart, p_values[at], verdict, exact))
+        found.append(Score(mean, low, high, spread, difference, *apart, p_values[at], verdict, exact))
     return found
 
 
@@ -204,12 +211,6 @@ def _mcnemar(own: Floats, others: Floats) -> float | None:
     if not np.isin([own, others], [0, 1]).all():
         return None
     return statistics.mcnemar(int(np.sum(own > others)), int(np.sum(others > own)))
-
-
-def _spread(metric: str, group: Sequence[Rows]) -> float | None:
-    if len(group) < 2:
-        return None
-    return stdev(float(rows.matrix([[read]], metric, read.keys).mean()) for read in group)
 
 
 def notes(found: Comparison) -> list[str]:

@@ -36,6 +36,7 @@ from vlmtune.record.outputs import ANSWER, SCORE
 
 log = logging.getLogger("vlmtune")
 Key = tuple[str, str, str, int]
+References = dict[Key, tuple[str, ...]]
 
 
 @dataclass
@@ -100,12 +101,12 @@ class Rows:
         cells = [row.get(column) or "" for row in self.cells]
         return [key if unknown(cell) else cell for key, cell in zip(self.keys, cells, strict=True)]
 
-    def scores(self, metric: str) -> list[float]:
+    def scores(self, metric: str, references: References) -> list[float]:
         """The rows' scores: those of the file, or another metric's of the same answers. Raises DataError."""
         if metric == self.run.metrics[0]:
             return [self._score(row, number) for number, row in enumerate(self.cells, start=1)]
         score = METRICS[metric]
-        return [score(row[ANSWER], record.answers) for row, record in zip(self.cells, self.records, strict=True)]
+        return [score(row[ANSWER], references[key]) for key, row in zip(self.keys, self.cells, strict=True)]
 
     def _score(self, row: dict[str, str], number: int) -> float:
         try:
@@ -177,7 +178,14 @@ def check_same(groups: Sequence[Sequence[Rows]]) -> None:
         )
 
 
-def matrix(groups: Sequence[Sequence[Rows]], metric: str, keys: Sequence[Key]) -> Floats:
+def references(groups: Sequence[Sequence[Rows]], metric: str) -> References:
+    """The right answers of all rows, as the first group read them; none if no run needs them for this metric."""
+    if all(rows.run.metrics[0] == metric for group in groups for rows in group):
+        return {}
+    return {key: record.answers for rows in groups[0] for key, record in zip(rows.keys, rows.records, strict=True)}
+
+
+def matrix(groups: Sequence[Sequence[Rows]], metric: str, keys: Sequence[Key], answers: References) -> Floats:
     """Scores `[rows, groups]`, each the mean over the group's seeds that evaluated the row."""
     at = {key: number for number, key in enumerate(keys)}
     found = np.zeros((len(keys), len(groups)))
@@ -185,7 +193,7 @@ def matrix(groups: Sequence[Sequence[Rows]], metric: str, keys: Sequence[Key]) -
         seeds = np.zeros(len(keys))
         for rows in group:
             places = [at[key] for key in rows.keys]
-            found[places, column] += rows.scores(metric)
+            found[places, column] += rows.scores(metric, answers)
             seeds[places] += 1
         found[:, column] /= seeds
     return found

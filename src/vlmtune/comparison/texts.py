@@ -13,7 +13,7 @@ def table(found: Comparison, most: int | None = None) -> str:
     if found.entries:
         title = f"{found.metrics[0]} on {len(found.rows)} rows about {found.images} images"
         share = f"{100 * found.confidence:g} %"
-        columns = ("run", *short(found.keys), "mean", share, "to the best", share, "verdict")
+        columns = ("run", "what differs", "mean", share, f"to the best, {share}", "verdict")
         lines.append(display.table(title, columns, [_row(entry, found) for entry in found.entries[:most]]))
         if most is not None and len(found.entries) > most:
             lines.append(f"... and {len(found.entries) - most} more")
@@ -30,19 +30,22 @@ def summary(found: Comparison) -> str:
     score = best.scores[metric]
     said = f"Best: run {label(best, found)}, {metric} {score.mean:.4f} ({interval(score.low, score.high)})"
     ties = sum(entry.scores[metric].verdict == "tie" for entry in found.entries)
-    verdict = f"; {others - ties} of {others} others are worse, {ties} a tie with it" if others else ""
+    verdict = f"; {others - ties} of {others} others are worse, {ties} tie with it" if others else ""
     return f"{said}{verdict}. {len(found.rows)} rows about {found.images} images."
 
 
 def _row(entry: Entry, found: Comparison) -> tuple[str, ...]:
     score = entry.scores[found.metrics[0]]
-    spread = "" if score.spread is None else f" (seeds: sd {score.spread:.4f})"
-    best = score.verdict == "best"
-    apart = (
-        ("", "") if best else (f"{score.difference:+.4f}", interval(score.difference_low, score.difference_high, "+"))
+    spread = "" if score.spread is None else f" (sd {score.spread:.4f})"
+    apart = f"{score.difference:+.4f} ({interval(score.difference_low, score.difference_high, '+')})"
+    return (
+        entry.name,
+        swept(entry, found),
+        f"{score.mean:.4f}{spread}",
+        interval(score.low, score.high),
+        "" if score.verdict == "best" else apart,
+        score.verdict,
     )
-    values = [entry.swept.get(key, "") for key in found.keys]
-    return (entry.name, *values, f"{score.mean:.4f}{spread}", interval(score.low, score.high), *apart, score.verdict)
 
 
 def interval(low: float, high: float, sign: str = "") -> str:
@@ -57,6 +60,11 @@ def shortened(text: str, most: int = 160) -> str:
 
 def label(entry: Entry, found: Comparison) -> str:
     """An entry in a few words: `3: r=4 learning_rate=1e-3`."""
+    words = swept(entry, found)
+    return f"{entry.name}: {words}" if words else entry.name
+
+
+def swept(entry: Entry, found: Comparison) -> str:
+    """What tells an entry from the others: `r=4 learning_rate=1e-3`."""
     pairs = zip(short(found.keys), (entry.swept.get(key) for key in found.keys), strict=True)
-    swept = " ".join(f"{name}={value}" for name, value in pairs if value is not None)
-    return f"{entry.name}: {swept}" if swept else entry.name
+    return " ".join(f"{name}={value}" for name, value in pairs if value is not None)
