@@ -18,9 +18,11 @@ from typing import Any
 import pytest
 import yaml
 
+from vlmtune.cli import compare
 from vlmtune.config import compose
 from vlmtune.config import fields as known_fields
 from vlmtune.config import schema as config
+from vlmtune.launch.world import World
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -113,6 +115,9 @@ def check_overrides(command: str, words: list[str]) -> None:
     overrides = [word for word in words if word != "-m"]
     if command == "train":
         compose.read(command, overrides, multirun="-m" in words)
+    elif command == "compare":
+        folders = ",".join(word for word in overrides if "=" not in word)
+        compare.check([f"runs=[{folders}]", *(word for word in overrides if "=" in word)], False, World())
     else:
         compose.overlay(compose.compose(command, compose.normalise(overrides)[0]), overrides)
 

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image, ImageDraw
 
 from vlmtune.record import report
+from vlmtune.record.drawing import chart, ticks
 from vlmtune.record.metrics_file import MetricsFile
-from vlmtune.record.report import chart, ticks
 
 RESULT: dict[str, Any] = {
     "status": "completed",

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
-from vlmtune.cli import evaluate, predict, sweeps, train
+from vlmtune.cli import compare, evaluate, predict, sweeps, train
 from vlmtune.cli.ending import guard, leave, say
-from vlmtune.cli.words import overrides_given, prepare
+from vlmtune.cli.words import gather, overrides_given, prepare
 from vlmtune.commands import import_path, typed
 from vlmtune.config import compose
 from vlmtune.config.schema import home
@@ -19,7 +19,7 @@ from vlmtune.launch import ranks
 from vlmtune.launch.world import World
 from vlmtune.trials import submitted
 
-COMMANDS: dict[str, Any] = {"train": train, "predict": predict, "evaluate": evaluate}
+COMMANDS: dict[str, Any] = {"train": train, "predict": predict, "evaluate": evaluate, "compare": compare}
 """Each module defines `check(overrides, multirun, world)` and `job(composed, world) -> exit code`."""
 
 
@@ -59,6 +59,8 @@ def run(command: str) -> None:
 def _run(command: str, world: World) -> int:
     if not world.is_main:
         return guard(lambda: _join(command, world), quiet=True)
+    if command == "compare":
+        gather(command, "runs")
     prepare(command, COMMANDS[command].check, world)
     job = sweeps.Job(COMMANDS[command].job, world)
     with_hydra(command, job)

@@ -11,7 +11,7 @@ from typing import Any
 
 from vlmtune.cli import resumed
 from vlmtune.commands import typed
-from vlmtune.config import compose
+from vlmtune.config import compose, paths
 from vlmtune.errors import ConfigError, StorageError, UsageError
 from vlmtune.launch.world import World
 
@@ -38,6 +38,15 @@ def prepare(command: str, check: Check, world: World) -> None:
         raise ConfigError(problems)
     flags = [word for word in sys.argv[1:] if word not in words.overrides]
     sys.argv[1:] = [*flags, *usable, *resumed.folder_of_run(given)]
+
+
+def gather(command: str, key: str) -> None:
+    """Put the words in `sys.argv` that are no key=value, and names of existing files, into one list: `key=[a,b]`."""
+    words = flags_and_overrides(command).overrides
+    plain = [word for word in words if "=" not in word or os.path.exists(word)]
+    if plain:
+        rest = [word for word in sys.argv[1:] if word not in plain]
+        sys.argv[1:] = [*rest, f"{key}=[{','.join(map(paths.quoted, plain))}]"]
 
 
 def flags_and_overrides(command: str) -> Any:

@@ -1,10 +1,8 @@
-"""Stands in for the comparison of runs."""
+"""Finished runs side by side: a ranking with statistics, and a page that shows it. It reads run folders only."""
 
-from __future__ import annotations
+from vlmtune.comparison.finish import PAGE, finish
+from vlmtune.comparison.page import write
+from vlmtune.comparison.ranking import Comparison, compare
+from vlmtune.comparison.texts import table
 
-from pathlib import Path
-
-
-def finish(sweep: Path) -> str:
-    """The head of the table."""
-    return f"{sweep / 'summary.csv'}"
+__all__ = ["PAGE", "Comparison", "compare", "finish", "table", "write"]

@@ -24,6 +24,8 @@ from vlmtune.errors import CheckpointError, ConfigError, UsageError, nearest
 
 VERSION_BASE = "1.3"
 """The version of Hydra whose behaviour is asked for."""
+COMMANDS_OWN = ("run", "output", "runs", "metric", "confidence", "seed")
+"""Keys of commands other than train, which `strict` refuses elsewhere."""
 NOT_ONE_RUN = "means several runs; add -m, or quote the value if it is one text"
 OmegaConf.register_new_resolver("package", lambda path: str(PACKAGE / path), replace=True)
 OmegaConf.register_new_resolver("home", lambda: str(home()), replace=True)
@@ -66,7 +68,7 @@ def normalise(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
             wrong = [f"{key}={v}: {nearest(str(v), options)}" for v in values if str(v or "null") not in options]
             problems += wrong
             out += [] if wrong else [plain]
-        elif key.split(".")[0] not in SCHEMA and key not in ("run", "output"):
+        elif key.split(".")[0] not in SCHEMA and key not in COMMANDS_OWN:
             problems.append(f"{key}: no such key; {nearest(key.split('.')[0], SCHEMA)}")
         else:
             out.append("++" + plain)

@@ -47,6 +47,15 @@ def unreadable(saved: DictConfig) -> list[str]:
     return problems
 
 
+def read(schema: type, raw: dict[Any, Any]) -> Any:
+    """Values of a command's own keys as the dataclass `schema`. Raises ConfigError with all problems."""
+    problems: list[str] = []
+    found = _read(schema, raw, "", problems)
+    if problems:
+        raise ConfigError(problems)
+    return found
+
+
 def _read(schema: type, raw: dict[Any, Any], prefix: str, problems: list[str]) -> Any:
     """Build the dataclass `schema` from `raw`, appending to `problems` instead of raising."""
     fields = {f.name: f for f in dataclasses.fields(schema)}

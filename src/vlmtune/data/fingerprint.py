@@ -35,7 +35,7 @@ def image_fingerprint(records: Sequence[Record]) -> str:
     for record in records:
         for image in record.images:
             if not isinstance(image, Path):
-                digest.update(_content(image))
+                digest.update(content(image))
             elif image not in seen:
                 seen.add(image)
                 digest.update(sampled(image))
@@ -73,8 +73,8 @@ def sampled(file: Path) -> bytes:
     return digest.digest()
 
 
-def _content(image: Any) -> bytes:
-    """A hash of an image in memory: of its file's bytes, or of its pixels."""
+def content(image: Any) -> bytes:
+    """A hash of an image in memory, 16 bytes: of its file's bytes, or of its pixels; one text for all functions."""
     if isinstance(image, bytes):
         return hashlib.blake2b(image, digest_size=16).digest()
     if not hasattr(image, "tobytes"):

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlmtune.data import fingerprint
 from vlmtune.data.cells import as_list, text_of, to_json
 from vlmtune.errors import ConfigError, DataError, VlmtuneError
 
@@ -230,13 +231,21 @@ class Rows:
 
 
 def as_cells(frame: Any) -> Any:
-    """The frame with what a CSV cell can hold: lists and objects as JSON."""
+    """The frame with what a CSV cell can hold: lists and objects as JSON, images in memory by their content's hash."""
     import pandas as pd
+    from PIL import Image
+
+    def named(value: Any) -> str:
+        if isinstance(value, bytes | Image.Image):
+            return f"<image {fingerprint.content(value).hex()}>"
+        return value if isinstance(value, str) else f"<{type(value).__name__}>"
 
     def flat(cell: Any) -> Any:
         cell = as_list(cell)
+        if isinstance(cell, bytes | Image.Image):
+            return named(cell)
         if isinstance(cell, list | dict):
-            return to_json(cell, lambda value: value if isinstance(value, str) else f"<{type(value).__name__}>")
+            return to_json(cell, named)
         return text_of(cell, "cell") if isinstance(cell, bool) else cell
 
     objects = [name for name in frame.columns if frame[name].dtype == object]

@@ -1,0 +1,180 @@
+"""Run folders that are compared: what each says of itself, and by which keys they differ."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from vlmtune.config import saved
+from vlmtune.errors import CheckpointError, ConfigError
+from vlmtune.record.runfolder import read_result
+
+SEED = "trainer.seed"
+NO_DIFFERENCE = ("resume", "tracker", "backend", "preflight", "data.cache", "trainer.num_workers")
+"""Beginnings of keys that don't decide what a run learns."""
+
+
+@dataclass
+class Run:
+    """One run folder."""
+
+    folder: Path
+    name: str = ""
+    """The end of its path that no other run has: a trial's number."""
+    swept: dict[str, str] = field(default_factory=dict)
+    """The keys by which the compared runs differ, and this run's values."""
+    result: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def status(self) -> str:
+        return str(self.result.get("status", "unfinished"))
+
+    @property
+    def failure(self) -> tuple[str, str]:
+        """The class and the message of what ended it."""
+        error = self.result.get("error") or {}
+        return error.get("failure") or "", error.get("message") or ""
+
+    @property
+    def metrics(self) -> list[str]:
+        """The task's metrics; the first is the one whose scores predictions.csv holds."""
+        return list((self.config.get("task") or {}).get("metrics") or [])
+
+    @property
+    def seconds(self) -> float | None:
+        return (self.result.get("speed") or {}).get("training_seconds")
+
+    @property
+    def rows_per_second(self) -> float | None:
+        return (self.result.get("speed") or {}).get("examples_per_second")
+
+    @property
+    def memory(self) -> int | None:
+        """Peak bytes: of the device, or of main memory where there was none."""
+        memory = self.result.get("memory") or {}
+        return memory.get("peak_device_bytes") or memory.get("peak_rss_bytes")
+
+    def of_test(self, metric: str) -> float | None:
+        return (self.result.get("metrics") or {}).get(f"test/{metric}")
+
+
+def find(folders: Sequence[Path]) -> list[Run]:
+    """The runs in these folders, each a run's or a sweep's. Raises ConfigError for a folder that is neither."""
+    runs: dict[Path, Run] = {}
+    for folder in folders:
+        for run in _runs_in(folder.expanduser()):
+            runs.setdefault(run.folder.resolve(), run)
+    found = list(runs.values())
+    for run, name in zip(found, _names(list(runs)), strict=True):
+        run.name = name
+    if len(folders) > 1 or not all(run.swept for run in found):
+        _add_differences(found)
+    return found
+
+
+def _runs_in(folder: Path) -> Iterator[Run]:
+    trials = {int(path.name): path for path in folder.glob("*") if path.name.isdecimal() and _is_run(path)}
+    listed = {trial["number"]: trial for trial in _sweep(folder).get("trials", [])}
+    if listed or (trials and not _is_run(folder)):
+        for number in sorted({*trials, *listed}):
+            swept = dict(_pair(word) for word in listed.get(number, {}).get("swept", []))
+            yield _read(folder / str(number), swept)
+    elif _is_run(folder):
+        yield _read(folder, {})
+    else:
+        reason = "has neither a run (config.yaml, result.json) nor numbered trials" if folder.is_dir() else "not found"
+        raise ConfigError(f"{folder}: {reason}; name the folder of a run or of a sweep")
+
+
+def _sweep(folder: Path) -> dict[str, Any]:
+    """What sweep.json holds; nothing where there is none. Raises CheckpointError for a damaged one."""
+    path = folder / "sweep.json"
+    if not path.is_file():
+        return {}
+    try:
+        sweep = json.loads(path.read_text(encoding="utf-8"))
+        for trial in sweep["trials"]:
+            int(trial["number"]), list(trial["swept"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path}: is damaged: {error!r}; delete it, or put the right one back") from error
+    return dict(sweep)
+
+
+def _pair(override: str) -> tuple[str, str]:
+    key, _, value = override.lstrip("+~").partition("=")
+    return key, value
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "config.yaml").is_file() or (folder / "result.json").is_file()
+
+
+def _read(folder: Path, swept: dict[str, str]) -> Run:
+    path = folder / "config.yaml"
+    config: Any = OmegaConf.to_container(saved.read(path)) if path.is_file() else {}
+    return Run(folder, swept=swept, result=read_result(folder) or {}, config=config)
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The shortest ends of the paths that differ."""
+    parts = 1
+    while len({folder.parts[-parts:] for folder in folders}) < len(folders):
+        parts += 1
+    return ["/".join(folder.parts[-parts:]) for folder in folders]
+
+
+def _add_differences(runs: Sequence[Run]) -> None:
+    """Let each run's `swept` be the keys that all configs have and that differ between them."""
+    flat = {run.name: dict(_flat(run.config)) for run in runs if run.config}
+    common = set.intersection(*map(set, flat.values())) if flat else set()
+    keys = [key for key in next(iter(flat.values()), {}) if key in common and not key.startswith(NO_DIFFERENCE)]
+    differ = [key for key in keys if len({values[key] for values in flat.values()}) > 1]
+    for run in runs:
+        run.swept = {key: flat[run.name][key] for key in differ} if run.name in flat else {}
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", _as_typed(value)
+
+
+def _as_typed(value: Any) -> str:
+    """A value as on a command line."""
+    if isinstance(value, list):
+        return "[" + ",".join(map(_as_typed, value)) + "]"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))
+
+
+def grouped(runs: Sequence[Run]) -> list[list[Run]]:
+    """Runs that differ in their seed alone, together; copies of a run stay apart."""
+    groups: dict[Any, list[Run]] = {}
+    copies: Counter[Any] = Counter()
+    for run in runs:
+        rest = tuple(sorted((key, value) for key, value in run.swept.items() if key != SEED))
+        same = (rest, run.swept.get(SEED))
+        groups.setdefault((rest, copies[same]), []).append(run)
+        copies[same] += 1
+    return list(groups.values())
+
+
+def short(keys: Sequence[str]) -> list[str]:
+    """The last part of each key, or more parts where two would be the same."""
+    parts = [key.split(".") for key in keys]
+
+    def ending(own: list[str]) -> str:
+        lengths = (n for n in range(1, len(own)) if sum(other[-n:] == own[-n:] for other in parts) == 1)
+        return ".".join(own[-next(lengths, len(own)) :])
+
+    return [ending(own) for own in parts]
