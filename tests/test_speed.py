@@ -185,9 +185,11 @@ def test_an_encoder_that_mixes_or_refuses_several_images_sees_each_alone(
     assert set(features.exact.values()) == {False}
 
 
-def chosen(model: Any, encoder: Encoder, wish: str, *, seen_once: bool = False) -> ImageCache:
+def chosen(
+    model: Any, encoder: Encoder, wish: str, *, seen_once: bool = False, folder: Path | None = None
+) -> ImageCache:
     config = tiny.config(None)
-    config.data = DataConfig(cache_features=wish)
+    config.data = DataConfig(cache_features=wish, cache_folder=folder and str(folder))
     sample = tiny.records(4, sizes=SIZES)
     engine = Accelerator(cpu=True)
     return choose_cache(model, find_parts(model), encoder, sample, PLAIN, config, engine, seen_once=seen_once)
@@ -207,6 +209,15 @@ def test_features_are_chosen_with_the_reason(encoder_of: Any, model_of: Callable
     assert "the projector and the vision train" in chosen(model, encoder, "auto").sentence
     frozen(model).model.vision_tower.append = nn.Dropout(0.1)
     assert "gives different features for one image each time" in chosen(model, encoder, "auto").sentence
+
+
+def test_features_that_other_runs_need_too_are_kept(
+    encoder_of: Any, model_of: Callable[[str], Any], tmp_path: Path
+) -> None:
+    """As the trials of a sweep do, each of which may need an image once."""
+    found = chosen(frozen(model_of("llava")), encoder_of("llava"), "auto", seen_once=True, folder=tmp_path)
+    assert "cached on disk" in found.sentence
+    assert list(tmp_path.rglob("*.safetensors"))
 
 
 def test_the_next_trial_finds_the_features_of_the_one_before(encoder_of: Any, model_of: Callable[[str], Any]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vlmtune.cli.words import folder_of_resumed
+from vlmtune.cli.resumed import folder_of_run
 from vlmtune.config import compose, paths
 from vlmtune.errors import ConfigError, StorageError
 
@@ -83,9 +83,9 @@ def test_an_error_shows_the_quoting_that_works(word: str) -> None:
 
 def test_a_resumed_run_goes_on_in_its_folder_whatever_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/somebody")
-    words = folder_of_resumed(["resume=~/outputs/a=b (2)"])
+    words = folder_of_run(["resume=~/outputs/a=b (2)"])
     assert compose.parse(words)[0].value() == "/home/somebody/outputs/a=b (2)"
-    assert folder_of_resumed(["resume=null"]) == []
+    assert folder_of_run(["resume=null"]) == []
 
 
 def test_a_folder_that_can_not_be_made_is_refused_before_anything_is_done(tmp_path: Path) -> None:
