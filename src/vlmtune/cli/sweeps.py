@@ -15,6 +15,7 @@ from vlmtune.cli import resumed, train
 from vlmtune.cli.ending import guard, leave
 from vlmtune.config import compose, paths
 from vlmtune.config.launchers import Processes
+from vlmtune.config.schema import TrackerConfig
 from vlmtune.errors import ConfigError
 from vlmtune.launch.world import ALONE, World
 from vlmtune.trials import files, names, submitted, sweep
@@ -94,7 +95,7 @@ def _opened(config: DictConfig) -> Any:
     given = resumed.without([*hydra.overrides.task, *chosen])
     settings = Processes(**{key: value for key, value in hydra.launcher.items() if key != "_target_"})
     name = sweep_name(hydra.runtime.choices.get("sweeps"), hydra.overrides.task, hydra.sweeper.get("params"))
-    return sweep.opened(folder, name, config.task.metrics[0], given, settings)
+    return sweep.opened(folder, name, config.task.metrics[0], given, settings, TrackerConfig(**config.tracker))
 
 
 def _described(overrides: Sequence[str], keys: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -9,15 +9,15 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from vlmtune.errors import ConfigError, to_install
+from vlmtune.record import wandb_tracker
 from vlmtune.record.samples import Sample
 from vlmtune.record.tensorboard_tracker import TensorBoard
-from vlmtune.record.wandb_tracker import WandB
 
 if TYPE_CHECKING:
     from vlmtune.config.schema import TrackerConfig
@@ -62,14 +62,31 @@ def build(config: TrackerConfig, run_config: Mapping[str, Any], folder: Path, *,
     On one process of a run only. `resumed`: continue the run that the folder's earlier process opened. Raises
     ConfigError when it can't start: unknown WANDB_MODE, no login, no network.
     """
-    mode = config.mode or os.environ.get("WANDB_MODE") or "offline"
+    mode = _mode(config)
     if config.name == "none" or (config.name == "wandb" and mode == "disabled"):
         return NoTracker()
     folder.mkdir(parents=True, exist_ok=True)
     public = without_secrets(run_config)
     if config.name == "tensorboard":
         return Surviving("TensorBoard", TensorBoard(public, folder))
-    return Surviving("W&B", WandB(config.project, mode, public, folder, resumed))
+    return Surviving("W&B", wandb_tracker.WandB(config.project, mode, public, folder, resumed))
+
+
+def show_sweep(config: TrackerConfig, folder: Path, rows: Sequence[Mapping[str, Any]], metric: str) -> None:
+    """Show the sweep in `folder` as a whole where its trials are, if that is W&B. A failure is a warning.
+
+    `rows`: of its summary.csv; `metric`: the column that the trials are compared by.
+    """
+    if config.name != "wandb" or _mode(config) == "disabled":
+        return
+    try:
+        wandb_tracker.summary(folder, rows, metric, config.project, _mode(config))
+    except (Exception, SystemExit) as error:
+        log.warning("W&B failed and shows the trials only, not the sweep as a whole: %s", error)
+
+
+def _mode(config: TrackerConfig) -> str:
+    return config.mode or os.environ.get("WANDB_MODE") or "offline"
 
 
 class Surviving:

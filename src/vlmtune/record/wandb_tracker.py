@@ -122,7 +122,7 @@ def summary(sweep: Path, rows: Sequence[Mapping[str, Any]], metric: str, project
     """
     group = place.group(sweep)
     own = {"group": group, "name": f"{group} (all trials)", "job_type": "sweep", "tags": [sweep.resolve().parts[-2]]}
-    tracker = WandB(project, mode, {"metric": metric}, sweep, placed=own)
+    tracker = WandB(project, mode, {"metric": metric}, sweep, resumed=True, placed=own)  # if it was shown before
     wandb = tracker.wandb
     columns = list(rows[0]) if rows else []
     table = wandb.Table(columns=columns, data=[[row[name] for name in columns] for row in rows])

@@ -12,9 +12,11 @@ from typing import Any
 from vlmtune import display
 from vlmtune.commands import typed
 from vlmtune.config.launchers import Processes
+from vlmtune.config.schema import TrackerConfig
 from vlmtune.errors import ConfigError
 from vlmtune.launch import lock
 from vlmtune.launch.signals import Interrupted
+from vlmtune.record import tracking
 from vlmtune.trials import files, summary
 from vlmtune.trials.running import Runner, Work
 from vlmtune.trials.screen import Screen
@@ -27,10 +29,18 @@ FEATURES = "features"
 class Sweep:
     """The trials of one command; `opened` makes it."""
 
-    def __init__(self, folder: Path, name: str, metric: str, overrides: Sequence[str], settings: Processes):
-        """`overrides`: what the user typed. `metric`: what the trials are compared by."""
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        metric: str,
+        overrides: Sequence[str],
+        settings: Processes,
+        tracker: TrackerConfig,
+    ):
+        """`overrides`: what the user typed. `metric`: what the trials are compared by. `tracker`: shows the sweep."""
         self.folder, self.name, self.metric, self.overrides = folder, name, metric, overrides
-        self.settings = settings
+        self.settings, self.tracker = settings, tracker
         before = files.read(folder)["trials"] if files.exists(folder) else []
         self.recorded: dict[int, dict[str, Any]] = {trial["number"]: trial for trial in before}
         self.trials: list[Trial] = []
@@ -90,11 +100,15 @@ class Sweep:
             from vlmtune.comparison import finish
 
             display.say(finish(self.folder))
+            if all(trial.is_over for trial in self.trials):
+                tracking.show_sweep(self.tracker, self.folder, summary.write(self.folder), f"eval/{self.metric}")
         return [files.exit_code(trial.folder) for trial in self.trials]
 
 
 @contextmanager
-def opened(folder: Path, name: str, metric: str, overrides: Sequence[str], settings: Processes) -> Iterator[Sweep]:
-    """The sweep in `folder`, which no other command can use meanwhile. Raises ConfigError."""
+def opened(folder: Path, *described: Any) -> Iterator[Sweep]:
+    """The sweep in `folder`, `described` as `Sweep` takes it, which no other command can use meanwhile. Raises
+    ConfigError.
+    """
     with lock.held(folder):
-        yield Sweep(folder, name, metric, overrides, settings)
+        yield Sweep(folder, *described)
