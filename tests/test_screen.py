@@ -205,7 +205,7 @@ with Screen(trials, "exact_match") as screen:
         screen.refresh()
         log(one, 60, train__loss=0.25)
         screen.refresh()
-        bad = error("out_of_memory", "the device has no more memory; trainer.batch_size=4 would need less")
+        bad = error("out_of_memory", "the device has no more memory [/dev/0]; trainer.batch_size=4 would need less")
         end(one, steps=60, metrics={"eval/exact_match": 0.8 - number / 1000}, error=None if number else bad)
         screen.refresh()
     for one in trials[count // 2 : count // 2 + 3]:
