@@ -164,7 +164,7 @@ def test_without_a_terminal_a_line_tells_of_each_beginning_and_end(
     before, good, bad, stopped = trials = [trial(tmp_path, number) for number in range(4)]
     end(before, metrics={"eval/exact_match": 0.3})
     with Screen(trials, "exact_match") as screen:
-        assert capfd.readouterr().err == "4 trials, 1 of them ended before\n"
+        assert capfd.readouterr().err == ""
         begin(good, ago=65)
         screen.refresh()
         screen.refresh()
@@ -192,7 +192,7 @@ def test_without_a_terminal_a_line_tells_of_each_beginning_and_end(
 # ---------------------------------------------------------------- on a terminal
 
 SWEEP = """
-import sys
+import os, sys
 from pathlib import Path
 from sweep_folders import begin, end, error, log, trial
 from vlmtune import display
@@ -205,7 +205,7 @@ with Screen(trials, "exact_match") as screen:
         screen.refresh()
         log(one, 60, train__loss=0.25)
         screen.refresh()
-        bad = error("out_of_memory", "the device has no more memory; trainer.batch_size=4 would need less")
+        bad = error("out_of_memory", "the device has no more memory [/dev/0]; trainer.batch_size=4 would need less")
         end(one, steps=60, metrics={"eval/exact_match": 0.8 - number / 1000}, error=None if number else bad)
         screen.refresh()
     for one in trials[count // 2 : count // 2 + 3]:
@@ -214,6 +214,7 @@ with Screen(trials, "exact_match") as screen:
             log(one, step, train__loss=1.0)
             screen.refresh()
 """
+AS_IT_RUNS = SWEEP + "    os._exit(0)  # the table stays\n"
 
 
 @pytest.mark.parametrize(
@@ -227,16 +228,16 @@ with Screen(trials, "exact_match") as screen:
 def test_on_a_terminal_a_table_of_any_size_keeps_up(
     tmp_path: Path, width: int, height: int, count: int, columns: list[str]
 ) -> None:
-    lines = terminal.run(SWEEP, str(tmp_path), str(count), width=width, height=height)
-    assert lines[0] == f"{count} trials"
+    lines = terminal.run(AS_IT_RUNS, str(tmp_path), str(count), width=width, height=height)
     heads = [number for number, line in enumerate(lines) if line.split()[:1] == ["#"]]
     assert len(heads) == 1, "each table takes the place of the one before"
     assert lines[heads[0]].split() == columns
     assert max(map(len, lines)) <= width
     assert len(lines) - heads[0] <= height
-    above = " ".join(lines[1 : heads[0]])
+    above = " ".join(lines[: heads[0]])
     assert above.count("failed after 1:00: out_of_memory: the device has no more") == 1, "reasons stay readable"
-    assert "completed" not in above
+    assert above.count("completed after 1:00: exact_match 0.7") == count // 2 - 1
+    assert "begins" not in above
     rows = {found[1]: line for line in lines[heads[0] + 1 :] if (found := re.match(r" *(\d+)  ", line))}
     assert {"1", *(str(count // 2 + n) for n in range(3))} <= rows.keys(), "the best and the running ones"
     assert "0.7990 *" in rows["1"]
@@ -245,7 +246,7 @@ def test_on_a_terminal_a_table_of_any_size_keeps_up(
     if count == 12:
         assert "failed: out_of_memory" in rows["0"]
         assert "30/60" in rows["6"]
-        assert lines[-2].startswith("6 of 12 trials ended (1 failed), ")
+        assert lines[-1].startswith("6 of 12 trials ended (1 failed), ")
     else:
         text = " ".join(lines[heads[0] :])
         assert "50 of 100 trials ended (1 failed), " in text
@@ -254,11 +255,18 @@ def test_on_a_terminal_a_table_of_any_size_keeps_up(
 
 def test_a_log_line_stands_above_the_table(tmp_path: Path) -> None:
     said = '    display.log.warning("said beside it")\n'
-    code = SWEEP.replace("with Screen", "with display.logging_to(None), Screen") + said + "    screen.refresh()\n"
+    code = AS_IT_RUNS.replace("with Screen", "with display.logging_to(None), Screen")
+    code = code.replace("    os._exit", f"{said}    screen.refresh()\n    os._exit")
     lines = terminal.run(code, str(tmp_path), "4", width=100, height=30)
     at = next(number for number, line in enumerate(lines) if "said beside it" in line)
     assert at < next(number for number, line in enumerate(lines) if line.split()[:1] == ["#"])
     assert sum("said beside it" in line for line in lines) == 1
+
+
+def test_what_stays_of_a_sweep_are_lines(tmp_path: Path) -> None:
+    """A search opens a screen for each of its batches: no table of an earlier one is left between them."""
+    lines = terminal.run(SWEEP, str(tmp_path), "6", width=300, height=30)
+    assert [line.split(" (")[0] for line in lines if line] == ["trial 0", "trial 1", "trial 2"]
 
 
 def test_a_dumb_terminal_gets_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,10 +15,10 @@ from vlmtune.trials.watched import Watched
 
 
 class Screen:
-    """A context manager around a sweep; each `refresh` brings it up to date.
+    """A context manager around a sweep, or around each batch of a search; each `refresh` brings it up to date.
 
-    On a terminal a table, and a line above it for each trial that did not complete. Elsewhere a line when a trial
-    begins, and one when it ends.
+    On a terminal a line for each trial that ended, and a table below them while trials run. Elsewhere a line when a
+    trial begins, and one when it ends.
     """
 
     def __init__(self, trials: Sequence[Trial], metric: str):
@@ -26,12 +26,10 @@ class Screen:
         self.overview = Overview(trials, metric)
         self.told = {trial.number: trial.state for trial in trials}
         console = display.console
-        self.live = Live(console=console, auto_refresh=False, redirect_stdout=False)
+        self.live = Live(console=console, auto_refresh=False, transient=True, redirect_stdout=False)
         self.draws = console.is_terminal and not console.is_dumb_terminal
 
     def __enter__(self) -> Screen:
-        before = sum(each.trial.is_over for each in self.overview.watched)
-        self._say(f"{len(self.overview.watched)} trials" + f", {before} of them ended before" * bool(before))
         if self.draws:
             self.live.start()
         self.refresh()
@@ -56,15 +54,15 @@ class Screen:
             self.live.update(table.draw(self.overview, *display.console.size), refresh=True)
 
     def _tell(self, each: Watched) -> None:
-        """Say that a trial began or ended, unless the table shows it well enough."""
+        """Say that a trial began or ended, as far as the table does not show it."""
         trial = each.trial
         name = f"trial {trial.number}" + f" ({trial.label})" * bool(trial.label)
-        if not trial.is_over and not self.draws:
-            self._say(f"{name} begins")
-        elif trial.is_over and not (self.draws and trial.state == "completed"):
+        counts = "" if self.draws else f"; {self.overview.counts()}"
+        if trial.is_over:
             spent = "" if trial.seconds is None else f" after {display.duration(trial.seconds)}"
-            counts = "" if self.draws else f"; {self.overview.counts()}"
             self._say(f"{name} {trial.state}{spent}{self._outcome(each)}{counts}")
+        elif not self.draws:
+            self._say(f"{name} begins")
 
     def _outcome(self, each: Watched) -> str:
         """What a trial that ended reached, or why it ended."""
