@@ -273,7 +273,7 @@ def test_a_half_done_sweep_has_a_table_and_a_page(tmp_path: Path, table: Path) -
         "2: failed: killed: killed by SIGKILL",
         "3: failed: not_finite: the loss",
         "4: unfinished",
-        "5: unfinished",
+        "5: waiting",
     ):
         assert line in said
     assert [line.split()[0] for line in said.splitlines() if line.startswith(("0 ", "1 "))] == ["1", "0"]
@@ -298,6 +298,15 @@ def test_the_end_of_a_sweep_never_raises(tmp_path: Path, table: Path, trials: st
     }
     assert expected[trials] in said
     assert (sweep / "compare.html").exists() is (trials in ("failed", "one"))
+
+
+@pytest.mark.parametrize("name", ["result.json", "config.yaml"])
+def test_a_damaged_trial_hides_no_other(tmp_path: Path, table: Path, name: str) -> None:
+    sweep = half_done(tmp_path, table)
+    (sweep / "0" / name).write_text("{")
+    found = comparison.compare([sweep])
+    assert verdicts(found) == {"1": "best"}
+    assert f"{name}: is damaged" in found.left_out[0][1]
 
 
 def test_folders_that_are_no_runs_are_refused(tmp_path: Path, table: Path) -> None:

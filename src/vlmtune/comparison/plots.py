@@ -87,12 +87,12 @@ def plots(found: Comparison) -> list[Plot]:
     if len(timed) > 1:
         made.append(_cost(found, "training time", [e for e, _ in timed], [s for _, s in timed], duration))
     if len(sized) > 1:
-        made.append(_cost(found, "peak memory", [e for e, _ in sized], [b / 1e9 for _, b in sized], _gigabytes))
+        made.append(_cost(found, "peak memory", [e for e, _ in sized], [size / 2**30 for _, size in sized], _gibibytes))
     return [plot for plot in made if plot.marks]
 
 
-def _gigabytes(value: float) -> str:
-    return f"{value:g} GB"
+def _gibibytes(value: float) -> str:
+    return f"{value:g} GiB"
 
 
 def _plot(found: Comparison, by: str, entries: Sequence[Entry], axis: Axis, front: str = "") -> Plot:

@@ -34,7 +34,8 @@ class Run:
 
     @property
     def status(self) -> str:
-        return str(self.result.get("status", "unfinished"))
+        """As in result.json; `unfinished` where there is none yet, `waiting` where the run has not begun."""
+        return str(self.result.get("status") or ("unfinished" if self.folder.exists() else "waiting"))
 
     @property
     def failure(self) -> tuple[str, str]:
@@ -117,9 +118,17 @@ def _is_run(folder: Path) -> bool:
 
 
 def _read(folder: Path, swept: dict[str, str]) -> Run:
-    path = folder / "config.yaml"
-    config: Any = OmegaConf.to_container(saved.read(path)) if path.is_file() else {}
-    return Run(folder, swept=swept, result=read_result(folder) or {}, config=config)
+    """A run; one with a damaged file is a failed one, which hides no other."""
+    path, config = folder / "config.yaml", dict[Any, Any]()
+    try:
+        result = read_result(folder) or {}
+        if path.is_file():
+            values = OmegaConf.to_container(saved.read(path))
+            assert isinstance(values, dict)
+            config = values
+    except CheckpointError as error:
+        result = {"status": "failed", "error": {"failure": "other", "message": str(error)}}
+    return Run(folder, swept=swept, result=result, config=config)
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
