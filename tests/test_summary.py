@@ -15,17 +15,15 @@ import runs
 import tiny
 import vlmtune
 from sweep_folders import begin, end, error, log, trial
-from vlmtune.errors import ConfigError
-from vlmtune.record import runfolder
-from vlmtune.trials import summary
+from vlmtune.errors import CheckpointError
+from vlmtune.trials import files, summary
 from vlmtune.trials.trial import Trial
 
 FIXED = ["seconds", "rows_per_second", "peak_memory_bytes", "trainable_weights", "folder"]
 
 
 def describe(sweep: Path, trials: list[Trial]) -> None:
-    listed = [{"number": one.number, "overrides": one.overrides, "swept": one.swept} for one in trials]
-    runfolder.write_json(sweep / "sweep.json", {"name": "made", "metric": "exact_match", "trials": listed})
+    files.write(sweep, "made", "exact_match", [], [files.describe(one) for one in trials])
 
 
 def table(sweep: Path) -> list[dict[str, str]]:
@@ -115,10 +113,10 @@ def test_a_damaged_result_is_a_failure_of_its_trial_alone(tmp_path: Path) -> Non
 
 
 def test_a_folder_of_no_sweep_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"holds no sweep: its sweep\.json is missing or damaged"):
+    with pytest.raises(CheckpointError, match=r"is not a sweep \(it has no sweep\.json\)"):
         summary.write(tmp_path)
     (tmp_path / "sweep.json").write_text('["trials"]')
-    with pytest.raises(ConfigError, match="holds no sweep"):
+    with pytest.raises(CheckpointError, match=r"sweep\.json: is damaged"):
         summary.write(tmp_path)
     assert not (tmp_path / "summary.csv").exists()
 

@@ -9,8 +9,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from vlmtune.errors import CheckpointError, ConfigError
 from vlmtune.record import runfolder
+from vlmtune.trials import files
 
 SEED = "trainer.seed"
 
@@ -23,9 +23,9 @@ def write(sweep: Path) -> list[dict[str, Any]]:
     result.json, or `unfinished` where there is none, or `waiting` where the run has not begun; `failure` and `message`;
     every metric of any result; `seconds` spent in steps, `rows_per_second` of these; `peak_memory_bytes` on the
     accelerator, in main memory where there is none; `trainable_weights`; `folder`. What is not known is None, in the
-    file an empty cell.
+    file an empty cell. Raises CheckpointError where the folder is not one of a sweep.
     """
-    trials = sorted(_trials(sweep), key=lambda trial: trial["number"])
+    trials = sorted(files.read(sweep)["trials"], key=lambda trial: trial["number"])
     results = [_result(sweep / str(trial["number"])) for trial in trials]
     values = [_values(trial["swept"]) for trial in trials]
     keys = dict.fromkeys(key for each in values for key in each)
@@ -60,19 +60,7 @@ def _costs(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
 
 def _result(folder: Path) -> dict[str, Any]:
     """What result.json holds, or a status in its place."""
-    try:
-        result = runfolder.read_result(folder)
-    except CheckpointError as error:
-        return {"status": "failed", "error": {"failure": "other", "message": str(error)}}
-    return result or {"status": "unfinished" if folder.exists() else "waiting"}
-
-
-def _trials(sweep: Path) -> list[dict[str, Any]]:
-    """Raises ConfigError where the folder is not one of a sweep."""
-    try:
-        return list(_read(sweep / "sweep.json")["trials"])
-    except KeyError:
-        raise ConfigError(f"{sweep}: holds no sweep: its sweep.json is missing or damaged") from None
+    return files.result(folder) or {"status": "unfinished" if folder.exists() else "waiting"}
 
 
 def _read(path: Path) -> dict[str, Any]:
