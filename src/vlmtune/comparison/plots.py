@@ -11,7 +11,7 @@ from statistics import fmean, pstdev
 
 from vlmtune.comparison.ranking import Comparison, Entry
 from vlmtune.comparison.runs import short
-from vlmtune.comparison.texts import interval, label
+from vlmtune.comparison.texts import interval, label, shortened
 from vlmtune.display import duration
 from vlmtune.record.drawing import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Chart, Point, Scale, chart, scale, ticks
 from vlmtune.record.metrics_file import read_metrics
@@ -194,7 +194,7 @@ def _axis(values: Sequence[str], start: int, end: int) -> Axis:
         names = list(dict.fromkeys(values))
         x = scale(0, max(len(names) - 1, 1), start, end)
         place = {name: x(at) if len(names) > 1 else (start + end) / 2 for at, name in enumerate(names)}
-        return Axis([place[value] for value in values], [(place[name], _cut(name)) for name in names])
+        return Axis([place[value] for value in values], [(place[name], shortened(name, 14)) for name in names])
     if is_logarithmic(known):
         x = scale(math.log(min(known)), math.log(max(known)), start, end)
         return Axis([x(math.log(v)) for v in known], _apart([(x(math.log(v)), _plain(v)) for v in sorted(set(known))]))
@@ -229,10 +229,6 @@ def _plain(value: float) -> str:
         head, _, power = f"{value:.2e}".partition("e")
         return f"{float(head):g}e{int(power)}"
     return f"{value:g}"
-
-
-def _cut(text: str, most: int = 14) -> str:
-    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def _apart(marks: list[Tick], least: float = 34) -> list[Tick]:
