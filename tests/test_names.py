@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vlmtune.trials.names import LONGEST, sweep_name, trial_name
+from vlmtune.config.trial_names import LONGEST, sweep_name, trial_name
 
 
 @pytest.mark.parametrize(

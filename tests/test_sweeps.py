@@ -287,26 +287,26 @@ def test_what_a_resumed_sweep_runs(
 
 
 def test_a_resumed_sweep_goes_on_as_it_was_started(tmp_path: Path) -> None:
-    trial = Trial(0, ["adapter.r=4"], ["adapter.r=4"], tmp_path / "0")
+    sweep = tmp_path / "sweep"
+    sweep.mkdir()
+    trial = Trial(0, ["adapter.r=4"], ["adapter.r=4"], sweep / "0")
     files.write(
-        tmp_path, "adapter.r", "exact_match", ["adapter.r=4,8", "hydra.launcher.parallel=2"], [files.describe(trial)]
+        sweep, "adapter.r", "exact_match", ["adapter.r=4,8", "hydra.launcher.parallel=2"], [files.describe(trial)]
     )
-    words = [f"resume={tmp_path}", "hydra.launcher.parallel=3", "hydra.launcher.retry_failed=true"]
+    words = [f"resume={sweep}", "hydra.launcher.parallel=3", "hydra.launcher.retry_failed=true"]
     assert resumed.of_sweep(words) == [
         "adapter.r=4,8",
         *words[1:],
         "resume=auto",
-        f'hydra.sweep.dir="{tmp_path}"',
+        f'hydra.sweep.dir="{sweep}"',
     ]
     with pytest.raises(ConfigError, match=r"adapter\.r=16: a sweep goes on as it was started"):
         resumed.of_sweep([*words, "adapter.r=16"])
-    with pytest.raises(ConfigError, match=f"-m resume={tmp_path}"):
-        files.check_free(tmp_path, resumed=False)
-    files.check_free(tmp_path, resumed=True)
-    with pytest.raises(
-        CheckpointError, match=rf"is not a sweep \(it has no sweep.json\); sweeps in .*: {tmp_path.name}"
-    ):
-        resumed.of_sweep([f"resume={tmp_path.parent / 'other'}"])
+    with pytest.raises(ConfigError, match=f"-m resume={sweep}"):
+        files.check_free(sweep, resumed=False)
+    files.check_free(sweep, resumed=True)
+    with pytest.raises(CheckpointError, match=rf"is not a sweep \(it has no sweep.json\); sweeps in .*: {sweep.name}"):
+        resumed.of_sweep([f"resume={sweep.parent / 'other'}"])
 
 
 def test_a_damaged_record_of_a_sweep_is_named(tmp_path: Path) -> None:

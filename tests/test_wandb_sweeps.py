@@ -30,6 +30,7 @@ def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def run_record(folder: Path) -> Any:
     """What W&B was told about the run."""
+    wandb_offline.read(folder)  # which waits until W&B has written all
     (log,) = folder.rglob("run-*.wandb")
     return next(each.run for each in wandb_offline.records(log) if each.WhichOneof("record_type") == "run")
 

@@ -13,12 +13,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vlmtune.cli import resumed, train
 from vlmtune.cli.ending import guard, leave
-from vlmtune.config import compose, paths
+from vlmtune.config import compose, paths, trial_names
 from vlmtune.config.launchers import Processes
 from vlmtune.config.schema import TrackerConfig
 from vlmtune.errors import ConfigError
 from vlmtune.launch.world import ALONE, World
-from vlmtune.trials import files, names, submitted, sweep
+from vlmtune.trials import files, submitted, sweep
 from vlmtune.trials.running import Work
 from vlmtune.trials.trial import Trial
 
@@ -154,7 +154,7 @@ def _train(composed: Any, world: World) -> int:
 
 def sweep_name(chosen: str | None, overrides: Sequence[str], params: Any) -> str:
     """The name of a sweep's folder. `chosen`: the file in sweeps/; `params`: what that file, or a search, sweeps."""
-    return names.sweep_name(None if chosen == "null" else chosen, swept_keys(overrides, params))
+    return trial_names.sweep_name(None if chosen == "null" else chosen, swept_keys(overrides, params))
 
 
 def swept_keys(overrides: Sequence[str], params: Any) -> list[str]:

@@ -11,8 +11,8 @@ from typing import Any
 from vlmtune.comparison import plots
 from vlmtune.comparison.differing import differing
 from vlmtune.comparison.ranking import Comparison, Entry, Score
-from vlmtune.comparison.runs import short
 from vlmtune.comparison.texts import interval, label, summary
+from vlmtune.config.trial_names import short_keys
 from vlmtune.display import duration
 from vlmtune.record import pages
 from vlmtune.record.drawing import HEIGHT, PLOT, WIDTH, gibibytes, scale
@@ -33,7 +33,7 @@ def write(path: Path, found: Comparison) -> Path:
         share=f"{100 * found.confidence:g} %",
         summary=summary(found) if found.entries else "",
         verdicts=Counter(entry.scores[found.metrics[0]].verdict for entry in found.entries),
-        names=short(found.keys),
+        names=short_keys(found.keys),
         tables=[_table(found, metric) for metric in found.metrics] if found.entries else [],
         plots=plots.plots(found) if found.entries else [],
         parallel=plots.parallel(found) if found.entries else None,

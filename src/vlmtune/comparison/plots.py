@@ -10,8 +10,8 @@ from itertools import pairwise
 from statistics import fmean, pstdev
 
 from vlmtune.comparison.ranking import Comparison, Entry
-from vlmtune.comparison.runs import short
 from vlmtune.comparison.texts import interval, label, shortened
+from vlmtune.config.trial_names import short_keys
 from vlmtune.display import duration
 from vlmtune.record.drawing import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Chart, Point, Scale, chart, scale, ticks
 from vlmtune.record.metrics_file import read_metrics
@@ -78,7 +78,7 @@ def plots(found: Comparison) -> list[Plot]:
     """The metric against each swept key, against time and against memory."""
     entries = found.entries
     made = []
-    for key, name in zip(found.keys, short(found.keys), strict=True):
+    for key, name in zip(found.keys, short_keys(found.keys), strict=True):
         known = [entry for entry in entries if key in entry.swept]
         axis = _axis([entry.swept[key] for entry in known], LEFT + 24, WIDTH - RIGHT - 24)
         made.append(_plot(found, name, known, Axis(_side_by_side(axis.places), axis.ticks)))
@@ -154,7 +154,7 @@ def parallel(found: Comparison) -> Parallel | None:
     for at, entry in enumerate(entries):
         points = " ".join(f"{x(place)},{axis.places[at]}" for place, axis in enumerate(axes))
         lines.append(Line(entry.name, entry.scores[found.metrics[0]].verdict, points, label(entry, found)))
-    names = [*short(found.keys), found.metrics[0]]
+    names = [*short_keys(found.keys), found.metrics[0]]
     return Parallel([(x(at), names[at], axis.ticks) for at, axis in enumerate(axes)], lines[::-1])
 
 

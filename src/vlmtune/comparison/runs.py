@@ -176,14 +176,3 @@ def grouped(runs: Sequence[Run]) -> list[list[Run]]:
         groups.setdefault((rest, copies[same]), []).append(run)
         copies[same] += 1
     return list(groups.values())
-
-
-def short(keys: Sequence[str]) -> list[str]:
-    """The last part of each key, or more parts where two would be the same."""
-    parts = [key.split(".") for key in keys]
-
-    def ending(own: list[str]) -> str:
-        lengths = (n for n in range(1, len(own)) if sum(other[-n:] == own[-n:] for other in parts) == 1)
-        return ".".join(own[-next(lengths, len(own)) :])
-
-    return [ending(own) for own in parts]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vlmtune import display
 from vlmtune.comparison.ranking import Comparison, Entry
-from vlmtune.comparison.runs import short
+from vlmtune.config.trial_names import short_keys
 
 
 def table(found: Comparison, most: int | None = None) -> str:
@@ -66,5 +66,5 @@ def label(entry: Entry, found: Comparison) -> str:
 
 def swept(entry: Entry, found: Comparison) -> str:
     """What tells an entry from the others: `r=4 learning_rate=1e-3`."""
-    pairs = zip(short(found.keys), (entry.swept.get(key) for key in found.keys), strict=True)
+    pairs = zip(short_keys(found.keys), (entry.swept.get(key) for key in found.keys), strict=True)
     return " ".join(f"{name}={value}" for name, value in pairs if value is not None)

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vlmtune.config.trial_names import trial_name
+
 LONGEST_TAG = 64
 """Letters, for W&B."""
 SWEEP = "sweep.json"
@@ -34,7 +36,7 @@ def _label(folder: Path) -> str | None:
     """What differs between a trial and others of its sweep."""
     try:
         trials = json.loads((folder.parent / SWEEP).read_text(encoding="utf-8"))["trials"]
-        return next(str(trial["label"]) for trial in trials if str(trial["number"]) == folder.name)
+        return next(trial_name(trial["swept"]) for trial in trials if str(trial["number"]) == folder.name)
     except (OSError, ValueError, LookupError, TypeError, StopIteration):
         return None
 

@@ -43,8 +43,7 @@ def write(sweep: Path, name: str, metric: str, overrides: Sequence[str], trials:
 
 def describe(trial: Trial) -> dict[str, Any]:
     """A trial as sweep.json has it."""
-    known = {"number": trial.number, "overrides": trial.overrides, "swept": trial.swept}
-    return known | {"label": trial.label}  # for W&B
+    return {"number": trial.number, "overrides": trial.overrides, "swept": trial.swept}
 
 
 def check_free(sweep: Path, *, resumed: bool) -> None:

@@ -17,10 +17,10 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from vlmtune import display
-from vlmtune.config import sweepers
+from vlmtune.config import sweepers, trial_names
 from vlmtune.errors import CheckpointError
 from vlmtune.record import runfolder
-from vlmtune.trials import devices, names, space
+from vlmtune.trials import devices, space
 
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
@@ -168,7 +168,7 @@ def _write_best(study: Study, folder: Path, settings: sweepers.Optuna) -> None:
     lines = []
     for trial in best:
         values = "  ".join(f"{goal} {value:.4g}" for goal, value in zip(goals, trial.values, strict=True))
-        label = names.trial_name([f"{key}={value}" for key, value in trial.params.items()])
+        label = trial_names.trial_name([f"{key}={value}" for key, value in trial.params.items()])
         lines.append(f"  {trial.number}  {values}  {label}")
     display.say("\n".join([f"{title}; best:" if len(goals) == 1 else f"{title}; no other is better in all:", *lines]))
     found = [{"trial": trial.number, "params": _plain(trial.params), "values": list(trial.values)} for trial in best]

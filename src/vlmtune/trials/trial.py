@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlmtune.trials import names
+from vlmtune.config import trial_names
 
 ENDED = ("completed", "failed", "interrupted")
 
@@ -29,7 +29,7 @@ class Trial:
     @property
     def label(self) -> str:
         """What differs, short: `r=8 lr=2e-4`."""
-        return names.trial_name(self.swept)
+        return trial_names.trial_name(self.swept)
 
     @property
     def is_over(self) -> bool:

@@ -31,11 +31,12 @@ def trial_name(swept: Sequence[str]) -> str:
     'adapter.parts=[language] quantization.parts=[language]'
     """
     pairs = [override.lstrip("+").partition("=") for override in swept]
-    names = _short_keys([key for key, _, _ in pairs])
+    names = short_keys([key for key, _, _ in pairs])
     return " ".join(f"{name}={_short_value(value)}" for name, (_, _, value) in zip(names, pairs, strict=True))
 
 
-def _short_keys(keys: Sequence[str]) -> list[str]:
+def short_keys(keys: Sequence[str]) -> list[str]:
+    """The last part of each key, or more parts where two would be the same."""
     parts = [key.split(".") for key in keys]
     counts = Counter(".".join(own[-size:]) for own in parts for size in range(1, len(own) + 1))
     found = []
