@@ -88,13 +88,13 @@ def test_a_heading_sorts_and_sorts_back(browser: Any) -> None:
 
 
 def test_the_filter_hides_runs_everywhere(browser: Any) -> None:
-    browser.find_element("id", "filter").send_keys("r=8 rate=1e-3")
+    browser.find_element("id", "filter").send_keys("r=8 lr=1e-3")
     assert visible(browser) == ["5"]
     assert browser.find_element("id", "shown").text == "1 of 6 runs"
     assert {mark.get_attribute("data-of") for mark in browser.find_elements("css selector", ".mark:not(.gone)")} == {
         "5"
     }
-    for _ in "r=8 rate=1e-3":
+    for _ in "r=8 lr=1e-3":
         browser.find_element("id", "filter").send_keys("\ue003")  # backspace
     assert len(visible(browser)) == 6
 
@@ -117,7 +117,7 @@ def test_hovering_shows_a_run_everywhere(browser: Any) -> None:
     mark = browser.find_element("css selector", ".mark[data-of='4'] circle")
     browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", mark)
     webdriver.ActionChains(browser).move_to_element(mark).perform()
-    assert browser.find_element("id", "tip").text.startswith("4: r=8 learning_rate=1e-4 lora_dropout=0.1: 0.8333 (")
+    assert browser.find_element("id", "tip").text.startswith("4: r=8 lr=1e-4 lora_dropout=0.1: 0.8333 (")
     lit = {element.get_attribute("data-of") for element in browser.find_elements("css selector", ".on")}
     assert lit == {"4"}
 
@@ -155,7 +155,7 @@ def test_a_phone_shows_all_without_scrolling_sideways(browser: Any) -> None:
 def test_plots_are_there_for_each_key_and_cost(browser: Any) -> None:
     labels = [svg.get_attribute("aria-label") for svg in browser.find_elements("css selector", "figure svg")]
     assert [label for label in labels if label.startswith("exact_match by")] == [
-        f"exact_match by {name}" for name in ("r", "learning_rate", "lora_dropout", "training time", "peak memory")
+        f"exact_match by {name}" for name in ("r", "lr", "lora_dropout", "training time", "peak memory")
     ]
     assert {"one line per run across all keys", "eval/exact_match by optimizer step"} <= set(labels)
     assert len(browser.find_elements("css selector", ".across")) == len(GRID)

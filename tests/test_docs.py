@@ -97,6 +97,10 @@ def test_every_command_is_one_that_works(
     elif words[0] == "sbatch":
         assert (ROOT / words[1]).is_file()
         check_overrides("train", words[3:])
+    elif words[:2] == ["wandb", "sweep"]:
+        assert (ROOT / words[2]).is_file()
+    elif words[:2] == ["wandb", "agent"]:
+        assert words[2:] == ["ENTITY/PROJECT/ID"]
     elif "vlmtune" in words[:-1]:  # the installed command, or -m vlmtune behind python or a launcher
         check_overrides(words[words.index("vlmtune") + 1], words[words.index("vlmtune") + 2 :])
     else:
