@@ -136,7 +136,7 @@ def test_the_keys_of_runs_without_a_sweep_are_those_of_their_configs(tmp_path: P
         ("one/stamp", "4"),
         ("two/stamp", "8"),
     ]
-    assert "r=4 learning_rate=0.003" in comparison.page.label(found.entries[0], found)
+    assert "r=4 lr=0.003" in comparison.page.label(found.entries[0], found)
 
 
 def test_short_names_stay_apart() -> None:

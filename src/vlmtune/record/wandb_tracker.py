@@ -163,9 +163,11 @@ def _within(seconds: float | None, call: Callable[[], None]) -> None:
 
 
 def _placed(known: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of `wandb.init`, without those that a variable sets."""
+    """Arguments of `wandb.init`; a variable wins, also one that was set after W&B was first used in this process."""
     variables = {"group": "WANDB_RUN_GROUP", "name": "WANDB_NAME", "job_type": "WANDB_JOB_TYPE", "tags": "WANDB_TAGS"}
-    return {name: value for name, value in known.items() if not os.environ.get(variables[name])}
+    given = {name: value for name, variable in variables.items() if (value := os.environ.get(variable))}
+    tags = {"tags": given["tags"].split(",")} if "tags" in given else {}
+    return known | given | tags
 
 
 def _number(text: Any) -> Any:
