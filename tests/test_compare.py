@@ -15,8 +15,8 @@ import vlmtune
 from test_cli import SOURCE, refused, script
 from vlmtune import comparison
 from vlmtune.comparison.plots import is_logarithmic
-from vlmtune.config.trial_names import short_keys
 from vlmtune.config import compose
+from vlmtune.config.trial_names import short_keys
 from vlmtune.data.fingerprint import content
 from vlmtune.data.images import open_image
 from vlmtune.data.table import load
@@ -140,7 +140,8 @@ def test_the_keys_of_runs_without_a_sweep_are_those_of_their_configs(tmp_path: P
 
 
 def test_short_names_stay_apart() -> None:
-    assert short_keys(["adapter.r", "trainer.scheduler.name", "optimizer.name"]) == ["r", "scheduler.name", "optimizer.name"]
+    keys = ["adapter.r", "trainer.scheduler.name", "optimizer.name"]
+    assert short_keys(keys) == ["r", "scheduler.name", "optimizer.name"]
 
 
 # ---------------------------------------------------------------- rows
