@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import signal
@@ -13,15 +14,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 
 import runs
 import tiny
+import wandb_offline
+from vlmtune import comparison
 from vlmtune.config.schema import home
 from vlmtune.errors import ConfigError
 from vlmtune.trials import files
-
-pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +75,80 @@ def process_of(run: Path) -> int:
     return int((run / ".lock").read_text().split()[1])
 
 
+def test_six_trials_of_pico_of_which_three_fail(tmp_path: Path) -> None:
+    """One is killed, one diverges and one has a bad value: each failure has its type, and the others are compared.
+    Resumed, the killed one is completed. W&B has one group.
+    """
+    sweep = tmp_path / "sweeps" / "rates" / "stamp"
+    size = ["data.max_train_rows=64", "data.max_eval_rows=24", "trainer.batch_size=8", "trainer.max_steps=5"]
+    often = ["trainer.save_every=1", "trainer.log_every=1", "trainer.eval_baseline=false", "trainer.eval_every=null"]
+    swept = "trainer.learning_rate=1e-3,1e30,3e-3,-1,4e-3,5e-3"
+    with started("-m", *size, *often, swept, "adapter.lora_dropout=0", f"hydra.sweep.dir={sweep}") as process:
+        wait_for_step(sweep / "4", 1)
+        os.kill(process_of(sweep / "4"), signal.SIGKILL)
+        said = process.communicate(timeout=600)
+        assert process.returncode == 1, said
+    rows = summary_of(sweep)
+    assert [row["status"] for row in rows] == ["completed", "failed", "completed", "failed", "failed", "completed"]
+    assert [row["failure"] for row in rows] == ["", "not_finite", "", "config", "killed", ""]
+    assert rows[0]["trainer.learning_rate"] == "0.001"
+    assert "compare.html" in "".join(said)
+
+    first = (sweep / "0" / "result.json").stat().st_mtime_ns
+    code, said_again = ended("-m", f"resume={sweep}")
+    assert code == 1, said_again
+    assert [row["failure"] for row in summary_of(sweep)] == ["", "not_finite", "", "config", "", ""]
+    assert (sweep / "0" / "result.json").stat().st_mtime_ns == first
+    compared = comparison.compare([sweep])
+    assert sorted(entry.name for entry in compared.entries) == ["0", "2", "4", "5"]
+    assert {name for name, _ in left_out(compared)} == {"1", "3"}
+    placed = wandb_offline.places(sweep)
+    assert {group for group, _ in placed} == {"rates/stamp"}
+    assert len([kind for _, kind in placed if kind == "trial"]) >= 4
+    assert [kind for _, kind in placed if kind == "sweep"]
+
+
+def summary_of(sweep: Path) -> list[dict[str, str]]:
+    with (sweep / "summary.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def left_out(compared: comparison.Comparison) -> list[tuple[str, str]]:
+    return [(run.name, reason) for run, reason in compared.left_out]
+
+
+@pytest.mark.slow
+def test_a_killed_search_goes_on_as_if_nothing_had_happened(words: list[str], tmp_path: Path) -> None:
+    """Eight trials, all of its processes killed in the middle of one, against a search that nothing disturbed."""
+    quick = ["trainer.max_steps=3", "trainer.learning_rate=tag(log,interval(1e-4,1e-2))", "adapter.r=2,4"]
+    search = ["-m", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=8", "hydra.sweeper.seed=1", *words, *quick]
+    killed, straight = tmp_path / "killed", tmp_path / "straight"
+    with started(*search, f"hydra.sweep.dir={killed}") as process:
+        wait_for_step(killed / "3", 1)
+        trial = process_of(killed / "3")
+        process.kill()
+        os.kill(trial, signal.SIGKILL)
+        process.communicate()
+    finished = (killed / "0" / "result.json").stat().st_mtime_ns
+    assert not (killed / "4").exists()
+    code, said = ended("-m", f"resume={killed}")
+    assert code == 0, said
+    assert ended(*search, f"hydra.sweep.dir={straight}")[0] == 0
+    assert (killed / "0" / "result.json").stat().st_mtime_ns == finished
+    found, wanted = (
+        [(row["overrides"], row["status"], row["eval/loss"]) for row in summary_of(sweep)]
+        for sweep in (killed, straight)
+    )
+    assert len(found) == 8
+    assert found == wanted
+    studies = [
+        optuna.load_study(study_name=None, storage=f"sqlite:///{sweep}/study.db") for sweep in (killed, straight)
+    ]
+    assert [len(study.trials) for study in studies] == [8, 8]
+    assert studies[0].best_trial.number == studies[1].best_trial.number
+
+
+@pytest.mark.slow
 def test_one_is_killed_one_can_not_begin_and_one_is_fine(words: list[str], tmp_path: Path) -> None:
     """Resumed, the killed one ends as if nothing had happened, and the others stay as they are."""
     sweep, straight = tmp_path / "sweep", tmp_path / "straight"
@@ -101,6 +177,7 @@ def test_one_is_killed_one_can_not_begin_and_one_is_fine(words: list[str], tmp_p
     assert "holds a sweep already" in said
 
 
+@pytest.mark.slow
 def test_two_at_once_share_features_and_give_the_numbers_of_one_after_another(words: list[str], tmp_path: Path) -> None:
     given = ["-m", *words, "trainer.learning_rate=1e-3,1e-2"]
     kept = ["hydra.launcher.keep_features=true", "hydra.launcher.parallel=2"]
@@ -118,6 +195,7 @@ def test_two_at_once_share_features_and_give_the_numbers_of_one_after_another(wo
     assert "image features: 0 computed" in log, "the second trial found those of the first one"
 
 
+@pytest.mark.slow
 def test_a_sweep_that_is_stopped_goes_on(words: list[str], tmp_path: Path) -> None:
     sweep = tmp_path / "sweep"
     with started("-m", *words, "adapter.r=2,4", f"hydra.sweep.dir={sweep}") as process:

@@ -51,6 +51,12 @@ def read(folder: Path) -> dict[str, Any]:
     return found
 
 
+def places(folder: Path) -> list[tuple[str, str]]:
+    """The group and the job type of each run below a folder. W&B may have written nothing yet of one that is killed."""
+    found = [each.run for log in folder.rglob("run-*.wandb") for each in records(log) if each.HasField("run")]
+    return [(run.run_group, run.job_type) for run in found]
+
+
 def _wait_until_finished(log: Path, seconds: float = 10) -> None:
     """`finish` of an offline run returns before W&B's service has written its last block (wandb 0.31)."""
     end = time.monotonic() + seconds
