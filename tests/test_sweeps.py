@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -19,7 +20,7 @@ import pytest
 import trial_work
 from vlmtune.cli import resumed, sweeps
 from vlmtune.config import compose, launchers
-from vlmtune.errors import CheckpointError, ConfigError
+from vlmtune.errors import CheckpointError, ConfigError, TrainingError
 from vlmtune.launch.signals import Interrupted
 from vlmtune.trials import files, running
 from vlmtune.trials.devices import Devices, found
@@ -233,6 +234,20 @@ def test_gpus_are_the_ones_that_the_user_left_visible(monkeypatch: pytest.Monkey
     assert found(Told()) == ["0", "1"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert found(None) == []
+
+
+def test_a_process_that_can_not_be_started_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Dying:
+        """As multiprocessing's context, where a process ends before it does anything."""
+
+        Pipe = staticmethod(multiprocessing.Pipe)
+
+        def Process(self, **_: Any) -> Any:
+            return multiprocessing.get_context("spawn").Process(target=os._exit, args=(1,))
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(TrainingError, match="that trials are started from has ended"):
+        found(Dying())
 
 
 # ---------------------------------------------------------------- names, and what goes on

@@ -6,6 +6,8 @@ import os
 from multiprocessing.connection import Connection
 from typing import Any
 
+from vlmtune.errors import TrainingError
+
 VISIBLE, THREADS = "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"
 
 
@@ -13,6 +15,7 @@ def found(context: Any) -> list[str]:
     """The GPUs of this machine that may be used, by their names for CUDA_VISIBLE_DEVICES.
 
     `context`: of multiprocessing. Torch is asked in a process of its own, as it would take seconds to import here.
+    Raises TrainingError where none can be started.
     """
     shown = os.environ.get(VISIBLE)
     if shown is not None and not shown.strip():
@@ -21,7 +24,10 @@ def found(context: Any) -> list[str]:
     process = context.Process(target=_tell, args=(theirs,))
     process.start()
     theirs.close()
-    count = ours.recv()
+    try:
+        count = ours.recv()
+    except EOFError:
+        raise TrainingError("the process that trials are started from has ended; the output above says why") from None
     process.join()
     names = shown.split(",") if shown else [str(number) for number in range(count)]
     return [name.strip() for name in names][:count]
