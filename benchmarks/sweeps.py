@@ -1,7 +1,7 @@
 """What a trial of a sweep costs beyond the plain command's work, and whether it grows: `python benchmarks/sweeps.py`.
 
-A run's work is timed in its own train.log, from its first line, once its rows are read, to its last. What a sweep adds
-is what lies between the last line of a trial and the first one of the next, which reads its rows in that time as well.
+A run's work lasts from its config.yaml, written before it reads its rows, to its result.json, the last of its files. What
+a sweep adds is what lies between one trial's result.json and the next one's config.yaml.
 """
 
 from __future__ import annotations
@@ -10,17 +10,14 @@ import argparse
 import itertools
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import datetime
 from pathlib import Path
 
 TRAIN = Path(__file__).parents[1] / "src" / "train.py"
-STAMP = re.compile(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}) ", re.MULTILINE)
 
 
 def main() -> None:
@@ -40,7 +37,7 @@ def main() -> None:
         spans = between_trials(runs)
     print(f"plain command: {plain:.1f} s, of which work {plain_work:.1f} s")
     print(f"sweep of {options.trials}: {whole:.1f} s; work of a trial: median {statistics.median(works):.1f} s")
-    print(f"from a trial's last line to the next one's first: median {statistics.median(spans):.2f} s, ", end="")
+    print(f"between two trials: median {statistics.median(spans):.2f} s, ", end="")
     print(f"from {min(spans):.2f} to {max(spans):.2f}")
     print(f"peak memory: first {peaks[0]:.0f} MB, last {peaks[-1]:.0f} MB, most {max(peaks):.0f} MB")
 
@@ -55,9 +52,8 @@ def timed(words: list[str]) -> float:
 
 
 def moments(run: Path) -> list[float]:
-    """When a run logged its first line and its last, in seconds."""
-    stamps = STAMP.findall((run / "train.log").read_text())
-    return [datetime.strptime(stamp, "%Y-%m-%d %H:%M:%S,%f").timestamp() for stamp in (stamps[0], stamps[-1])]
+    """When a run's work began and ended, in seconds."""
+    return [(run / file).stat().st_mtime for file in ("config.yaml", "result.json")]
 
 
 def work(run: Path) -> float:
