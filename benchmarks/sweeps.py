@@ -1,7 +1,7 @@
 """What a trial of a sweep costs beyond the plain command's work, and whether it grows: `python benchmarks/sweeps.py`.
 
-A run's work lasts from its config.yaml, written before it reads its rows, to its result.json, the last of its files. What
-a sweep adds is what lies between one trial's result.json and the next one's config.yaml.
+A run's work lasts from its config.yaml, written before it reads its rows, to its result.json, the last of its files.
+What a sweep adds is what lies between one trial's result.json and the next one's config.yaml.
 """
 
 from __future__ import annotations
