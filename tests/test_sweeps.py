@@ -19,7 +19,7 @@ import pytest
 
 import trial_work
 from vlmtune.cli import resumed, sweeps
-from vlmtune.config import compose, launchers
+from vlmtune.config import compose, launchers, sweep_file
 from vlmtune.errors import CheckpointError, ConfigError, TrainingError
 from vlmtune.launch.signals import Interrupted
 from vlmtune.trials import files, running
@@ -325,7 +325,7 @@ def test_a_resumed_sweep_goes_on_as_it_was_started(tmp_path: Path) -> None:
 
 
 def test_a_damaged_record_of_a_sweep_is_named(tmp_path: Path) -> None:
-    (tmp_path / files.FILE).write_text("{")
+    (tmp_path / sweep_file.FILE).write_text("{")
     with pytest.raises(CheckpointError, match=r"sweep\.json: is damaged"):
         resumed.of_sweep([f"resume={tmp_path}"])
 

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vlmtune.config import compose, paths
+from vlmtune.config import compose, paths, sweep_file
 from vlmtune.config.schema import AUTO
 from vlmtune.errors import ConfigError
-from vlmtune.trials import files
 
 SETTINGS = ("hydra.launcher.", "hydra.sweeper.n_trials")
 """What may be another when a sweep goes on."""
@@ -36,7 +35,7 @@ def of_sweep(overrides: list[str]) -> list[str]:
         for each in given
         if not each.key_or_group.startswith(SETTINGS)
     ]
-    before = files.read(folder)["overrides"]
+    before = sweep_file.read(folder)["overrides"]
     if problems:
         raise ConfigError(problems)
     kept = [text for text in before if text.partition("=")[0] not in {each.key_or_group for each in given}]

@@ -21,7 +21,8 @@ import numpy as np
 from vlmtune.commands import typed
 from vlmtune.comparison import rows
 from vlmtune.comparison.rows import Key, Rows
-from vlmtune.comparison.runs import SEED, Run, find, grouped
+from vlmtune.comparison.runs import Run, find, grouped
+from vlmtune.config.trial_names import SEED
 from vlmtune.errors import ConfigError, nearest
 from vlmtune.metrics import METRICS, statistics
 from vlmtune.metrics.statistics import Floats

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -11,11 +10,12 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from vlmtune.config import saved
+from vlmtune.config import saved, sweep_file
+from vlmtune.config.trial_names import SEED
 from vlmtune.errors import CheckpointError, ConfigError
+from vlmtune.record import environment
 from vlmtune.record.runfolder import read_result
 
-SEED = "trainer.seed"
 NO_DIFFERENCE = ("resume", "tracker", "backend", "preflight", "data.cache", "trainer.num_workers")
 """Beginnings of keys that don't decide what a run learns."""
 
@@ -53,14 +53,9 @@ class Run:
         return (self.result.get("speed") or {}).get("training_seconds")
 
     @property
-    def rows_per_second(self) -> float | None:
-        return (self.result.get("speed") or {}).get("examples_per_second")
-
-    @property
     def memory(self) -> int | None:
         """Peak bytes: of the device, or of main memory where there was none."""
-        memory = self.result.get("memory") or {}
-        return memory.get("peak_device_bytes") or memory.get("peak_rss_bytes")
+        return environment.peak_bytes(self.result.get("memory") or {})
 
     def of_test(self, metric: str) -> float | None:
         return (self.result.get("metrics") or {}).get(f"test/{metric}")
@@ -82,7 +77,7 @@ def find(folders: Sequence[Path]) -> list[Run]:
 
 def _runs_in(folder: Path) -> Iterator[Run]:
     trials = {int(path.name): path for path in folder.glob("*") if path.name.isdecimal() and _is_run(path)}
-    listed = {trial["number"]: trial for trial in _sweep(folder).get("trials", [])}
+    listed = {trial["number"]: trial for trial in _trials(folder)}
     if listed or (trials and not _is_run(folder)):
         for number in sorted({*trials, *listed}):
             swept = dict(_pair(word) for word in listed.get(number, {}).get("swept", []))
@@ -94,18 +89,9 @@ def _runs_in(folder: Path) -> Iterator[Run]:
         raise ConfigError(f"{folder}: {reason}; name the folder of a run or of a sweep")
 
 
-def _sweep(folder: Path) -> dict[str, Any]:
-    """What sweep.json holds; nothing where there is none. Raises CheckpointError for a damaged one."""
-    path = folder / "sweep.json"
-    if not path.is_file():
-        return {}
-    try:
-        sweep = json.loads(path.read_text(encoding="utf-8"))
-        for trial in sweep["trials"]:
-            int(trial["number"]), list(trial["swept"])
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{path}: is damaged: {error!r}; delete it, or put the right one back") from error
-    return dict(sweep)
+def _trials(folder: Path) -> list[dict[str, Any]]:
+    """The trials in a sweep's record; none where there is no record."""
+    return list(sweep_file.read(folder)["trials"]) if sweep_file.exists(folder) else []
 
 
 def _pair(override: str) -> tuple[str, str]:

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vlmtune.commands import PACKAGE, typed
-from vlmtune.config import launchers, paths, saved, sweepers
+from vlmtune.config import launchers, paths, saved, sweep_file, sweepers
 from vlmtune.config.adapter_source import with_source
 from vlmtune.config.paths import files_of
 from vlmtune.config.schema import AUTO, SCHEMA, Config, defaults, home
@@ -206,7 +206,7 @@ def saved_config(run: str | Path, overrides: Sequence[str]) -> DictConfig:
 
 
 def _runs_nearby(path: Path) -> str:
-    if (path / "sweep.json").is_file():
+    if sweep_file.exists(path):
         return "; a sweep goes on with -m"
     runs = sorted(config.parent.name for config in path.parent.glob("*/config.yaml"))
     return f"; runs in {path.parent}: {', '.join(runs[-5:])}" if runs else ""

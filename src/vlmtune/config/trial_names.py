@@ -6,6 +6,8 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
+SEED = "trainer.seed"
+"""Trials that differ in it alone are the same but for chance."""
 LONGEST = 100
 """Letters of a sweep's name; a file system takes 255 bytes."""
 SHORT = {"learning_rate": "lr"}

@@ -8,6 +8,7 @@ import platform
 import resource
 import subprocess
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,13 @@ def memory() -> dict[str, int]:
     found = {"peak_rss_bytes": PEAK.resident(), "peak_device_bytes": allocated, "peak_device_reserved_bytes": reserved}
     startup = {"startup_peak_rss_bytes": found["peak_rss_bytes"], "startup_peak_device_bytes": allocated}
     return found | (PEAK.startup or startup)
+
+
+def peak_bytes(memory: Mapping[str, int]) -> int | None:
+    """The peak of `memory` as result.json has it: the accelerator's, in main memory where there is none. None where
+    nothing is known.
+    """
+    return memory.get("peak_device_bytes") or memory.get("peak_rss_bytes")
 
 
 VARIABLES = ("ACCELERATE_", "CUBLAS_", "CUDA_", "HF_", "MKL_", "NCCL_", "NVIDIA_TF32", "OMP_", "PYTORCH_", "TORCH_")

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vlmtune.config import sweep_file
 from vlmtune.config.trial_names import trial_name
+from vlmtune.errors import CheckpointError
 
 LONGEST_TAG = 64
 """Letters, for W&B."""
-SWEEP = "sweep.json"
 
 
 def of(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -21,7 +21,7 @@ def of(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     folder = folder.resolve()
     chosen = (("model", "name"), ("adapter", "method"), ("task", "name"))
     tags = [str(value) for group, key in chosen if (value := (config.get(group) or {}).get(key))]
-    if not (folder.parent / SWEEP).is_file() and not folder.name.isdigit():  # other launchers write no sweep.json
+    if not sweep_file.exists(folder.parent) and not folder.name.isdigit():  # other launchers write no sweep.json
         return {"group": None, "name": "/".join(folder.parts[-3:]), "job_type": "train", "tags": _short(tags)}
     name = _label(folder) or folder.name
     return {"group": group(folder.parent), "name": name, "job_type": "trial", "tags": _short([*tags, folder.parts[-3]])}
@@ -35,10 +35,10 @@ def group(sweep: Path) -> str:
 def _label(folder: Path) -> str | None:
     """What differs between a trial and others of its sweep."""
     try:
-        trials = json.loads((folder.parent / SWEEP).read_text(encoding="utf-8"))["trials"]
-        return next(trial_name(trial["swept"]) for trial in trials if str(trial["number"]) == folder.name)
-    except (OSError, ValueError, LookupError, TypeError, StopIteration):
+        trials = sweep_file.read(folder.parent)["trials"]
+    except CheckpointError:
         return None
+    return next((trial_name(trial["swept"]) for trial in trials if str(trial["number"]) == folder.name), None)
 
 
 def _short(tags: list[str]) -> list[str]:

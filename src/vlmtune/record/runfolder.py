@@ -79,7 +79,7 @@ def closing_table(folder: Path, result: dict[str, Any]) -> str:
 
     rows = [(name, cell(f"baseline/{name}"), cell(f"eval/{name}")) for name in names]
     lines = [display.table("Result", ("metric", "before", "after"), rows)] if rows else []
-    used = memory["peak_device_bytes"] or memory["peak_rss_bytes"]
+    used = environment.peak_bytes(memory) or 0
     lines.append(
         f"{result['status']}: {result['steps']} steps, {result['examples']} examples in "
         f"{display.duration(speed['training_seconds'])} ({speed['examples_per_second']:.0f} examples/s), "

@@ -96,8 +96,7 @@ class Journal:
         )
 
     def _note(self, step: StepReport) -> str:
-        used = environment.memory()
-        memory = used["peak_device_bytes"] or used["peak_rss_bytes"]
+        memory = environment.peak_bytes(environment.memory()) or 0
         return (
             f"loss {step.loss:.4f}  lr {step.learning_rate:.2e}  {step.examples / step.seconds:.0f} examples/s  "
             f"{display.size(step.tokens / step.seconds)} tokens/s  {display.size(memory, 'B')}"

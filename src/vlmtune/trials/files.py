@@ -2,43 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vlmtune.config import sweep_file
 from vlmtune.errors import CheckpointError, ConfigError
 from vlmtune.launch import lock
 from vlmtune.record import runfolder
 from vlmtune.trials.trial import Trial
 
-FILE = "sweep.json"
-
-
-def exists(sweep: Path) -> bool:
-    return (sweep / FILE).is_file()
-
-
-def read(sweep: Path) -> dict[str, Any]:
-    """What sweep.json holds. Raises CheckpointError where there is none, or it can't be read."""
-    path = sweep / FILE
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict) or not {"overrides", "trials"} <= found.keys():
-            raise ValueError("it has no trials")
-    except FileNotFoundError:
-        nearby = sorted(each.parent.name for each in sweep.parent.glob(f"*/{FILE}"))
-        others = f"; sweeps in {sweep.parent}: {', '.join(nearby[-5:])}" if nearby else ""
-        raise CheckpointError(f"{sweep}: is not a sweep (it has no {FILE}){others}") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: is damaged: {error}") from error
-    return found
-
 
 def write(sweep: Path, name: str, metric: str, overrides: Sequence[str], trials: Sequence[dict[str, Any]]) -> None:
     """Write sweep.json. `overrides`: what the user typed; `trials`: as `describe` has them."""
     found = {"name": name, "metric": metric, "overrides": list(overrides), "trials": list(trials)}
-    runfolder.write_json(sweep / FILE, found)
+    runfolder.write_json(sweep / sweep_file.FILE, found)
 
 
 def describe(trial: Trial) -> dict[str, Any]:
@@ -49,7 +27,7 @@ def describe(trial: Trial) -> dict[str, Any]:
 def check_free(sweep: Path, *, resumed: bool) -> None:
     """Raise ConfigError where another command is at work on the sweep, or where it is there and is not resumed."""
     lock.check(sweep)
-    if exists(sweep) and not resumed:
+    if sweep_file.exists(sweep) and not resumed:
         raise ConfigError(
             f"{sweep}: holds a sweep already; choose another hydra.sweep.dir, or go on: -m resume={sweep}"
         )

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from vlmtune import display
 from vlmtune.config import sweepers, trial_names
 from vlmtune.errors import CheckpointError
-from vlmtune.record import runfolder
+from vlmtune.record import environment, runfolder
 from vlmtune.trials import devices, space
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def _values(folder: Path, objectives: Sequence[str] | None) -> list[float] | Non
         return None
     memory = result["memory"]
     known = result["metrics"] | {
-        "memory": memory["peak_device_bytes"] or memory["peak_rss_bytes"],
+        "memory": environment.peak_bytes(memory),
         "seconds": result["speed"]["training_seconds"],
     }
     found = [result["objective"]] if objectives is None else [known.get(name) for name in objectives]

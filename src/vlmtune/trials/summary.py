@@ -9,10 +9,10 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from vlmtune.record import runfolder
+from vlmtune.config import sweep_file
+from vlmtune.config.trial_names import SEED
+from vlmtune.record import environment, runfolder
 from vlmtune.trials import files
-
-SEED = "trainer.seed"
 
 
 def write(sweep: Path) -> list[dict[str, Any]]:
@@ -25,7 +25,7 @@ def write(sweep: Path) -> list[dict[str, Any]]:
     accelerator, in main memory where there is none; `trainable_weights`; `folder`. What is not known is None, in the
     file an empty cell. Raises CheckpointError where the folder is not one of a sweep.
     """
-    trials = sorted(files.read(sweep)["trials"], key=lambda trial: trial["number"])
+    trials = sorted(sweep_file.read(sweep)["trials"], key=lambda trial: trial["number"])
     results = [_result(sweep / str(trial["number"])) for trial in trials]
     values = [_values(trial["swept"]) for trial in trials]
     keys = dict.fromkeys(key for each in values for key in each)
@@ -52,7 +52,7 @@ def _costs(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
     return {
         "seconds": speed.get("training_seconds"),
         "rows_per_second": speed.get("examples_per_second"),
-        "peak_memory_bytes": memory.get("peak_device_bytes") or memory.get("peak_rss_bytes"),
+        "peak_memory_bytes": environment.peak_bytes(memory),
         "trainable_weights": _read(folder / "environment.json").get("trainable_weights"),
         "folder": str(folder),
     }

@@ -11,6 +11,7 @@ from typing import Any
 
 from vlmtune import display
 from vlmtune.commands import typed
+from vlmtune.config import sweep_file
 from vlmtune.config.launchers import Processes
 from vlmtune.config.schema import TrackerConfig
 from vlmtune.errors import ConfigError
@@ -41,7 +42,7 @@ class Sweep:
         """`overrides`: what the user typed. `metric`: what the trials are compared by. `tracker`: shows the sweep."""
         self.folder, self.name, self.metric, self.overrides = folder, name, metric, overrides
         self.settings, self.tracker = settings, tracker
-        before = files.read(folder)["trials"] if files.exists(folder) else []
+        before = sweep_file.read(folder)["trials"] if sweep_file.exists(folder) else []
         self.recorded: dict[int, dict[str, Any]] = {trial["number"]: trial for trial in before}
         self.trials: list[Trial] = []
         self.runner: Runner | None = None
