@@ -75,14 +75,20 @@ def process_of(run: Path) -> int:
     return int((run / ".lock").read_text().split()[1])
 
 
-@pytest.mark.slow
 def test_six_trials_of_pico_of_which_three_fail(tmp_path: Path) -> None:
     """One is killed, one diverges and one has a bad value: each failure has its type, and the others are compared.
     Resumed, the killed one is completed. W&B has one group.
     """
     sweep = tmp_path / "sweeps" / "rates" / "stamp"
-    size = ["data.max_train_rows=64", "data.max_eval_rows=24", "trainer.batch_size=8", "trainer.max_steps=30"]
-    often = ["trainer.save_every=1", "trainer.log_every=1", "trainer.eval_baseline=false", "trainer.eval_every=null"]
+    table = tiny.write_csv(tmp_path, [(f"what is {i}?", ("red", "blue")[i % 2]) for i in range(16)], per_image=2)
+    size = ["data=csv", f"data.train={table}", f"data.validation={table}", "trainer.batch_size=8"]
+    often = [
+        "trainer.max_steps=30",
+        "trainer.save_every=1",
+        "trainer.log_every=1",
+        "trainer.eval_baseline=false",
+        "trainer.eval_every=null",
+    ]
     swept = "trainer.learning_rate=1e-3,1e30,3e-3,-1,4e-3,5e-3"
     with started("-m", *size, *often, swept, "adapter.lora_dropout=0", f"hydra.sweep.dir={sweep}") as process:
         wait_for_step(sweep / "4", 1)
