@@ -25,7 +25,7 @@ from vlmtune.batching.loader import _Items
 from vlmtune.config.schema import TrackerConfig
 from vlmtune.errors import StorageError, storage_advice
 from vlmtune.evaluation import answering
-from vlmtune.launch import session
+from vlmtune.launch import session, surroundings
 from vlmtune.launch.signals import Interrupted
 from vlmtune.memory import memory_advice
 from vlmtune.record import report, runfolder, tracking
@@ -36,7 +36,8 @@ Overrides = Callable[..., list[str]]
 
 @pytest.fixture(autouse=True)
 def no_outer_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in os.environ if name.startswith(("WANDB_", "ACCELERATE_"))]:
+    given = [name for name in os.environ if name.startswith(("WANDB_", "ACCELERATE_"))]
+    for name in {*given} - {surroundings.SERVICE}:  # or it would be put back when W&B has another service
         monkeypatch.delenv(name)
 
 
@@ -200,6 +201,19 @@ def test_wandbs_variables_win_over_our_defaults_and_lose_to_keys(
     typed = tracking.build(TrackerConfig(mode="offline"), {}, tmp_path / "mode")
     assert not isinstance(typed, tracking.NoTracker)
     typed.finish({})
+
+
+@pytest.mark.parametrize("during", [None, "another"])
+def test_the_address_of_a_service_that_is_gone_is_not_put_back(
+    during: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or no later run of this process, and none that it starts, could begin with W&B."""
+    monkeypatch.setenv(surroundings.SERVICE, "gone")
+    with surroundings.kept():
+        monkeypatch.delenv(surroundings.SERVICE)
+        if during:
+            monkeypatch.setenv(surroundings.SERVICE, during)
+    assert os.environ.get(surroundings.SERVICE) == during
 
 
 def test_a_resume_is_one_run_in_wandb_and_a_new_start_another(tmp_path: Path) -> None:

@@ -62,11 +62,12 @@ def result(folder: Path) -> dict[str, Any]:
     return found
 
 
-def wait_for_step(run: Path, step: int) -> None:
-    """Until a run has saved so many steps or more: it removes its older checkpoints."""
+def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
+    """Until a run has saved so many steps or more: it removes its older checkpoints. `process`: of the sweep."""
     end = time.monotonic() + 300
     while max((int(each.name[5:]) for each in run.glob("checkpoints/step_??????")), default=0) < step:
         assert time.monotonic() < end, "nothing happened"
+        assert process.poll() is None, process.communicate()
         time.sleep(0.01)
 
 
@@ -91,7 +92,7 @@ def test_six_trials_of_pico_of_which_three_fail(tmp_path: Path) -> None:
     ]
     swept = "trainer.learning_rate=1e-3,1e30,3e-3,-1,4e-3,5e-3"
     with started("-m", *size, *often, swept, "adapter.lora_dropout=0", f"hydra.sweep.dir={sweep}") as process:
-        wait_for_step(sweep / "4", 1)
+        wait_for_step(sweep / "4", 1, process)
         os.kill(process_of(sweep / "4"), signal.SIGKILL)
         said = process.communicate(timeout=600)
         assert process.returncode == 1, said
@@ -131,7 +132,7 @@ def test_a_killed_search_goes_on_as_if_nothing_had_happened(words: list[str], tm
     search = ["-m", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=8", "hydra.sweeper.seed=1", *words, *quick]
     killed, straight = tmp_path / "killed", tmp_path / "straight"
     with started(*search, f"hydra.sweep.dir={killed}") as process:
-        wait_for_step(killed / "3", 1)
+        wait_for_step(killed / "3", 1, process)
         trial = process_of(killed / "3")
         process.kill()
         os.kill(trial, signal.SIGKILL)
@@ -160,7 +161,7 @@ def test_one_is_killed_one_can_not_begin_and_one_is_fine(words: list[str], tmp_p
     """Resumed, the killed one ends as if nothing had happened, and the others stay as they are."""
     sweep, straight = tmp_path / "sweep", tmp_path / "straight"
     with started("-m", *words, "adapter.r=2,-1,4", f"hydra.sweep.dir={sweep}") as process:
-        wait_for_step(sweep / "2", 3)
+        wait_for_step(sweep / "2", 3, process)
         os.kill(process_of(sweep / "2"), signal.SIGKILL)
         _, said = process.communicate(timeout=600)
         assert process.returncode == 1, said
@@ -206,7 +207,7 @@ def test_two_at_once_share_features_and_give_the_numbers_of_one_after_another(wo
 def test_a_sweep_that_is_stopped_goes_on(words: list[str], tmp_path: Path) -> None:
     sweep = tmp_path / "sweep"
     with started("-m", *words, "adapter.r=2,4", f"hydra.sweep.dir={sweep}") as process:
-        wait_for_step(sweep / "0", 2)
+        wait_for_step(sweep / "0", 2, process)
         process.send_signal(signal.SIGINT)
         with pytest.raises(ConfigError, match="is in use by process"):
             files.check_free(sweep, resumed=True)

@@ -37,6 +37,8 @@ SETTINGS = (
     "ACCELERATE_SAGEMAKER_",
 )
 """Variables, or their beginnings, by which `accelerate launch` hands its own config on."""
+SERVICE = "WANDB_SERVICE"
+"""Where W&B notes how this process and those that it starts reach its service."""
 OFF = ("", "0", "false", "no", "none", "off")
 
 
@@ -100,8 +102,9 @@ def _kept_python() -> Iterator[None]:
         for name, (level, propagate) in loggers.items():
             logging.getLogger(name).setLevel(level)
             logging.getLogger(name).propagate = propagate
+        environment.pop(SERVICE, None)  # W&B's own: a run may have begun one, or lost the one that was there
         for name in [name for name in os.environ if name not in environment and not name.startswith("WANDB")]:
-            del os.environ[name]  # W&B's service is found again through its variable
+            del os.environ[name]
         os.environ.update({name: value for name, value in environment.items() if os.environ.get(name) != value})
 
 

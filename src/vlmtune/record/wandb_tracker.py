@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmtune.errors import ConfigError, nearest
+from vlmtune.launch.surroundings import SERVICE
 from vlmtune.record import place, runfolder
 from vlmtune.record.samples import IMAGE_SIDE, Sample, thumbnail
 
@@ -51,6 +52,7 @@ class WandB:
             raise ConfigError(f"WANDB_MODE={mode}: {nearest(mode, WANDB_MODES)}")
         import wandb
 
+        _keep_to_own_service()
         self.wandb = wandb
         self.data_folder = Path(os.environ.get("WANDB_DIR") or folder) / "wandb"
         earlier = folder / "wandb" / "run_id"
@@ -160,6 +162,15 @@ def _within(seconds: float | None, call: Callable[[], None]) -> None:
         raise Hangs(f"no answer within {seconds:.0f} s")
     for failure in failures:
         raise failure
+
+
+def _keep_to_own_service() -> None:
+    """Let W&B begin a service of this process where the variable names that of another one, which started it.
+
+    With that one, the id of a run that is killed stays in use, and no start can resume it. W&B's agent does the same.
+    """
+    if f"-{os.getpid()}-" not in os.environ.get(SERVICE, ""):
+        os.environ.pop(SERVICE, None)
 
 
 def _placed(known: dict[str, Any]) -> dict[str, Any]:
