@@ -124,29 +124,31 @@ def test_a_kill_while_the_id_is_written_leaves_the_one_before(tmp_path: Path, mo
     assert file.read_text() == before != ""
 
 
-KILLED = """
-import os, signal, sys
+STARTS_ANOTHER = """
+import os, signal, subprocess, sys
 from pathlib import Path
 from vlmtune.record.wandb_tracker import WandB
-tracker = WandB(None, "offline", {}, Path(sys.argv[1]), resumed=True)
-if sys.argv[2] == "killed":
+folder, *hows = sys.argv[1:]
+tracker = WandB(None, "offline", {}, Path(folder), resumed=True)
+if hows == ["killed"]:
     os.kill(os.getpid(), signal.SIGKILL)
+for how in hows:
+    assert "WANDB_SERVICE" in os.environ
+    given = [how] if how == "killed" else []
+    print(subprocess.run([sys.executable, __file__, str(Path(folder, "run")), *given]).returncode)
 tracker.finish({})
 """
 
 
 def test_a_killed_run_resumes_though_the_process_that_started_it_uses_wandb(tmp_path: Path) -> None:
     """As from a notebook, or a sweep: with the service of that process, the run's id would stay in use."""
-    outer = build(TrackerConfig(), {}, tmp_path / "outer")
+    program, outer = tmp_path / "starts_another.py", tmp_path / "outer"
+    program.write_text(STARTS_ANOTHER)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    assert "WANDB_SERVICE" in environment
-    ended = [
-        subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "run"), how], env=environment, capture_output=True)
-        for how in ("killed", "goes on")
-    ]
-    outer.finish(RESULT)
-    assert [each.returncode for each in ended] == [-signal.SIGKILL, 0], ended[1].stderr
-    assert len({log.stem for log in (tmp_path / "run").rglob("run-*.wandb")}) == 1
+    command = [sys.executable, str(program), str(outer), "killed", "goes on"]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert ended.stdout.split() == [str(-signal.SIGKILL), "0"], ended.stderr
+    assert len({log.stem for log in (outer / "run").rglob("run-*.wandb")}) == 1
 
 
 def test_an_empty_data_folder_of_wandb_stays_empty(monkeypatch: pytest.MonkeyPatch) -> None:
