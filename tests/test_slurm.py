@@ -194,6 +194,9 @@ def test_trials_that_get_their_signal_are_requeued_and_one_that_fails_is_told(
     assert f"{sweep / '1'}: failed: " in said
     assert "gone.png" in said
     assert "Traceback" not in said
+    statuses = [line.split(",").count("completed") for line in (sweep / "summary.csv").read_text().splitlines()[1:]]
+    assert statuses == [1, 0, 1]
+    assert f"compared     {sweep / 'compare.html'}" in said
     assert "resuming from step 100 " in (sweep / "2" / "train.log").read_text()
     for trial in ("0", "2"):
         assert (sweep / trial / "train.log").read_text().count("resuming from step") == 1

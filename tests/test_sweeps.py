@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import multiprocessing
 import os
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 
+import sweep_folders
 import trial_work
 from vlmtune.cli import resumed, sweeps
 from vlmtune.config import compose, launchers, sweep_file
@@ -350,3 +352,24 @@ def test_a_single_run_and_other_launchers_are_as_they_were() -> None:
     for other in ("basic", "submitit_local"):
         assert not launchers.is_own(compose.compose("train", [f"hydra/launcher={other}"], multirun=True))
     assert compose.compose("predict", [], multirun=True).hydra.runtime.choices["hydra/launcher"] == "basic"
+
+
+def test_the_trials_of_another_launcher_are_found_in_their_folders(tmp_path: Path) -> None:
+    words = ["hydra/launcher=basic", "trainer.seed=0", "tracker=none", f"hydra.sweep.dir={tmp_path}"]
+    composed = compose.compose("train", words, multirun=True)
+    composed.hydra.overrides.task.insert(0, "adapter.r=2,4")
+    with sweeps.Elsewhere.finishing:
+        sweeps.Elsewhere().on_multirun_start(composed)
+        assert sweep_file.read(tmp_path)["trials"] == []
+        for trial in (sweep_folders.trial(tmp_path, number) for number in (2, 0)):
+            sweep_folders.end(trial, metrics={"eval/exact_match": 0.5})
+            (trial.folder / ".hydra").mkdir()
+            (trial.folder / ".hydra" / "overrides.yaml").write_text(f"- adapter.r={trial.number}\n- trainer.seed=0\n")
+        (tmp_path / "notes").mkdir()
+    found = sweep_file.read(tmp_path)
+    assert found["overrides"] == ["adapter.r=2,4", "trainer.seed=0", "tracker=none", "hydra/launcher=basic"]
+    assert [trial["number"] for trial in found["trials"]] == [0, 2]
+    assert found["trials"][1] == {"number": 2, "overrides": ["adapter.r=2", "trainer.seed=0"], "swept": ["adapter.r=2"]}
+    with (tmp_path / "summary.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["trial"], row["status"]) for row in rows] == [("0", "completed"), ("2", "completed")]

@@ -186,8 +186,25 @@ def test_one_is_killed_one_can_not_begin_and_one_is_fine(words: list[str], tmp_p
 
 
 @pytest.mark.slow
+def test_another_launcher_leaves_the_same_files_and_last_lines(words: list[str], tmp_path: Path) -> None:
+    sweep = tmp_path / "sweep"
+    given = ["-m", "hydra/launcher=basic", *words, "adapter.r=2,-1,4", f"hydra.sweep.dir={sweep}"]
+    for line in (given, ["-m", f"resume={sweep}"]):
+        code, said = ended(*line)
+        assert code == 1, said
+        assert "1: failed: config: " in said
+        assert f"compared     {sweep / 'compare.html'}" in said
+        with (sweep / "summary.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert [row["adapter.r"] for row in rows] == ["2", "-1", "4"]
+        assert [row["status"] for row in rows] == ["completed", "failed", "completed"]
+    code, said = ended(*given)
+    assert code == 1
+    assert "holds a sweep already" in said
+
+
 def test_two_at_once_share_features_and_give_the_numbers_of_one_after_another(words: list[str], tmp_path: Path) -> None:
-    given = ["-m", *words, "trainer.learning_rate=1e-3,1e-2"]
+    given = ["-m", *words, "trainer.max_steps=6", "trainer.save_every=null", "trainer.learning_rate=1e-3,1e-2"]
     kept = ["hydra.launcher.keep_features=true", "hydra.launcher.parallel=2"]
     for name, settings in (("one", []), ("two", kept)):
         code, said = ended(*given, f"hydra.sweep.dir={name}", *settings, folder=tmp_path)

@@ -63,7 +63,8 @@ def _run(command: str, world: World) -> int:
         gather(command, "runs")
     prepare(command, COMMANDS[command].check, world)
     job = sweeps.Job(COMMANDS[command].job, world)
-    with_hydra(command, job)
+    with sweeps.Elsewhere.finishing:
+        with_hydra(command, job)
     return job.code()
 
 

@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from vlmtune.cli import resumed, train
 from vlmtune.cli.ending import guard, leave
-from vlmtune.config import compose, paths, trial_names
+from vlmtune.config import compose, launchers, paths, trial_names
 from vlmtune.config.launchers import Processes
 from vlmtune.config.schema import TrackerConfig
 from vlmtune.errors import ConfigError
@@ -53,6 +54,20 @@ class Job:
         return max(codes, default=0)
 
 
+class Elsewhere(Callback):  # type: ignore[misc]  # Hydra has no types
+    """Hydra tells it when a sweep begins: one of another launcher gets the same files and last lines as ours has."""
+
+    finishing: ClassVar[ExitStack] = ExitStack()
+    """What is left to do. Hydra makes the object, and ends without a word to it where a trial fails."""
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        if not launchers.is_own(config):
+            found, keys = self.finishing.enter_context(_opened(config, Processes())), _keys(config)
+            found.record()
+            self.finishing.callback(found.finish)
+            self.finishing.callback(found.collect, lambda overrides: _described(overrides, keys))
+
+
 def launch(job: Job, context: Any, config: DictConfig, overrides: Sequence[Sequence[str]], first: int) -> list[Any]:
     """Run trials with these `overrides`, the number of the first one being `first`, and return Hydra's `JobReturn`s.
 
@@ -63,8 +78,9 @@ def launch(job: Job, context: Any, config: DictConfig, overrides: Sequence[Seque
     from hydra.errors import HydraException
 
     if job.sweep is None:
-        job.sweep = job.stack.enter_context(_opened(config))
-    keys = swept_keys(config.hydra.overrides.task, config.hydra.sweeper.get("params"))
+        settings = Processes(**{key: value for key, value in config.hydra.launcher.items() if key != "_target_"})
+        job.sweep = job.stack.enter_context(_opened(config, settings))
+    keys = _keys(config)
     full = dict(enumerate(map(list, overrides), first))
     trials = [job.sweep.add(number, *_described(full[number], keys)) for number in full]
 
@@ -88,14 +104,17 @@ def launch(job: Job, context: Any, config: DictConfig, overrides: Sequence[Seque
     ]
 
 
-def _opened(config: DictConfig) -> Any:
+def _opened(config: DictConfig, settings: Processes) -> Any:
     """The sweep that Hydra composed, held by this command."""
     hydra, folder = config.hydra, Path(config.hydra.sweep.dir).absolute()
     chosen = [text for text in hydra.overrides.hydra if not text.startswith(("hydra.mode=", "hydra.sweep.dir="))]
     given = resumed.without([*hydra.overrides.task, *chosen])
-    settings = Processes(**{key: value for key, value in hydra.launcher.items() if key != "_target_"})
     name = sweep_name(hydra.runtime.choices.get("sweeps"), hydra.overrides.task, hydra.sweeper.get("params"))
     return sweep.opened(folder, name, config.task.metrics[0], given, settings, TrackerConfig(**config.tracker))
+
+
+def _keys(config: DictConfig) -> list[str]:
+    return swept_keys(config.hydra.overrides.task, config.hydra.sweeper.get("params"))
 
 
 def _described(overrides: Sequence[str], keys: Sequence[str]) -> tuple[list[str], list[str]]:

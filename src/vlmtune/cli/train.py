@@ -23,7 +23,7 @@ def check(overrides: list[str], multirun: bool, world: World) -> None:
     if world.is_main:
         folder = composed.hydra.sweep.dir if multirun else config.resumed_folder or composed.hydra.run.dir
         paths.check_writable(Path(folder))
-        if multirun and launchers.is_own(composed):
+        if multirun:
             files.check_free(Path(folder), resumed=config.resume == AUTO)
     if not multirun and world.is_main:
         guard.check_free(Path(composed.hydra.run.dir), config)

@@ -39,6 +39,9 @@ ConfigStore.instance().store(group=KEY, name=OWN, node=Processes)
 def check(composed: DictConfig, multirun: bool) -> None:
     """Raise ConfigError for a launcher that Hydra would ignore, or whose tasks would all be the same run."""
     name, launcher = composed.hydra.runtime.choices[KEY], composed.hydra.launcher
+    subfolder = _unresolved(composed.hydra.sweep)["subdir"]
+    if multirun and subfolder != "${hydra.job.num}":
+        raise ConfigError(f"hydra.sweep.subdir={subfolder}: a trial's folder is its number; leave it out")
     if name == OWN:
         _check_own(composed, multirun)
     elif name != "basic":
@@ -72,9 +75,6 @@ def _check_own(composed: DictConfig, multirun: bool) -> None:
         problems.append(f"hydra.launcher.parallel={given.parallel}: must be at least 1, or null")
     if given.max_minutes is not None and not 0 < given.max_minutes < math.inf:
         problems.append(f"hydra.launcher.max_minutes={given.max_minutes}: must be above 0, or null")
-    subfolder = _unresolved(composed.hydra.sweep)["subdir"]
-    if multirun and subfolder != "${hydra.job.num}":
-        problems.append(f"hydra.sweep.subdir={subfolder}: a trial's folder is its number; leave it out")
     if problems:
         raise ConfigError(problems)
 

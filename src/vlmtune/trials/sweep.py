@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from vlmtune import display
 from vlmtune.commands import typed
 from vlmtune.config import sweep_file
@@ -71,7 +73,7 @@ class Sweep:
 
         Raises Interrupted once a signal has ended those that ran.
         """
-        self._record()
+        self.record()
         if not any(trial.state == "waiting" for trial in trials):
             return
         self.runner = self.runner or Runner(self.settings.parallel, self.settings.max_minutes, modules)
@@ -87,11 +89,22 @@ class Sweep:
         if ended:
             summary.write(self.folder)
 
-    def _record(self) -> None:
+    def record(self) -> None:
         """Write what is known of the trials; those of an earlier command that are still to come stay."""
         self.recorded |= {trial.number: files.describe(trial) for trial in self.trials}
         files.write(self.folder, self.name, self.metric, self.overrides, list(self.recorded.values()))
         summary.write(self.folder)
+
+    def collect(self, describe: Callable[[list[str]], tuple[list[str], list[str]]]) -> None:
+        """Take the trials that another launcher started from their folders. `describe`: a trial's overrides as they are
+        recorded, and those of them that are swept, from what Hydra wrote down.
+        """
+        found = {int(path.parts[-3]): path for path in self.folder.glob("*/.hydra/overrides.yaml") if _is_trial(path)}
+        for number, path in sorted(found.items()):
+            folder = self.folder / str(number)
+            overrides = [str(override) for override in OmegaConf.load(path)]
+            self.trials.append(Trial(number, *describe(overrides), folder, files.state(folder)))
+        self.record()
 
     def finish(self) -> list[int]:
         """Say what the sweep found, and remove what only its trials needed. Returns the trials' exit codes."""
@@ -104,6 +117,10 @@ class Sweep:
             if all(trial.is_over for trial in self.trials):
                 tracking.show_sweep(self.tracker, self.folder, summary.write(self.folder), f"eval/{self.metric}")
         return [files.exit_code(trial.folder) for trial in self.trials]
+
+
+def _is_trial(overrides: Path) -> bool:
+    return overrides.parts[-3].isdecimal()
 
 
 @contextmanager
