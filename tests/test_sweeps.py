@@ -347,6 +347,19 @@ def test_settings_that_mean_nothing_are_refused(words: list[str], multirun: bool
         compose.compose("train", words, multirun=multirun)
 
 
+@pytest.mark.parametrize(
+    ("word", "problem"),
+    [
+        ("hydra.launcher.parallell=2", r"hydra\.launcher\.parallell: no such key; did you mean parallel\?"),
+        ("hydra.sweeper.n_trails=2", r"hydra\.sweeper\.n_trails: no such key; did you mean n_trials\?"),
+        ("hydra.lanucher.parallel=2", r"hydra\.lanucher: no such key; did you mean launcher\?"),
+    ],
+)
+def test_a_typo_in_hydras_own_keys_names_the_right_one(word: str, problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        compose.compose("train", ["hydra/sweeper=optuna", word], multirun=True)
+
+
 def test_a_single_run_and_other_launchers_are_as_they_were() -> None:
     assert launchers.is_own(compose.compose("train", []))
     for other in ("basic", "submitit_local"):

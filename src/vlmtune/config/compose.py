@@ -12,7 +12,7 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from vlmtune.commands import PACKAGE, typed
 from vlmtune.config import launchers, paths, saved, sweep_file, sweepers
@@ -113,9 +113,17 @@ def compose(command: str, overrides: Sequence[str], *, multirun: bool = False) -
             sweepers.check(composed, multirun)
             return composed
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(launchers.not_found(str(error)) or str(error).strip().splitlines()[0]) from error
+        raise ConfigError(_reason(error)) from error
     finally:
         logger.setLevel(level)  # the caller's
+
+
+def _reason(error: Exception) -> str:
+    """What Hydra refused; for a key that is not there, those that are."""
+    cause = error.__cause__
+    if isinstance(cause, ConfigAttributeError | ConfigKeyError) and cause.parent_node is not None:
+        return f"{cause.full_key}: no such key; {nearest(str(cause.key), [str(key) for key in cause.parent_node])}"
+    return launchers.not_found(str(error)) or str(error).strip().splitlines()[0]
 
 
 def read(command: str, overrides: Sequence[str], *, multirun: bool = False) -> tuple[Config, DictConfig]:
