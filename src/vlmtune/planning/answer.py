@@ -30,7 +30,9 @@ def answer(config: Config, row: Row, overrides: Sequence[str], *, reads_data: bo
     processes = count(config)
     estimate = plan.of(config, processes=processes)
     found = fits(plan, config, processes)
-    said = [f"{config.model.name}, {_setting(config)}", f"  {lengths}", "", words.table(estimate, processes), ""]
+    rows, longest = config.trainer.batch_size, batches_of(config)(1).padded_tokens
+    what = f"{rows} row{'s' * (rows > 1)} of {longest} tokens"
+    said = [f"{config.model.name}, {_setting(config)}", f"  {lengths}", "", words.table(estimate, what, processes), ""]
     said.append(words.cards(found))
     if (command := words.command(found, overrides)) is not None:
         said += ["", command]

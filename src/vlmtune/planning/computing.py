@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -44,12 +43,15 @@ class Computing(TorchFunctionMode):
         kwargs = kwargs or {}
         target = None if self.dtype is None else self.dtype if func in LOWER else torch.float32 if func in FULL else None
         if target is not None:
-            args, kwargs = pytree.tree_map(lambda value: self._cast(value, target), (args, kwargs))
+            args = tuple(self._cast(value, target) for value in args)
+            kwargs = {name: self._cast(value, target) for name, value in kwargs.items()}
         if func is F.scaled_dot_product_attention:
             return _attend(*args, **kwargs)
         return func(*args, **kwargs)
 
     def _cast(self, value: Any, dtype: torch.dtype) -> Any:
+        if isinstance(value, tuple | list):
+            return type(value)(self._cast(each, dtype) for each in value)
         if not isinstance(value, Tensor) or not value.is_floating_point() or value.dtype is dtype:
             return value
         if not (value.is_leaf and value.requires_grad and dtype is self.dtype):

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from vlmtune.config.schema import Config, OptimizerConfig
+from vlmtune.config.schema import Config, ImageConfig, OptimizerConfig
 from vlmtune.models import sharding
 from vlmtune.models.parts import base_of, hidden_matrices
-from vlmtune.planning.passes import Passing, passing
+from vlmtune.planning.passes import Passing, keeps_gradients, passing
 from vlmtune.planning.rows import Batches
 from vlmtune.planning.skeleton import Machine, Skeleton, build
 
@@ -47,9 +49,6 @@ class Estimate:
     """Of what comes before the first step, where that may be more: a model is opened whole and shared out later."""
     host: float = 0.0
     """What is kept in the machine's main memory instead, or moved there when the GPU is full."""
-    rows: int = 1
-    tokens: int = 0
-    """Of a row, with its image."""
 
     @property
     def step(self) -> float:
@@ -67,31 +66,28 @@ class Estimate:
         return max(self.training, self.startup)
 
 
-def estimate(config: Config, architecture: Any, machine: Machine, batches: Batches, rows: int) -> Estimate:
-    """A run of `config` on `machine`, with micro-batches of `rows` rows. Raises ConfigError as the run itself would."""
-    skeleton = build(config, architecture, machine)
+def estimate(config: Config, skeleton: Skeleton, machine: Machine, found: Passing) -> Estimate:
+    """A run of `config` on `machine`, whose passes take what was `found`."""
     sharded = config.sharding.name == "fsdp" and machine.num_processes > 1
     share = 1 / machine.num_processes if sharded else 1.0
-    found = passing(config, architecture, machine, batches, rows, share=share)
     weights = skeleton.weights()
     whole, trained = sum(weights.values()), skeleton.trained()
     gradients = float(sum(parameter.nbytes for parameter in trained))
-    state = _state(skeleton, config.optimizer)
-    outside = config.optimizer.offload or config.optimizer.name.startswith("paged_") or config.sharding.cpu_offload
+    state = _state(skeleton, config.optimizer) * share
+    offload = config.optimizer.offload or config.sharding.cpu_offload
+    outside = offload or config.optimizer.name.startswith("paged_")
     context = CONTEXT if machine.device.type == "cuda" else 0
     return Estimate(
         weights=weights,
         kept=_shared(skeleton, whole, share, offloaded=config.sharding.cpu_offload) if sharded else whole,
         gradients=0.0 if config.optimizer.step_in_backward else gradients * share,
-        state=0.0 if outside else state * share,
-        update=0.0 if config.optimizer.offload else _update(trained, config.optimizer) * share,
-        passing=found,
+        state=0.0 if outside else state,
+        update=0.0 if offload else _update(trained, config.optimizer) * share,
+        passing=Passing(found.activations, found.gradients * share),
         updates_in_backward=config.optimizer.step_in_backward,
         context=context,
         startup=context + whole + found.activations + gradients if sharded else 0.0,
-        host=state * share if outside else 0.0,
-        rows=rows,
-        tokens=batches(1).input_ids.shape[1],
+        host=state if outside else 0.0,
     )
 
 
@@ -139,29 +135,52 @@ def _update(trained: list[nn.Parameter], optimizer: OptimizerConfig) -> float:
 
 @dataclass
 class Plan:
-    """Estimates of a config and of its variants, each computed once."""
+    """Estimates of a config and of its variants. Equal models and equal passes are computed once."""
 
     architecture: Any
-    batches_of: Any
-    """Makes `Batches` for a config, whose image size may have changed."""
-    device: str = "cuda"
-    known: dict[str, Estimate] = field(default_factory=dict)
+    batches_of: Callable[[Config], Batches]
+    """The batches of a config, whose image size may have changed."""
+    machine: Machine | None = None
+    """None: a GPU with bfloat16, in the config's precision."""
+    skeletons: dict[str, Skeleton] = field(default_factory=dict)
+    passes: dict[str, Passing] = field(default_factory=dict)
 
     def of(self, config: Config, rows: int | None = None, processes: int = 1) -> Estimate:
-        count = rows or config.trainer.batch_size
-        key = repr((config, count, processes))
-        if key not in self.known:
-            machine = Machine.of(config, self.device, processes)
-            self.known[key] = estimate(config, self.architecture, machine, self.batches_of(config), count)
-        return self.known[key]
+        """With micro-batches of `rows` rows. Raises ConfigError as the run itself would."""
+        machine = self.machine or Machine.of(config, processes)
+        found = self._passing(config, rows or config.trainer.batch_size, machine)
+        return estimate(config, self._skeleton(config, machine), machine, found)
+
+    def _skeleton(self, config: Config, machine: Machine) -> Skeleton:
+        key = repr(_of_model(config))
+        if key not in self.skeletons:
+            self.skeletons[key] = build(config, self.architecture, machine)
+        return self.skeletons[key]
+
+    def _passing(self, config: Config, rows: int, machine: Machine) -> Passing:
+        trainer = config.trainer
+        key = repr(
+            (
+                *(_of_model(config), config.model.image, trainer.gradient_checkpointing, rows),
+                *(keeps_gradients(config, machine), config.optimizer.step_in_backward),
+            )
+        )
+        if key not in self.passes:
+            self.passes[key] = passing(config, self.architecture, machine, self.batches_of(config), rows)
+        return self.passes[key]
 
     def largest(self, config: Config, limit: float, processes: int = 1) -> int:
-        """The most rows of a micro-batch that fit into `limit` bytes: memory grows with each row by the same."""
-        few = self.of(config, 1, processes)
-        many = self.of(config, max(2, config.trainer.batch_size), processes)
-        each = (many.passing.total - few.passing.total) / (many.rows - 1)
-        fixed = few.total - few.step if few.startup < few.training else few.startup - few.passing.activations
-        room = limit - fixed - (few.update if few.updates_in_backward else 0.0)
+        """The most rows of a micro-batch that fit into `limit` bytes: each row adds the same. 0: not even one fits."""
+        more = max(2, config.trainer.batch_size)
+        few, many = (self.of(config, rows, processes) for rows in (1, more))
         if few.total > limit:
             return 0
-        return max(1, int((room - few.passing.total) / max(each, 1.0)) + 1)
+        each = (many.passing.activations - few.passing.activations) / (more - 1)
+        room = min(limit - few.context - few.kept - few.state - few.passing.total, limit - few.startup)
+        return 1 + int((room - few.update * few.updates_in_backward) / each)
+
+
+def _of_model(config: Config) -> tuple[Any, ...]:
+    """The settings that a model follows from."""
+    model = dataclasses.replace(config.model, image=ImageConfig())
+    return model, config.adapter, config.quantization, config.trainer.precision

@@ -11,12 +11,10 @@ real and on the CPU, because models read their values.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
-from functools import partial
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -28,15 +26,15 @@ INTEGER_RANGES = (aten.arange.default, aten.arange.start, aten.arange.start_step
 class Meter(TorchDispatchMode):
     """Counts what is allocated inside the context. `existing`: tensors that exist before, and don't count.
 
-    `share`: the part of each gradient that a process keeps (FSDP). `phase` is set from outside; each has its own peak.
+    `phase` is set from outside; each has a peak of its own.
     """
 
-    def __init__(self, existing: Iterable[Tensor], *, share: float = 1.0):
+    def __init__(self, existing: Iterable[Tensor]):
         super().__init__()
-        self.share, self.phase = share, 0
+        self.phase = 0
         self.live, self.gradients = 0, 0
         """Bytes at this moment: everything, and how much of it are gradients of weights."""
-        self.peaks: dict[int, tuple[float, float]] = {}
+        self.peaks: dict[int, tuple[int, int]] = {}
         """By phase: the most bytes, and the part of gradients at that moment."""
         self.sizes = {tensor.untyped_storage()._cdata: 0 for tensor in existing}
         self.of_gradients: set[int] = set()
@@ -57,10 +55,8 @@ class Meter(TorchDispatchMode):
         self.sizes[key] = storage.nbytes()
         self.live += self.sizes[key]
         weakref.finalize(storage, self._freed, key)
-        kept = self.gradients * self.share
-        held = self.live - self.gradients + kept
-        if held > self.peaks.get(self.phase, (-1.0, 0.0))[0]:
-            self.peaks[self.phase] = (held, kept)
+        if self.live > self.peaks.get(self.phase, (-1, 0))[0]:
+            self.peaks[self.phase] = (self.live, self.gradients)
 
     def _freed(self, key: int) -> None:
         size = self.sizes.pop(key)
@@ -71,22 +67,35 @@ class Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        tensors = [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+        tensors = [*_tensors(args), *_tensors(kwargs.values())] if kwargs else [*_tensors(args)]
         if any(tensor.device == META for tensor in tensors):
             if func is aten._local_scalar_dense.default and tensors[0].dtype is torch.bool:
                 return True  # whether something is as it should be: no padding, no infinite value
-            args, kwargs = pytree.tree_map(partial(_on_meta, indexed=func is aten.index.Tensor), (args, kwargs))
+            if func is aten.index.Tensor or any(tensor.device != META for tensor in tensors):
+                indexed = func is aten.index.Tensor
+                args = tuple(_on_meta(value, indexed) for value in args)
+                kwargs = {name: _on_meta(value, indexed) for name, value in kwargs.items()}
         elif kwargs.get("device") == META and not _makes_floats(func, args, kwargs, tensors):
             kwargs = {**kwargs, "device": torch.device("cpu")}
         out = func(*args, **kwargs)
-        for value in pytree.tree_leaves(out):
-            if isinstance(value, Tensor):
-                self._note(value)
+        for value in _tensors((out,)):
+            self._note(value)
         return out
 
 
-def _on_meta(value: Any, *, indexed: bool) -> Any:
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors in the arguments or results of an operation."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, tuple | list):
+            yield from _tensors(value)
+
+
+def _on_meta(value: Any, indexed: bool) -> Any:
     """An argument of an operation on the meta device. A boolean index whose values are not known takes everything."""
+    if isinstance(value, tuple | list):
+        return type(value)(_on_meta(each, indexed) for each in value)
     if not isinstance(value, Tensor):
         return value
     if indexed and value.dtype is torch.bool:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import _engine_run_backward
 
+from vlmtune.batching.layout import Batch
 from vlmtune.batching.preparation import Preparation
 from vlmtune.config.schema import Config
 from vlmtune.models.parts import base_of
@@ -40,26 +41,20 @@ class Passing:
         return self.activations + self.gradients
 
 
-def passing(
-    config: Config, architecture: Any, machine: Machine, batches: Batches, rows: int, *, share: float = 1.0
-) -> Passing:
+def passing(config: Config, architecture: Any, machine: Machine, batches: Batches, rows: int) -> Passing:
     """A pass over `rows` rows. A deep model's is extrapolated from two shallow ones, phase by phase: each further layer
     adds the same.
-
-    `share`: the part of a gradient that a process keeps.
     """
     layers = layers_of(architecture)
     depths = SHALLOW if layers > EXACT and not _differ(config) else (layers,)
     found = []
     for depth in depths:
         skeleton = build(config, shallow(architecture, depth), machine)
-        found.append(measured(skeleton, config, machine, batches, rows, share))
-    if len(depths) == 1:
-        peaks = found[0]
-    else:
-        low, high = found
+        found.append(measured(skeleton, config, machine, batches(rows)))
+    peaks = found[0]
+    if len(depths) > 1:
         further = (layers - depths[0]) / (depths[1] - depths[0])
-        peaks = {phase: _extrapolated(low[phase], high[phase], further) for phase in low}
+        peaks = {phase: _extrapolated(low, found[1][phase], further) for phase, low in found[0].items()}
     return max(peaks.values(), key=lambda peak: peak.total)
 
 
@@ -82,23 +77,23 @@ def _extrapolated(low: Passing, high: Passing, further: float) -> Passing:
     )
 
 
-def measured(
-    skeleton: Skeleton, config: Config, machine: Machine, batches: Batches, rows: int, share: float = 1.0
-) -> dict[int, Passing]:
-    """The peaks of a pass by phase. With gradient accumulation, of a second pass, which adds to gradients of the first;
-    so too with several processes, whose gradients stay allocated.
-    """
-    batch = Preparation.of(skeleton.model, machine)(batches(rows))  # type: ignore[arg-type]
-    meter = Meter([*skeleton.tensors(), *_tensors_of(batch)], share=share)
-    trainer, in_backward = config.trainer, config.optimizer.step_in_backward
-    again = trainer.gradient_accumulation_steps > 1 or (machine.num_processes > 1 and share == 1.0)
-    with _hooked(skeleton, meter, frees=in_backward), meter:
-        for _ in range(2 if again and not in_backward else 1):
+def measured(skeleton: Skeleton, config: Config, machine: Machine, batch: Batch) -> dict[int, Passing]:
+    """The peaks of a pass by phase, where gradients are kept that of a second one."""
+    batch = Preparation.of(skeleton.model, machine)(batch)  # type: ignore[arg-type]
+    meter = Meter([*skeleton.tensors(), *_tensors_of(batch)])
+    with _hooked(skeleton, meter, frees=config.optimizer.step_in_backward), meter:
+        for _ in range(2 if keeps_gradients(config, machine) else 1):
             _pass(skeleton.model, batch, machine, meter)
     own = sum(tensor.nbytes for tensor in _tensors_of(batch))
     found = {phase: Passing(held - kept + own, kept) for phase, (held, kept) in meter.peaks.items()}
     skeleton.model.zero_grad(set_to_none=True)
     return found
+
+
+def keeps_gradients(config: Config, machine: Machine) -> bool:
+    """Whether gradients are there already when a pass begins: those of an earlier pass, or DDP's own."""
+    several = machine.num_processes > 1 and config.sharding.name == "none"
+    return (several or config.trainer.gradient_accumulation_steps > 1) and not config.optimizer.step_in_backward
 
 
 def _pass(model: Any, batch: Any, machine: Machine, meter: Meter) -> None:

@@ -25,12 +25,10 @@ class Machine:
     num_processes: int = 1
 
     @classmethod
-    def of(cls, config: Config, device: str, processes: int = 1) -> Machine:
-        """`device`: `cuda` (with bfloat16) or `cpu`."""
-        precision = config.trainer.precision
-        if precision == "auto":
-            precision = "bf16" if device == "cuda" else "fp32"
-        return cls(torch.device(device), "no" if precision == "fp32" else precision, processes)
+    def of(cls, config: Config, processes: int = 1) -> Machine:
+        """GPUs that have bfloat16."""
+        precision = {"auto": "bf16", "fp32": "no"}.get(config.trainer.precision, config.trainer.precision)
+        return cls(torch.device("cuda"), precision, processes)
 
     @property
     def autocast(self) -> torch.dtype | None:
@@ -82,10 +80,11 @@ def build(config: Config, architecture: Any, machine: Machine) -> Skeleton:
     planned = _planned(config, machine)
     dtypes = session.dtypes(planned, machine)  # type: ignore[arg-type]
     architecture = copy.deepcopy(architecture)
+    attention = {"attn_implementation": "sdpa"} if "flash" in config.model.attention else {}  # of the same memory
     if getattr(architecture, "quantization_config", None) is not None:
         del architecture.quantization_config
     with torch.device("meta"), no_init_weights():
-        model = AutoModelForImageTextToText.from_config(architecture, dtype=dtypes["dtype"])
+        model = AutoModelForImageTextToText.from_config(architecture, dtype=dtypes["dtype"], **attention)
         model.tie_weights()
     parts = find_parts(model)
     rewrites.rewrite(model, planned.model.rewrites, torch.device("cuda"), dtypes["compute_dtype"])

@@ -12,8 +12,8 @@ from vlmtune.planning.estimate import Estimate
 ORDER = ("vision", "projector", "cross_attention", "language", "head")
 
 
-def table(estimate: Estimate, processes: int = 1) -> str:
-    """What takes how much, and the sum."""
+def table(estimate: Estimate, what: str, processes: int = 1) -> str:
+    """What takes how much, and the sum. `what`: the micro-batch in words."""
     passing, own = estimate.passing, estimate.weights
     kinds = sorted(own.items(), key=lambda item: ORDER.index(item[0][0]) if item[0][0] in ORDER else 9)
     base = {name: size for name, size in kinds if name[0] not in ("adapter", "buffers")}
@@ -26,7 +26,6 @@ def table(estimate: Estimate, processes: int = 1) -> str:
     if (shared := estimate.kept - whole - adapter) < -1:
         rows.append(("shared out", shared, f"a share of 1/{processes}, and the layers that are gathered at a time"))
     rows.append(("optimizer", estimate.state, _elsewhere(estimate)))
-    what = f"{estimate.rows} row{'s' * (estimate.rows > 1)} of {estimate.tokens} tokens"
     if estimate.updates_in_backward or passing.total >= estimate.gradients + estimate.update:
         rows.append(("gradients", passing.gradients, "as far as they are there when a pass holds the most"))
         rows.append(("activations", passing.activations, f"{what}: forward and backward, with logits of the answers"))
