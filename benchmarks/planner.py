@@ -33,7 +33,13 @@ SETTINGS: dict[str, tuple[str, list[str]]] = {
     "LLaVA, all weights, 8 rows": ("llava", [*ALL, "trainer.batch_size=8"]),
     "LLaVA, all weights, bf16, update in the backward pass": (
         "llava",
-        [*ALL, "trainer.batch_size=8", "model.dtype=bf16", "optimizer.step_in_backward=true", "trainer.max_grad_norm=null"],
+        [
+            *ALL,
+            "trainer.batch_size=8",
+            "model.dtype=bf16",
+            "optimizer.step_in_backward=true",
+            "trainer.max_grad_norm=null",
+        ],
     ),
     "InternVL, LoRA, 32 rows": ("internvl", [*LORA, "trainer.batch_size=32"]),
     "InternVL, all weights, 8 rows, recomputed": ("internvl", [*ALL, "trainer.batch_size=8", CHECKPOINTING]),

@@ -61,7 +61,7 @@ class ModelConfig:
     revision: str | None = None
     """Commit, tag or branch on the hub; not used for a local folder."""
     architecture: dict[str, Any] = field(default_factory=dict)
-    """The figures of the checkpoint's config.json (`model_type`, layers, widths, ...) with which plan.py computes memory
+    """Figures of the checkpoint's config.json (`model_type`, layers, widths, ...) from which plan.py computes memory
     without a download. A run itself reads the checkpoint's own."""
     trust_remote_code: bool = False
     """Run Python code from the model's repository, and a kernel that model.attention names. Only switch it on for code

@@ -24,7 +24,8 @@ from vlmtune.packages import without_bitsandbytes
 def adapt(model: Any, config: Config, parts: Parts) -> Any:
     """Make trainable what the config asks for: an adapter over a frozen base, or the model minus `model.freeze`.
 
-    A model on the meta device, which is only planned with, gets an adapter without weights. Raises ConfigError: a target that matches nothing in the parts, or a layer or value that PEFT can't take.
+    A model on the meta device, which is only planned with, gets an adapter without weights. Raises ConfigError: a
+    target that matches nothing in the parts, or a layer or value that PEFT can't take.
     """
     bits = quantized_bits(model)
     if not config.uses_adapter:

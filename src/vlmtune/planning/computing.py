@@ -41,8 +41,8 @@ class Computing(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        target = None if self.dtype is None else self.dtype if func in LOWER else torch.float32 if func in FULL else None
-        if target is not None:
+        target = self.dtype if func in LOWER else torch.float32 if func in FULL else None
+        if self.dtype is not None and target is not None:
             args = tuple(self._cast(value, target) for value in args)
             kwargs = {name: self._cast(value, target) for name, value in kwargs.items()}
         if func is F.scaled_dot_product_attention:

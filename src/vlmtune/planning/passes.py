@@ -103,8 +103,9 @@ def _pass(model: Any, batch: Any, machine: Machine, meter: Meter) -> None:
         loss = summed_loss(model, batch)
         computing.end_forward()
         meter.phase = BACKWARD
-        # torch.autograd.backward would leave the mode `computing` while it runs, and checkpointing computes layers again
-        _engine_run_backward((loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True)
+        # torch.autograd.backward would leave `computing` while it runs, and checkpointing computes layers again in it
+        options = {"allow_unreachable": True, "accumulate_grad": True}
+        _engine_run_backward((loss,), (torch.ones_like(loss),), False, False, (), **options)
 
 
 @contextmanager

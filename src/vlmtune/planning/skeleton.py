@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,21 +46,22 @@ class Skeleton:
     def weights(self) -> dict[tuple[str, str], int]:
         """Bytes of the frozen and fully trained weights by part and type; what an adapter adds is `adapter`."""
         found: dict[tuple[str, str], int] = {}
-        for name, parameter, kind, size in self._tensors():
+        for name, kind, size in self._tensors():
             part = "adapter" if _is_added(name) else self.parts.of(name)
             found[part, kind] = found.get((part, kind), 0) + size
         for _, buffer in self.model.named_buffers():
             found["buffers", "fp32"] = found.get(("buffers", "fp32"), 0) + buffer.nbytes
         return found
 
-    def _tensors(self) -> Any:
+    def _tensors(self) -> Iterator[tuple[str, str, int]]:
+        """Name, type and bytes of each weight, as it is stored."""
         packed = {module.weight: module for module in self.model.modules() if isinstance(module, Packed)}
         for name, parameter in self.model.named_parameters():
             if parameter in packed:
                 layer = packed[parameter]
-                yield name, parameter, f"{layer.bits} bits", layer.stored
+                yield name, f"{layer.bits} bits", layer.stored
             else:
-                yield name, parameter, NAMES.get(parameter.dtype, str(parameter.dtype)), parameter.nbytes
+                yield name, NAMES.get(parameter.dtype, str(parameter.dtype)), parameter.nbytes
 
     def trained(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]

@@ -38,7 +38,9 @@ def table(estimate: Estimate, what: str, processes: int = 1) -> str:
     lines = [f"  {name:12} {size / GIB:8.2f} GiB   {note}" for name, size, note in rows]
     lines.append(f"  {'sum':12} {estimate.training / GIB:8.2f} GiB   {'on each GPU' if processes > 1 else ''}".rstrip())
     if estimate.startup > estimate.training:
-        lines.append(f"  {'at the start':12} {estimate.startup / GIB:8.2f} GiB   the whole model, before it is shared out")
+        lines.append(
+            f"  {'at the start':12} {estimate.startup / GIB:8.2f} GiB   the whole model, before it is shared out"
+        )
     return "\n".join(lines)
 
 
