@@ -1,5 +1,7 @@
 """The planner's prediction against the measured peak, on a CPU: `python benchmarks/planner.py`.
 
+`--guide` prints Ludwig's table of memory with the planner's beside it, for docs/planner.md.
+
 Models of three families with random weights (0.1 to 0.4 GB in float32) train a few steps, each in a process of its
 own. Measured is the peak of resident memory over that before the model was opened; predicted is what the run itself
 logs. Without evaluation, cached features and worker processes, which the prediction does not cover.
@@ -44,6 +46,25 @@ SETTINGS: dict[str, tuple[str, list[str]]] = {
     "InternVL, LoRA, 32 rows": ("internvl", [*LORA, "trainer.batch_size=32"]),
     "InternVL, all weights, 8 rows, recomputed": ("internvl", [*ALL, "trainer.batch_size=8", CHECKPOINTING]),
 }
+RECOMPUTED = [CHECKPOINTING, "trainer.batch_size=1"]
+KEPT = ["trainer.batch_size=1"]
+QLORA = ["adapter=lora", "quantization=nf4"]
+FULL = ["model=qwen2vl_7b", "adapter=none", "model.dtype=bf16", "optimizer=adamw_8bit"]
+GUIDE = {
+    "7B QLoRA": (
+        16,
+        {"recomputed": ["model=qwen2vl_7b", *QLORA, *RECOMPUTED], "kept": ["model=qwen2vl_7b", *QLORA, *KEPT]},
+    ),
+    "7B, all weights": (
+        48,
+        {
+            "bf16, 8-bit optimizer, recomputed": [*FULL, *RECOMPUTED],
+            "the same, updates in the backward pass": [*FULL, *RECOMPUTED, *IN_BACKWARD[1:]],
+        },
+    ),
+    "72B QLoRA": (80, {"recomputed": ["model=qwen2vl_72b", *QLORA, *RECOMPUTED]}),
+}
+"""The guide's settings and GB, and what they may mean here; one row of 1,340 tokens at a time."""
 COMMON = [
     *("model=auto", "data=csv", "trainer.max_steps=3", "tracker=none", "trainer.save_every=null"),
     *("data.cache_features=off", "trainer.num_workers=0", "trainer.share_prefix=off", "trainer.eval_every=null"),
@@ -53,7 +74,10 @@ COMMON = [
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
+    parser.add_argument("--guide", action="store_true", help="print the guide's table of memory")
     options = parser.parse_args()
+    if options.guide:
+        return guide()
     print("| setting | predicted, MB | measured, MB | error |\n|---|---|---|---|", flush=True)
     errors = []
     with tempfile.TemporaryDirectory() as folder:
@@ -62,6 +86,26 @@ def main() -> None:
             errors.append(predicted / measured - 1)
             print(f"| {name} | {predicted / 1e6:.0f} | {measured / 1e6:.0f} | {errors[-1]:+.0%} |", flush=True)
     print(f"\nlargest error {max(map(abs, errors)):.0%}, mean {sum(map(abs, errors)) / len(errors):.0%}")
+
+
+def guide() -> None:
+    """The guide's figures and the planner's, in Markdown."""
+    from vlmtune.config import compose
+    from vlmtune.planning.architecture import architecture_of
+    from vlmtune.planning.estimate import Plan
+    from vlmtune.planning.rows import Row, assumed
+
+    print(
+        "| setting | the guide, GB | here | weights and adapter | optimizer | a step | sum, GB |\n|---|---|---|---|---|---|---|",
+        flush=True,
+    )
+    for name, (stated, ours) in GUIDE.items():
+        for how, words in ours.items():
+            config, _ = compose.read("train", words)
+            architecture = architecture_of(config.model)
+            found = Plan(architecture, lambda _, a=architecture: assumed(a, Row(1280))).of(config)
+            sums = [found.kept, found.state, found.step, found.total]
+            print(f"| {name} | {stated} | {how} | {' | '.join(f'{each / 1e9:.1f}' for each in sums)} |", flush=True)
 
 
 def run(family: str, words: list[str], folder: Path) -> tuple[int, int]:

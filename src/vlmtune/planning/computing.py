@@ -35,9 +35,12 @@ class Computing(TorchFunctionMode):
         self.dtype = dtype
         self.cast_weights: dict[Tensor, Tensor] = {}
         """Trained weights in the lower type. Autocast keeps them until the forward pass is over."""
+        self.keeps_weights = True
 
     def end_forward(self) -> None:
+        """From here on weights are cast each time: what is computed again leaves autocast after each layer."""
         self.cast_weights.clear()
+        self.keeps_weights = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -54,7 +57,8 @@ class Computing(TorchFunctionMode):
             return type(value)(self._cast(each, dtype) for each in value)
         if not isinstance(value, Tensor) or not value.is_floating_point() or value.dtype is dtype:
             return value
-        if not (value.is_leaf and value.requires_grad and dtype is self.dtype):
+        is_weight = value.is_leaf and value.requires_grad and dtype is self.dtype
+        if not (is_weight and self.keeps_weights):
             return value.to(dtype)
         if value not in self.cast_weights:
             self.cast_weights[value] = value.to(dtype)
