@@ -24,6 +24,7 @@ WIDE = {"hidden_size": 640, "intermediate_size": 2560, "num_hidden_layers": 14, 
 """The language model of each family: 14 layers, so that the prediction is extrapolated."""
 LORA = ["adapter=lora", "adapter.r=16"]
 ALL = ["adapter=none", "trainer.learning_rate=1e-5"]
+IN_BACKWARD = ["model.dtype=bf16", "optimizer.step_in_backward=true", "trainer.max_grad_norm=null"]
 CHECKPOINTING = "trainer.gradient_checkpointing=true"
 SETTINGS: dict[str, tuple[str, list[str]]] = {
     "Qwen2-VL, LoRA, 16 rows": ("qwen2_vl", [*LORA, "trainer.batch_size=16"]),
@@ -33,16 +34,7 @@ SETTINGS: dict[str, tuple[str, list[str]]] = {
     "LLaVA, LoRA, 48 rows": ("llava", [*LORA, "trainer.batch_size=48"]),
     "LLaVA, LoRA, 48 rows, plain forms": ("llava", [*LORA, "trainer.batch_size=48", "model.rewrites=off"]),
     "LLaVA, all weights, 8 rows": ("llava", [*ALL, "trainer.batch_size=8"]),
-    "LLaVA, all weights, bf16, update in the backward pass": (
-        "llava",
-        [
-            *ALL,
-            "trainer.batch_size=8",
-            "model.dtype=bf16",
-            "optimizer.step_in_backward=true",
-            "trainer.max_grad_norm=null",
-        ],
-    ),
+    "LLaVA, all weights, bf16, update in the backward pass": ("llava", [*ALL, "trainer.batch_size=8", *IN_BACKWARD]),
     "InternVL, LoRA, 32 rows": ("internvl", [*LORA, "trainer.batch_size=32"]),
     "InternVL, all weights, 8 rows, recomputed": ("internvl", [*ALL, "trainer.batch_size=8", CHECKPOINTING]),
 }
@@ -77,7 +69,8 @@ def main() -> None:
     parser.add_argument("--guide", action="store_true", help="print the guide's table of memory")
     options = parser.parse_args()
     if options.guide:
-        return guide()
+        guide()
+        return
     print("| setting | predicted, MB | measured, MB | error |\n|---|---|---|---|", flush=True)
     errors = []
     with tempfile.TemporaryDirectory() as folder:
@@ -95,10 +88,8 @@ def guide() -> None:
     from vlmtune.planning.estimate import Plan
     from vlmtune.planning.rows import Row, assumed
 
-    print(
-        "| setting | the guide, GB | here | weights and adapter | optimizer | a step | sum, GB |\n|---|---|---|---|---|---|---|",
-        flush=True,
-    )
+    columns = "setting", "the guide, GB", "here", "weights and adapter", "optimizer", "a step", "sum, GB"
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
     for name, (stated, ours) in GUIDE.items():
         for how, words in ours.items():
             config, _ = compose.read("train", words)
