@@ -45,7 +45,7 @@ def job(composed: Any, world: World) -> int:
 
     given = overrides_given("plan")
     options, config = _read(composed, given)
-    own = [word for word in given if not word.lstrip("+").startswith(("plan.", "hydra."))]
+    own = [word.lstrip("+") for word in given if not word.lstrip("+").startswith(("plan.", "hydra."))]
     row = planning.Row(options.image_tokens, options.text_tokens, options.answer_tokens)
     say(planning.answer(config, row, own, reads_data=compose.names(own, "data")))
     return 0

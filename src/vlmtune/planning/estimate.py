@@ -95,7 +95,7 @@ def _shared(skeleton: Skeleton, whole: int, share: float, *, offloaded: bool) ->
     """Bytes of weights under FSDP: a share of all, the rest of the model around its blocks, which stays gathered in a
     pass, and two blocks, of which one is gathered while the other is computed.
     """
-    blocks = [sum(p.nbytes for p in block.parameters()) for block in sharding.blocks(base_of(skeleton.model))]
+    blocks = [skeleton.bytes_of(block) for block in sharding.blocks(base_of(skeleton.model))]
     around = whole - sum(blocks)
     return around + 2 * max(blocks, default=0) + (0.0 if offloaded else share * whole)
 

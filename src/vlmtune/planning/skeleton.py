@@ -63,6 +63,11 @@ class Skeleton:
             else:
                 yield name, NAMES.get(parameter.dtype, str(parameter.dtype)), parameter.nbytes
 
+    def bytes_of(self, module: nn.Module) -> int:
+        """Bytes of a module's weights as they are stored."""
+        layers = {each.weight: each for each in module.modules() if isinstance(each, Packed)}
+        return sum(layers[p].stored if p in layers else p.nbytes for p in module.parameters())
+
     def trained(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
