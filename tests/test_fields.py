@@ -60,6 +60,7 @@ from vlmtune.models import adapters, sharding
 from vlmtune.models.load import load
 from vlmtune.models.parts import Parts, find_parts
 from vlmtune.objectives import next_token as loss
+from vlmtune.planning.architecture import architecture_of
 from vlmtune.prompt.families import Family
 from vlmtune.prompt.hub import hub_options
 from vlmtune.prompt.image_cache import STORES
@@ -812,6 +813,7 @@ def read(
         api.load(folder / "lora")
         load_table(DataConfig(train=str(hub_set(folder)), **STREAMED), TaskConfig(), 0)
         hub_options(ModelConfig(path="somebody/some-model"))
+        architecture_of(ModelConfig(architecture={"model_type": "llava"}))
         to_start(BackendConfig("accelerate", 1), ALONE)
         told = BackendConfig("ray", num_workers=1)
         on_ray.scaling(told), on_ray.run_config(told, folder), on_ray.connection(told)

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vlmtune import proof
+from vlmtune import planning, proof
 from vlmtune.batching.loader import Loader
 from vlmtune.config.schema import Config
 from vlmtune.data.splits import Split
@@ -18,6 +18,7 @@ from vlmtune.models import adapters, gradient_checkpointing, load, rewrites, sha
 from vlmtune.models.parts import find_parts
 from vlmtune.objectives.next_token import summed_loss
 from vlmtune.prompt.encode import Encoder
+from vlmtune.record import environment
 from vlmtune.training import (
     Attempts,
     Best,
@@ -47,6 +48,7 @@ def build(config: Config, splits: dict[str, Split], folder: Path | None) -> setu
     # the model, and which of its weights train
     adapters.check(config)
     load.make_fresh(config.model, folder / "base", config.trainer.seed, engine)
+    environment.PEAK.opens_model()
     model, processor = load.load(config.model, sharding.storage(config, engine), device=engine.device, **dtypes)
     parts = find_parts(model)
     multiple = rewrites.length_multiple(engine.device, dtypes["compute_dtype"])
@@ -65,6 +67,7 @@ def build(config: Config, splits: dict[str, Split], folder: Path | None) -> setu
     encoder = encoder.keeping(decision.cache)
     loader = Loader(encoder, records, decision.plan, decision.layout, config.trainer, engine, model)
     proof.prove_passes(model, parts, loader, decision, rows, config, engine)
+    environment.PEAK.predicted = planning.predicted(config, model, loader, rows.longest, engine)
 
     # shares of the model, optimizer and schedule
     sharding.shard(model, config.sharding, encoder, records, engine)

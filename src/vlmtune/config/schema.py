@@ -60,6 +60,9 @@ class ModelConfig:
     `path`."""
     revision: str | None = None
     """Commit, tag or branch on the hub; not used for a local folder."""
+    architecture: dict[str, Any] = field(default_factory=dict)
+    """Figures of the checkpoint's config.json (`model_type`, layers, widths, ...) from which plan.py computes memory
+    without a download. A run itself reads the checkpoint's own."""
     trust_remote_code: bool = False
     """Run Python code from the model's repository, and a kernel that model.attention names. Only switch it on for code
     that you have read."""

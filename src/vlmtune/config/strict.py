@@ -47,10 +47,12 @@ def unreadable(saved: DictConfig) -> list[str]:
     return problems
 
 
-def read(schema: type, raw: dict[Any, Any]) -> Any:
-    """Values of a command's own keys as the dataclass `schema`. Raises ConfigError with all problems."""
+def read(schema: type, raw: dict[Any, Any], prefix: str = "") -> Any:
+    """Values of a command's own keys, which begin with `prefix`, as the dataclass `schema`. Raises ConfigError with all
+    problems.
+    """
     problems: list[str] = []
-    found = _read(schema, raw, "", problems)
+    found = _read(schema, raw, prefix, problems)
     if problems:
         raise ConfigError(problems)
     return found

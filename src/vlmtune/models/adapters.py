@@ -24,7 +24,8 @@ from vlmtune.packages import without_bitsandbytes
 def adapt(model: Any, config: Config, parts: Parts) -> Any:
     """Make trainable what the config asks for: an adapter over a frozen base, or the model minus `model.freeze`.
 
-    Raises ConfigError: a target that matches nothing in the parts, or a layer or value that PEFT can't take.
+    A model on the meta device, which is only planned with, gets an adapter without weights. Raises ConfigError: a
+    target that matches nothing in the parts, or a layer or value that PEFT can't take.
     """
     bits = quantized_bits(model)
     if not config.uses_adapter:
@@ -38,7 +39,8 @@ def adapt(model: Any, config: Config, parts: Parts) -> Any:
     if source is not None:
         check_base(model, config, source)
     check_parts(model, parts, scope, "adapter.parts")
-    on_cpu = next(model.parameters()).device.type == "cpu"
+    device = next(model.parameters()).device.type
+    on_cpu, planned = device == "cpu", device == "meta"
     if config.adapter.fields.get("use_dora") and bits == 8 and on_cpu:
         raise ConfigError(
             "adapter.use_dora: PEFT and bitsandbytes lose the scales of int8 weights after the first pass on a CPU; "
@@ -49,11 +51,11 @@ def adapt(model: Any, config: Config, parts: Parts) -> Any:
     narrow(peft_config, model, parts, scope)
     model.requires_grad_(False)
     with refusals(method):
-        adapted = get_peft_model(model, peft_config)
+        adapted = get_peft_model(model, peft_config, low_cpu_mem_usage=planned)  # else PEFT leaves the meta device
     freeze_other_biases(adapted, parts, scope)
     if config.model.dtype != "bf16":
         train_in_full(adapted)
-    if source is not None:
+    if source is not None and not planned:
         start_from(adapted, source, parts, scope)
     check_saved(adapted)
     return with_lora_in_one_step(adapted, config.model.rewrites)

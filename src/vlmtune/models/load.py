@@ -89,7 +89,7 @@ def _load_model(
     processor: Any,
 ) -> Any:
     options = hub_options(config)
-    cls, architecture = _architecture(config, processor)
+    cls, architecture = class_and_config(config, processor)
     fit_model(architecture, processor)
     attention.check(config, architecture, compute_dtype)
     options |= attention.options(config)
@@ -128,7 +128,7 @@ def _check_complete(config: ModelConfig, report: dict[str, Any]) -> None:
             raise ModelError(f"{config.path}: {len(names)} weights are {what}, among them {', '.join(names[:3])}")
 
 
-def _architecture(config: ModelConfig, processor: Any) -> tuple[Any, Any]:
+def class_and_config(config: ModelConfig, processor: Any) -> tuple[Any, Any]:
     """The class that opens a checkpoint, and its config."""
     from transformers import AutoConfig, AutoModelForImageTextToText
     from transformers.configuration_utils import PreTrainedConfig

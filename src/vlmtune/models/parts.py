@@ -117,3 +117,11 @@ def modules_in(model: nn.Module, parts: Parts, wanted: list[str]) -> Iterator[tu
     for name, module in model.named_modules():
         if name and parts.of(name) in wanted:
             yield name, module
+
+
+def hidden_matrices(model: nn.Module) -> set[str]:
+    """Names of the matrices between the input and output embeddings: those that Muon is for."""
+    ends = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    head = base_of(model).get_output_embeddings() if hasattr(base_of(model), "get_output_embeddings") else None
+    ends |= {id(p) for p in head.parameters()} if head is not None else set()
+    return {name for name, p in model.named_parameters() if p.dim() == 2 and id(p) not in ends}

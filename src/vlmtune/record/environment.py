@@ -85,8 +85,12 @@ class Peak:
         self.startup: dict[str, int] | None = None
         """The peaks of everything before the first step; None until it is over."""
 
+        self.before_model, self.predicted = 0, 0
+        """Resident bytes before the model was opened; bytes that the planner predicts on top of them, or on the GPU."""
+
     def start(self) -> None:
-        self.seen, self.startup = 0, None
+        self.seen, self.startup, self.predicted = 0, None, 0
+        self.before_model = _status("VmRSS")
         try:
             Path("/proc/self/clear_refs").write_text("5")
             self.kernel = True
@@ -94,6 +98,9 @@ class Peak:
             self.kernel = False
         if (cuda := _cuda()) is not None:
             cuda.reset_peak_memory_stats()
+
+    def opens_model(self) -> None:
+        self.before_model = _status("VmRSS")
 
     def end_startup(self) -> None:
         """Note the peaks up to here. The device's count anew from here, evaluations included."""
@@ -138,10 +145,13 @@ def memory() -> dict[str, int]:
 
     `peak_rss_bytes`: resident, over the whole run. `peak_device_bytes` and `peak_device_reserved_bytes`: on the current
     accelerator (0 without one), of tensors and of their allocator, since the first step. `startup_...`: what came
-    before it, or of the run so far. Processes that prepare batches are not counted.
+    before it, or of the run so far. `before_model_rss_bytes`: resident when the model was opened. `predicted_bytes`:
+    what the planner predicts (planning.predicted), where it does. Processes that prepare batches are not counted.
     """
     allocated, reserved = PEAK.device()
     found = {"peak_rss_bytes": PEAK.resident(), "peak_device_bytes": allocated, "peak_device_reserved_bytes": reserved}
+    if PEAK.predicted:
+        found |= {"before_model_rss_bytes": PEAK.before_model, "predicted_bytes": PEAK.predicted}
     startup = {"startup_peak_rss_bytes": found["peak_rss_bytes"], "startup_peak_device_bytes": allocated}
     return found | (PEAK.startup or startup)
 
@@ -151,6 +161,14 @@ def peak_bytes(memory: Mapping[str, int]) -> int | None:
     nothing is known.
     """
     return memory.get("peak_device_bytes") or memory.get("peak_rss_bytes")
+
+
+def prediction(memory: Mapping[str, int]) -> tuple[int, int] | None:
+    """The bytes that were predicted and those that were seen; None where none were predicted."""
+    if not (predicted := memory.get("predicted_bytes")):
+        return None
+    resident = memory["peak_rss_bytes"] - memory["before_model_rss_bytes"]
+    return predicted, memory.get("peak_device_bytes") or resident
 
 
 VARIABLES = ("ACCELERATE_", "CUBLAS_", "CUDA_", "HF_", "MKL_", "NCCL_", "NVIDIA_TF32", "OMP_", "PYTORCH_", "TORCH_")

@@ -69,6 +69,7 @@ def _figures(result: dict[str, Any]) -> list[tuple[str, str]]:
         ("tokens / s", speed.get("tokens_per_second"), number),
         ("peak device memory", memory.get("peak_device_bytes"), gibibytes),
         ("peak main memory", memory.get("peak_rss_bytes"), gibibytes),
+        ("predicted for the model", memory.get("predicted_bytes"), gibibytes),
     ]
     return [(name, show(value)) for name, value, show in figures if value is not None]
 

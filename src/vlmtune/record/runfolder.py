@@ -85,6 +85,10 @@ def closing_table(folder: Path, result: dict[str, Any]) -> str:
         f"{display.duration(speed['training_seconds'])} ({speed['examples_per_second']:.0f} examples/s), "
         f"peak memory {display.size(used, 'B')}"
     )
+    if (found := environment.prediction(memory)) is not None:
+        predicted, seen = found
+        over = "" if memory.get("peak_device_bytes") else " beside what the process held before"
+        lines.append(f"memory: {display.size(predicted, 'B')} predicted, {display.size(seen, 'B')} seen{over}")
     lines += [f"  {name:<12} {folder / file}" for name, file in FILES.items() if (folder / file).exists()]
     return "\n".join(lines)
 

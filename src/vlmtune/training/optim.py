@@ -12,7 +12,7 @@ from vlmtune.config.schema import OptimizerConfig, TrainerConfig
 from vlmtune.config.together import NO_FP16_WEIGHTS, NO_SCALER
 from vlmtune.errors import ConfigError
 from vlmtune.launch.engine import Engine
-from vlmtune.models.parts import Parts, base_of
+from vlmtune.models.parts import Parts, hidden_matrices
 from vlmtune.training.tensorwise import Tensorwise
 
 log = logging.getLogger("vlmtune")
@@ -115,14 +115,6 @@ def parameter_groups(
         }
         for (part, decays, matrices, faster), parameters in groups.items()
     ]
-
-
-def hidden_matrices(model: nn.Module) -> set[str]:
-    """Names of the matrices between the input and output embeddings: those that Muon is for."""
-    ends = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    head = base_of(model).get_output_embeddings() if hasattr(base_of(model), "get_output_embeddings") else None
-    ends |= {id(p) for p in head.parameters()} if head is not None else set()
-    return {name for name, p in model.named_parameters() if p.dim() == 2 and id(p) not in ends}
 
 
 class MuonAndAdamW(torch.optim.Optimizer):

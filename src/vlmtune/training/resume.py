@@ -61,6 +61,7 @@ RULES: dict[str, Rule] = {
     "data.validation": Rule.RECORDED,
     "data.validation_fraction": Rule.FIXED,
     "generation": Rule.RECORDED,
+    "model.architecture": Rule.FREE,
     "model.attention": Rule.NEXT_STEP,
     "model.dtype": Rule.FIXED,
     "model.freeze": Rule.FIXED,
