@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import yaml
 
-from vlmtune.cli import compare
+from vlmtune.cli import chat, compare
 from vlmtune.config import compose
 from vlmtune.config import fields as known_fields
 from vlmtune.config import schema as config
@@ -116,12 +116,17 @@ def check_overrides(command: str, words: list[str]) -> None:
     for word in words:
         if word.startswith(("run=", "resume=", "adapter.from=")):
             write_run(Path(word.split("=", 1)[1]))
+        elif word.startswith("runs="):
+            for name in word.removeprefix("runs=").strip("[]").split(","):
+                write_run(Path(name))
     overrides = [word for word in words if word != "-m"]
     if command == "train":
         compose.read(command, overrides, multirun="-m" in words)
     elif command == "compare":
         folders = ",".join(word for word in overrides if "=" not in word)
         compare.check([f"runs=[{folders}]", *(word for word in overrides if "=" in word)], False, World())
+    elif command == "chat":
+        chat.check(overrides, False, World())
     else:
         compose.overlay(compose.compose(command, compose.normalise(overrides)[0]), overrides)
 

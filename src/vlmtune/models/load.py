@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -169,9 +170,17 @@ def make_fresh(config: ModelConfig, folder: Path, seed: int, engine: Engine) -> 
 
 
 def load_trained(
-    folder: Path, config: Config, *, dtype: torch.dtype, compute_dtype: torch.dtype, device: torch.device
+    folder: Path,
+    config: Config,
+    *,
+    dtype: torch.dtype,
+    compute_dtype: torch.dtype,
+    device: torch.device,
+    on_base: Callable[[Any, Any], None] = lambda model, processor: None,
 ) -> tuple[Any, Any]:
     """The model that a run left in `folder/model`, ready to answer and without gradients, and its processor.
+
+    `on_base` is called with the base model and its processor before the run's adapter is put on it, if it has one.
 
     Raises CheckpointError where the run saved none.
     """
@@ -183,12 +192,20 @@ def load_trained(
         raise CheckpointError(f"{folder}: this run has not saved a model; its result.json says why")
     durable.verify(saved)
     types = {"dtype": dtype, "compute_dtype": compute_dtype}
-    given = attention.usable(config.model, compute_dtype)
     if not config.uses_adapter:
-        own = dataclasses.replace(given, path=str(saved))
+        own = dataclasses.replace(attention.usable(config.model, compute_dtype), path=str(saved))
         model, processor = load(own, config.quantization, device=device, **types)
     else:
-        base = dataclasses.replace(given, path=str(folder / "base")) if given.fresh else given
-        model, processor = load(base, config.quantization, device=device, **types)
+        model, processor = load_base(folder, config, device=device, **types)
+        on_base(model, processor)
         model = with_lora_in_one_step(load_adapter(model, saved), config.model.rewrites)
     return model.requires_grad_(False).eval(), processor
+
+
+def load_base(
+    folder: Path, config: Config, *, dtype: torch.dtype, compute_dtype: torch.dtype, device: torch.device
+) -> tuple[Any, Any]:
+    """The model that the run in `folder` began with, and its processor."""
+    given = attention.usable(config.model, compute_dtype)
+    base = dataclasses.replace(given, path=str(folder / "base")) if given.fresh else given
+    return load(base, config.quantization, dtype=dtype, compute_dtype=compute_dtype, device=device)
