@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import yaml
 
-from vlmtune.cli import chat, compare
+from vlmtune.cli import chat, compare, plan
 from vlmtune.config import compose
 from vlmtune.config import fields as known_fields
 from vlmtune.config import schema as config
@@ -125,8 +125,8 @@ def check_overrides(command: str, words: list[str]) -> None:
     elif command == "compare":
         folders = ",".join(word for word in overrides if "=" not in word)
         compare.check([f"runs=[{folders}]", *(word for word in overrides if "=" in word)], False, World())
-    elif command == "chat":
-        chat.check(overrides, False, World())
+    elif command in ("chat", "plan"):
+        {"chat": chat, "plan": plan}[command].check(overrides, False, World())
     else:
         compose.overlay(compose.compose(command, compose.normalise(overrides)[0]), overrides)
 

@@ -70,7 +70,7 @@ def test_a_pass_of_every_family_can_be_counted(name: str) -> None:
     architecture = shallow(architecture_of(config.model), 4)
     batch = assumed(architecture, Row(shape_of(architecture).tokens(1280 if "qwen" in name else None)))(1)
     peaks = passes.measured(build(config, architecture, GPU), config, GPU, batch)
-    assert max(peak.activations for peak in peaks.values()) > 1e8
+    assert max(peak.activations for peak in peaks.values()) > 1e7
 
 
 @pytest.mark.parametrize(
@@ -149,12 +149,12 @@ def test_bytes_count_while_something_refers_to_them() -> None:
     assert meter.live == pytest.approx(8e6, abs=1e4)
 
 
-def test_autocast_keeps_halves_of_inputs_and_trained_weights() -> None:
+def test_autocast_keeps_halves_of_inputs_and_weights() -> None:
     model, x = Square(), torch.empty(100, 1000, device=META)
     with Meter([*model.parameters(), x]) as meter, Computing(torch.bfloat16) as computing:
         loss = model(x)
         computing.end_forward()
-    kept = 2 * 2e6 + 2 * 0.2e6  # both weights, and both layers' inputs, in bf16
+    kept = 2e6 + 2 * 0.2e6  # the second layer's weight, which the first one's gradient needs, and both inputs, in bf16
     assert loss.device == META
     assert meter.live == pytest.approx(kept, rel=0.06)
 
@@ -208,7 +208,7 @@ def test_the_answer_for_a_folder_and_a_table(checkpoint_of: Callable[[str], Path
     assert "2 rows, tokens of a row: median" in said
     assert "counted by the processor" in said
     assert re.search(r"16 GB +yes", said)
-    assert "src/train.py model=auto" in said
+    assert said.endswith("model=auto")
 
 
 def test_a_plan_refuses_what_a_run_refuses_and_several_runs() -> None:
