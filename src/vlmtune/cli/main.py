@@ -8,7 +8,7 @@ from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
-from vlmtune.cli import compare, evaluate, predict, sweeps, train
+from vlmtune.cli import compare, evaluate, merge, predict, sweeps, train
 from vlmtune.cli.ending import guard, leave, say
 from vlmtune.cli.words import gather, overrides_given, prepare
 from vlmtune.commands import import_path, typed
@@ -19,7 +19,13 @@ from vlmtune.launch import ranks
 from vlmtune.launch.world import World
 from vlmtune.trials import submitted
 
-COMMANDS: dict[str, Any] = {"train": train, "predict": predict, "evaluate": evaluate, "compare": compare}
+COMMANDS: dict[str, Any] = {
+    "train": train,
+    "predict": predict,
+    "evaluate": evaluate,
+    "compare": compare,
+    "merge": merge,
+}
 """Each module defines `check(overrides, multirun, world)` and `job(composed, world) -> exit code`."""
 
 
