@@ -73,6 +73,8 @@ def problems_of(options: Options, *, has_data: bool) -> list[str]:
         found.append("runs: names the same run twice; give it one weight")
     if options.weights is not None and len(options.weights) != len(options.folders):
         found.append(f"weights={options.weights}: {len(options.folders)} runs need as many weights")
+    if options.weights and not any(options.weights):
+        found.append(f"weights={options.weights}: leave nothing of any adapter")
     wrong = [name for name in options.methods if name not in METHODS]
     found += [f"methods: {name}: {nearest(name, METHODS)}" for name in wrong]
     if options.methods and not has_data:

@@ -92,7 +92,9 @@ def _base_problems(found: list[Source]) -> list[str]:
 
 
 def _kind_problems(found: list[Source], options: Options) -> list[str]:
-    kinds = {source.kind: source for source in reversed(found)}
+    kinds: dict[str, Source] = {}
+    for source in found:
+        kinds.setdefault(source.kind, source)
     if other := [kind for kind in kinds if kind not in COMBINABLE]:
         return [
             f"{kinds[kind].run}: several adapters of the method {kind} can't become one; only those of "
@@ -112,14 +114,10 @@ def _kind_problems(found: list[Source], options: Options) -> list[str]:
 def _rank_problems(found: list[Source], options: Options) -> list[str]:
     ranks = ", ".join(f"{source.run} has r={source.rank}" for source in found)
     if len({source.rank for source in found}) == 1:
-        return _weight_problems(options)
+        return []
     can = "cat, svd, ties_svd, dare_linear_svd, dare_ties_svd or magnitude_prune_svd"
     wrong = [name for name in options.tried if name in EQUAL_RANKS]
     return [f"method={name}: needs adapters of equal rank, and {ranks}; use {can}" for name in wrong]
-
-
-def _weight_problems(options: Options) -> list[str]:
-    return [f"weights={options.weights}: are all zero"] if not any(options.shares) else []
 
 
 def _beside(source: Source) -> list[str]:
