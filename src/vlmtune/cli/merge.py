@@ -42,10 +42,12 @@ def job(composed: Any, world: World) -> int:
 
     options, overrides = _options(composed), overrides_given("merge")
     scored = compose.names(overrides, "data.test")
-    merged = merge.merge(options, _config(options, overrides), scored=scored)
+    merged = merge.merge(options, _config(options, overrides), scored=scored, command=overrides)
     if merged.scores:
         say(scoring.table(f"{merged.rows} test rows", merged.scores))
     say(f"wrote {options.output}: {merged.difference.sentence}")
+    if merged.address is not None:
+        say(f"uploaded it to {merged.address}")
     return 0
 
 

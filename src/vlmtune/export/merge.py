@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from torch import Tensor
 from vlmtune import display, durable
 from vlmtune.config.schema import Config
 from vlmtune.errors import ConfigError
-from vlmtune.export import opening, proof, scoring
+from vlmtune.export import card, hub, opening, proof, scoring
+from vlmtune.export.merged import Merged
 from vlmtune.export.options import DENSITY, SPARSE, Options
 from vlmtune.export.rows import Rows, rows_of
 from vlmtune.export.sources import Source, read_all
@@ -39,23 +40,6 @@ SHARD = "5GB"
 
 
 @dataclass
-class Merged:
-    """What a merge made and found."""
-
-    folder: Path
-    sources: list[Source]
-    config: Config
-    dtype: torch.dtype
-    way: Way | None
-    """How several adapters became one."""
-    difference: proof.Difference
-    scores: list[scoring.Scored] = field(default_factory=list)
-    """Of the models that were scored; the written one is last."""
-    rows: int = 0
-    """Rows that they were scored on."""
-
-
-@dataclass
 class Before:
     """What is kept of base and adapters when they are gone from memory."""
 
@@ -65,14 +49,15 @@ class Before:
     scores: list[scoring.Scored]
 
 
-def merge(options: Options, config: Config, *, scored: bool) -> Merged:
+def merge(options: Options, config: Config, *, scored: bool, command: Sequence[str] = ()) -> Merged:
     """Write the merged model of the runs in `options` to its folder, proven on a few rows.
 
-    `config`: of the first run, with the command's keys. `scored`: whether to score on `data.test`, too.
+    `config`: of the first run, with the command's keys. `scored`: whether to score on `data.test`, too. `command`: the
+    words that asked for it, for the model card.
     Raises VlmtuneError where the runs don't fit together or the merged model is not the same; nothing is left then.
     """
-    sources = read_all(options)
-    target = new_folder(options.output)
+    sources, target = read_all(options), new_folder(options.output)
+    hub.check(options)
     plain = opening.unquantized(config, sources[0].run)
     with signals.ending_at_once(), display.logging_to(None), memory_advice(TRAINING):
         rows = rows_of(config, scored=scored)
@@ -81,12 +66,14 @@ def merge(options: Options, config: Config, *, scored: bool) -> Merged:
         dtype = opening.dtype_of(options.dtype, plain.model)
         with durable.whole(target) as partial:
             before = write(options, sources, plain, dtype, engine, rows, partial)
-            merged = Merged(
-                target, sources, plain, dtype, before.way, *prove(before, plain, dtype, engine, rows, partial)
-            )
-            merged.scores[:0] = scores + before.scores
-            merged.rows = len(rows.scored or [])
-        return merged
+            found, last = prove(before, plain, dtype, engine, rows, partial)
+        made = (options.shares, config, plain, dtype, before.way, found, scores + before.scores + last)
+        merged = Merged(target, sources, *made)
+        if rows.scored is not None:
+            merged.rows, merged.fingerprint = len(rows.scored), rows.scored.fingerprint()
+        card.write(merged, [*command])  # after the checksums, so that its owner may edit it
+        merged.address = hub.push(target, options)
+    return merged
 
 
 def new_folder(output: str | None) -> Path:

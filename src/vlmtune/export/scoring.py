@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vlmtune.config.schema import Config
-from vlmtune.data.splits import Records
+from vlmtune.data.splits import Records, images_of
+from vlmtune.metrics.statistics import mean_intervals
 
 if TYPE_CHECKING:
     from vlmtune.launch.engine import Engine
     from vlmtune.prompt.encode import Encoder
 
-DRAWS, CONFIDENCE = 10_000, 0.95
+
+CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Scored:
     name: str
     metrics: dict[str, float]
     intervals: dict[str, tuple[float, float]]
-    """95 % BCa intervals of the task's metrics; the loss has none."""
+    """BCa intervals of the task's metrics; the loss has none."""
     predictions: Sequence[str] = ()
 
     def cells(self) -> list[str]:
@@ -40,21 +42,7 @@ def score(name: str, model: Any, encoder: Encoder, records: Records, config: Con
     from vlmtune.evaluation.evaluate import evaluate
 
     found = evaluate(model, encoder, records, config, engine, title=f"evaluating {name}")
-    return Scored(name, found.metrics, intervals(found.scores, records), found.predictions)
-
-
-def intervals(scores: Sequence[dict[str, float]], records: Records) -> dict[str, tuple[float, float]]:
-    """Intervals of each metric's mean. Rows about one image are not independent, so images are drawn."""
-    import numpy as np
-
-    from vlmtune.metrics import statistics
-
-    names = [*scores[0]]
-    values = np.array([[row[name] for name in names] for row in scores])
-    groups = [row if (group := records[row].group) is None else group for row in range(len(scores))]
-    sums, counts = statistics.per_image(values, groups)
-    drawn = statistics.bootstrap(sums, counts, np.random.default_rng(0), DRAWS)
-    return {name: statistics.interval(drawn[:, at], sums[:, at], counts, CONFIDENCE) for at, name in enumerate(names)}
+    return Scored(name, found.metrics, mean_intervals(found.scores, images_of(records), CONFIDENCE), found.predictions)
 
 
 def table(title: str, found: Sequence[Scored]) -> str:
