@@ -204,7 +204,7 @@ def test_the_command_lists_its_commands(words: list[str], tmp_path: Path) -> Non
     done = command(*words, folder=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     listed = [line.split()[3] for line in done.stdout.splitlines() if line.startswith("  python -m vlmtune ")]
-    assert listed == ["plan", "train", "predict", "evaluate", "compare", "chat"]
+    assert listed == ["plan", "train", "predict", "evaluate", "compare", "merge", "chat"]
 
 
 def test_a_mistyped_command_is_answered(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
-from vlmtune.cli import chat, compare, evaluate, plan, predict, sweeps, train
+from vlmtune.cli import chat, compare, evaluate, merge, plan, predict, sweeps, train
 from vlmtune.cli.ending import guard, leave, say
 from vlmtune.cli.words import gather, overrides_given, prepare
 from vlmtune.commands import import_path, typed
@@ -25,6 +25,7 @@ COMMANDS: dict[str, Any] = {
     "predict": predict,
     "evaluate": evaluate,
     "compare": compare,
+    "merge": merge,
     "chat": chat,
 }
 """Each module defines `check(overrides, multirun, world)` and `job(composed, world) -> exit code`."""

@@ -24,7 +24,10 @@ from vlmtune.errors import CheckpointError, ConfigError, UsageError, nearest
 
 VERSION_BASE = "1.3"
 """The version of Hydra whose behaviour is asked for."""
-COMMANDS_OWN = ("run", "output", "runs", "metric", "confidence", "seed", "plan", "base", "port", "open")
+COMMANDS_OWN = (
+    *("run", "output", "runs", "metric", "confidence", "seed", "plan", "base", "port", "open"),
+    *("weights", "method", "methods", "density", "majority_sign_method", "dtype", "push_to_hub", "public", "gguf"),
+)
 """Keys of commands other than train, which `strict` refuses elsewhere."""
 NOT_ONE_RUN = "means several runs; add -m, or quote the value if it is one text"
 OmegaConf.register_new_resolver("package", lambda path: str(PACKAGE / path), replace=True)

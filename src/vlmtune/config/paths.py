@@ -22,7 +22,9 @@ KEYS = (
     "adapter.from",
     "resume",
     "run",
+    "runs",
     "output",
+    "gguf",
     "hydra.run.dir",
     "hydra.sweep.dir",
 )

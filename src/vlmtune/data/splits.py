@@ -94,3 +94,8 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.records)
+
+
+def images_of(records: Records) -> list[Hashable]:
+    """What tells the image of each row: rows about one image are no independent samples."""
+    return [row if group is None else group for row, group in enumerate(records.groups())]

@@ -6,7 +6,7 @@ image, `[images, runs]`, and use one set of draws for all runs: whatever is comp
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from statistics import NormalDist
 
 import numpy as np
@@ -65,6 +65,16 @@ def interval(drawn: Floats, sums: Floats, rows: Floats, confidence: float) -> tu
         return float(np.quantile(drawn, normal.cdf(bias + shifted / (1 - skew * shifted))))
 
     return end((1 - confidence) / 2), end((1 + confidence) / 2)
+
+
+def mean_intervals(
+    scores: Sequence[Mapping[str, float]], images: Sequence[Hashable], confidence: float = 0.95, draws: int = 2000
+) -> dict[str, tuple[float, float]]:
+    """The BCa interval of each metric's mean, from its scores per row. `images`: the image of each row."""
+    names = [*scores[0]]
+    sums, rows = per_image(np.array([[row[name] for name in names] for row in scores]), images)
+    drawn = bootstrap(sums, rows, np.random.default_rng(0), draws)
+    return {name: interval(drawn[:, at], sums[:, at], rows, confidence) for at, name in enumerate(names)}
 
 
 def sign_flip(differences: Floats, rng: np.random.Generator, draws: int) -> Floats:

@@ -33,7 +33,7 @@ def merged(model: Any, config: Config) -> Any:
     setting = config.generation.merge_adapter
     if not config.uses_adapter or setting == "off":
         return model
-    reason = _refusal(model, config, rounded=setting == "on")
+    reason = refusal(model, config, rounded=setting == "on")
     if reason is None:
         log.info("the adapter is merged into the weights of the base model, in memory")
         return model.merge_and_unload()
@@ -43,7 +43,7 @@ def merged(model: Any, config: Config) -> Any:
     return model
 
 
-def _refusal(model: Any, config: Config, *, rounded: bool) -> str | None:
+def refusal(model: Any, config: Config, *, rounded: bool) -> str | None:
     """Why the adapter can't be merged; None if it can. `rounded`: also into weights in half precision."""
     if config.adapter.method not in METHODS:
         return f"{config.adapter.method} is not known to be mergeable"

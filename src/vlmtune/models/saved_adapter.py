@@ -39,6 +39,20 @@ def load_adapter(model: Any, folder: Path) -> Any:
     return adapted
 
 
+@without_bitsandbytes()
+def load_beside(adapted: Any, folder: Path, name: str) -> None:
+    """Load the adapter saved in `folder` under `name`, beside those that `adapted` has. It does not become the active
+    one. Raises CheckpointError as `load_adapter` does.
+    """
+    refuse_code(folder)
+    device = str(next(adapted.parameters()).device)
+    with _fitting(folder), warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*missing adapter keys.*")
+        adapted.load_adapter(folder, name, torch_device=device)
+    if lost := _homeless(adapted, folder, name):
+        raise CheckpointError(f"{folder}: the adapter does not fit this model: no place for {', '.join(lost[:3])}")
+
+
 def source_of(config: Config) -> Path | None:
     """The folder of the adapter that a run starts from; None for a new adapter, and for a resumed run, whose checkpoint
     holds the weights.
@@ -113,13 +127,13 @@ def _fitting(folder: Path) -> Iterator[None]:
         raise CheckpointError(f"{folder}: the adapter does not fit this model: {reason}") from error
 
 
-def _homeless(adapted: Any, folder: Path) -> list[str]:
-    """Names of the weights in `folder` that have no place in `adapted`: PEFT would leave them out."""
+def _homeless(adapted: Any, folder: Path, name: str = "default") -> list[str]:
+    """Names of the weights in `folder` that have no place in the adapter `name`: PEFT would leave them out."""
     from peft import get_peft_model_state_dict
     from safetensors import safe_open
 
     with safe_open(folder / WEIGHTS, framework="pt") as file:
-        return sorted(set(file.keys()) - set(get_peft_model_state_dict(adapted)))
+        return sorted(set(file.keys()) - set(get_peft_model_state_dict(adapted, adapter_name=name)))
 
 
 def refuse_code(folder: Path) -> None:

@@ -11,49 +11,65 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from vlmtune.config.paths import files_of
 from vlmtune.config.schema import Config
+from vlmtune.record.command import command_of
+from vlmtune.record.licence import licence_line
 from vlmtune.record.runfolder import write_whole
 
 Pairs = list[tuple[str, str]]
 SPLITS = ("train", "validation", "test")
 
 
-def write(run: Path, config: Config, result: Mapping[str, Any], rows: Mapping[str, int]) -> Path:
+def write(
+    run: Path,
+    config: Config,
+    result: Mapping[str, Any],
+    rows: Mapping[str, int],
+    intervals: Mapping[str, tuple[float, float]] = MappingProxyType({}),
+) -> Path:
     """Write `run`/model/README.md.
 
-    `result`: what result.json holds. `rows`: how many rows each split has, by its name. Versions and fingerprints come
-    from the run's environment.json.
+    `result`: what result.json holds. `rows`: how many rows each split has, by its name. `intervals`: of the metrics
+    after training. Versions and fingerprints come from the run's environment.json.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    loader = FileSystemLoader(Path(__file__).parent)
-    options: dict[str, Any] = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     environment = json.loads((run / "environment.json").read_text(encoding="utf-8"))
-    page = Environment(loader=loader, autoescape=False, keep_trailing_newline=True, **options)
-    text = page.get_template("card.md.j2").render(
-        name=_name(config),
+    return fill(
+        run / "model" / "README.md",
+        Path(__file__).with_name("card.md.j2"),
+        name=name_of(config),
         front_matter=_front_matter(config),
-        base=_base(config),
-        trained=_trained(config),
-        data=_data(config, rows, environment),
-        training=_training(config, result),
-        metrics=_metrics(result.get("metrics") or {}),
+        base=base_named(config),
+        trained=trained(config),
+        data=data_pairs(config, rows, environment),
+        training=training(config, result),
+        metrics=_metrics(result.get("metrics") or {}, intervals),
         rows=rows,
         status=result["status"],
         adapter=config.uses_adapter,
         loads=_opened_by_transformers(config),
         original=config.model.save_layout == "original",
-        has_video=_has_video(run / "model"),
-        revision=config.model.revision if _on_hub(config) else None,
+        has_video=has_video(run / "model"),
+        revision=config.model.revision if on_hub(config) else None,
         custom_code=config.model.trust_remote_code,
         system_prompt=config.model.system_prompt is not None,
-        versions=_versions(environment),
+        versions=versions_line(environment),
+        command=command_of(config),
+        licence=licence_line(config.model),
     )
-    path = run / "model" / "README.md"
-    write_whole(path, text)
+
+
+def fill(path: Path, template: Path, **values: Any) -> Path:
+    """Write a card from a template, which may include others of its folder and of this one."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    loader = FileSystemLoader([template.parent, Path(__file__).parent])
+    options: dict[str, Any] = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    page = Environment(loader=loader, autoescape=False, keep_trailing_newline=True, **options)
+    write_whole(path, page.get_template(template.name).render(values))
     return path
 
 
@@ -74,12 +90,12 @@ def _bare(value: Any) -> Any:
     return Path(value).name if isinstance(value, str) and Path(value).expanduser().is_absolute() else value
 
 
-def _on_hub(config: Config) -> bool:
+def on_hub(config: Config) -> bool:
     path = Path(str(config.model.path)).expanduser()
     return config.model.fresh is None and not path.is_absolute() and not path.is_dir()
 
 
-def _name(config: Config) -> str:
+def name_of(config: Config) -> str:
     name = config.model.name if config.model.name != "auto" else Path(str(config.model.path)).name
     return f"{name}, fine-tuned for {config.task.name}"
 
@@ -87,21 +103,21 @@ def _name(config: Config) -> str:
 def _front_matter(config: Config) -> list[str]:
     """YAML lines that a hub reads. There is no licence among them: that is for the model's owner to say."""
     tags = ["vlmtune", *([str(config.adapter.method)] if config.uses_adapter else [])]
-    base = [f"base_model: {json.dumps(config.model.path)}"] if _on_hub(config) else []
+    base = [f"base_model: {json.dumps(config.model.path)}"] if on_hub(config) else []
     library = "peft" if config.uses_adapter else "transformers"
     return [*base, f"library_name: {library}", "pipeline_tag: image-text-to-text", f"tags: {json.dumps(tags)}"]
 
 
-def _base(config: Config) -> str:
+def base_named(config: Config) -> str:
     model = config.model
     if model.fresh is not None:
         return f"an untrained model, written by {shown(model.fresh)}"
-    if _on_hub(config):
+    if on_hub(config):
         return f"{shown(model.path)} at revision {shown(model.revision or 'main')}"
     return f"{shown(model.name)}, a local folder named {shown(Path(str(model.path)).name)}"
 
 
-def _trained(config: Config) -> Pairs:
+def trained(config: Config) -> Pairs:
     """What was trained, and how the frozen rest was stored."""
     if config.uses_adapter:
         what = [("adapter", shown(config.adapter.method)), ("parts", shown(config.adapter.parts))]
@@ -116,7 +132,7 @@ def _trained(config: Config) -> Pairs:
     return what
 
 
-def _data(config: Config, rows: Mapping[str, int], environment: Mapping[str, Any]) -> Pairs:
+def data_pairs(config: Config, rows: Mapping[str, int], environment: Mapping[str, Any]) -> Pairs:
     """Names of files without their folders, rows, and fingerprints that tell the same data again."""
     found = []
     for split in SPLITS:
@@ -138,7 +154,7 @@ def _file(name: str) -> str:
     return path.name if path.is_absolute() or path.suffix else name
 
 
-def _training(config: Config, result: Mapping[str, Any]) -> Pairs:
+def training(config: Config, result: Mapping[str, Any]) -> Pairs:
     trainer, steps = config.trainer, result["steps"]
     found = [
         ("optimizer steps", f"{steps:,}"),
@@ -159,13 +175,16 @@ def _training(config: Config, result: Mapping[str, Any]) -> Pairs:
     return found
 
 
-def _metrics(metrics: Mapping[str, float | None]) -> list[tuple[str, str, str, str]]:
+def _metrics(
+    metrics: Mapping[str, float | None], intervals: Mapping[str, tuple[float, float]]
+) -> list[tuple[str, str, str, str]]:
     """Name, value before training, value after, value on the test rows; `-` where it was not measured."""
     names = dict.fromkeys(key.split("/", 1)[1] for key in metrics if "/" in key)
 
     def cell(split: str, name: str) -> str:
         value = metrics.get(f"{split}/{name}")
-        return "-" if value is None else f"{value:.4f}"
+        ends = intervals.get(name) if split == "eval" else None
+        return "-" if value is None else f"{value:.4f}" + (f" ({ends[0]:.3f} to {ends[1]:.3f})" if ends else "")
 
     return [(name, *(cell(split, name) for split in ("baseline", "eval", "test"))) for name in names]  # type: ignore[misc]
 
@@ -177,13 +196,13 @@ def _opened_by_transformers(config: Config) -> bool:
     return not config.uses_adapter or config.model.fresh is not None or not is_original_internvl2(config.model)
 
 
-def _has_video(model: Path) -> bool:
+def has_video(model: Path) -> bool:
     """Whether the processor has a video half, which AutoProcessor opens with torchvision alone."""
     file = model / "processor_config.json"
     return file.exists() and "video_processor" in json.loads(file.read_text(encoding="utf-8"))
 
 
-def _versions(environment: Mapping[str, Any]) -> str:
+def versions_line(environment: Mapping[str, Any]) -> str:
     try:
         own = importlib.metadata.version("vlmtune")
     except importlib.metadata.PackageNotFoundError:

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlmtune.data.images import open_image
+from vlmtune.data.splits import images_of
 from vlmtune.evaluation.evaluate import Evaluation
 from vlmtune.launch import session
+from vlmtune.metrics.statistics import mean_intervals
 from vlmtune.prompt.image_cache import PixelStore
 from vlmtune.record import card, environment, report, runfolder
 from vlmtune.training.best import Best
@@ -109,7 +111,8 @@ class Finish:
                     metric, rows = run.config.task.metrics[0], run.splits["validation"]
                     runfolder.write_predictions(folder / "predictions.csv", rows, final, metric)
             with _optional("model/README.md"):
-                card.write(folder, run.config, result, {name: len(split) for name, split in run.splits.items()})
+                sizes = {name: len(split) for name, split in run.splits.items()}
+                card.write(folder, run.config, result, sizes, self._intervals(final))
             with _optional("report.html"):
                 report.write(folder, result, self._image, self._texts)
         finally:  # also where a second signal ends the report
@@ -121,6 +124,11 @@ class Finish:
             if isinstance(cache := run.encoder.image_cache, PixelStore):
                 log.info(cache.report())
             log.info(runfolder.closing_table(folder, result))
+
+    def _intervals(self, final: Evaluation | None) -> dict[str, tuple[float, float]]:
+        if final is None:
+            return {}
+        return mean_intervals(final.scores, images_of(self.run.splits["validation"].records))
 
     def _texts(self, row: int) -> tuple[str, str]:
         record = self.run.splits["validation"].records[row]

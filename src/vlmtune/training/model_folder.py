@@ -48,20 +48,26 @@ def save_model(
 
     The weights are read back and compared before the folder gets its final name.
     """
+    with whole(folder) as partial:
+        write_model(model, processor, partial, config, whole_state(model) if state is None else state)
+
+
+def write_model(
+    model: Any, processor: Any, folder: Path, config: ModelConfig | None, state: dict[str, Tensor], **options: Any
+) -> None:
+    """What `save_model` does, in a folder that is there. `options`: more arguments of `save_pretrained`."""
     from vlmtune.models.parts import base_of
 
-    state = whole_state(model) if state is None else state
-    with whole(folder) as partial:
-        if config is not None and config.save_layout == "original":
-            from vlmtune.models.internvl2 import save_original
+    if config is not None and config.save_layout == "original":
+        from vlmtune.models.internvl2 import save_original
 
-            save_original(model, config, partial, state)
-            return
-        model.save_pretrained(partial, state_dict=dict(state))  # which is emptied
-        (partial / "README.md").unlink(missing_ok=True)  # PEFT's empty template; record.card writes the model card
-        processor.save_pretrained(partial)
-        base_of(model).generation_config.save_pretrained(partial)
-        _compare(model, state, partial)
+        save_original(model, config, folder, state)
+        return
+    model.save_pretrained(folder, state_dict=dict(state), **options)  # which is emptied
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty template; record.card writes the model card
+    processor.save_pretrained(folder)
+    base_of(model).generation_config.save_pretrained(folder)
+    _compare(model, state, folder)
 
 
 def _compare(model: Any, state: dict[str, Tensor], folder: Path) -> None:
