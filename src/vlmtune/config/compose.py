@@ -71,7 +71,7 @@ def normalise(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
             wrong = [f"{key}={v}: {nearest(str(v), options)}" for v in values if str(v or "null") not in options]
             problems += wrong
             out += [] if wrong else [plain]
-        elif key.split(".")[0] not in SCHEMA and key not in COMMANDS_OWN:
+        elif key.split(".")[0] not in SCHEMA and key not in COMMANDS_OWN and not key.startswith("plan."):
             problems.append(f"{key}: no such key; {nearest(key.split('.')[0], SCHEMA)}")
         else:
             out.append("++" + plain)
