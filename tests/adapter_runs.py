@@ -21,9 +21,17 @@ FP32 = {"dtype": torch.float32, "compute_dtype": torch.float32}
 TARGETS = {"method": "lora", "target_modules": ["q_proj", "v_proj", "down_proj"]}
 
 
-def drawn_run(folder: Path, checkpoint: Path, fields: dict[str, Any], *, seed: int = 0, scale: float = 0.05) -> Path:
+def drawn_run(
+    folder: Path,
+    checkpoint: Path,
+    fields: dict[str, Any],
+    *,
+    seed: int = 0,
+    scale: float = 0.05,
+    quantization: dict[str, Any] | None = None,
+) -> Path:
     """A run folder whose adapter changes the answers of `checkpoint`."""
-    config = tiny.config(checkpoint, adapter={**TARGETS, **fields})
+    config = tiny.config(checkpoint, adapter={**TARGETS, **fields}, quantization=quantization)
     opened, processor = load(config.model, config.quantization, device=torch.device("cpu"), **FP32)
     torch.manual_seed(seed)
     model = adapt(opened, config, find_parts(opened)).eval()

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import yaml
 
-from vlmtune.cli import chat, compare, plan
+from vlmtune.cli import chat, compare, merge, plan
 from vlmtune.config import compose
 from vlmtune.config import fields as known_fields
 from vlmtune.config import schema as config
@@ -119,14 +119,17 @@ def check_overrides(command: str, words: list[str]) -> None:
         elif word.startswith("runs="):
             for name in word.removeprefix("runs=").strip("[]").split(","):
                 write_run(Path(name))
+        elif word.startswith("gguf="):
+            Path(word.removeprefix("gguf=")).parent.mkdir(parents=True)
+            Path(word.removeprefix("gguf=")).touch()
     overrides = [word for word in words if word != "-m"]
     if command == "train":
         compose.read(command, overrides, multirun="-m" in words)
     elif command == "compare":
         folders = ",".join(word for word in overrides if "=" not in word)
         compare.check([f"runs=[{folders}]", *(word for word in overrides if "=" in word)], False, World())
-    elif command in ("chat", "plan"):
-        {"chat": chat, "plan": plan}[command].check(overrides, False, World())
+    elif command in ("chat", "merge", "plan"):
+        {"chat": chat, "merge": merge, "plan": plan}[command].check(overrides, False, World())
     else:
         compose.overlay(compose.compose(command, compose.normalise(overrides)[0]), overrides)
 
@@ -134,7 +137,7 @@ def check_overrides(command: str, words: list[str]) -> None:
 def write_run(folder: Path) -> None:
     found, _ = compose.read("train", [])
     (folder / "model").mkdir(parents=True)
-    (folder / "model" / "adapter_config.json").touch()
+    (folder / "model" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 16}')
     (folder / "config.yaml").write_text(yaml.safe_dump(config.plain(found)))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,22 @@ def test_sixteen_bit_weights_are_rounded_once(run_of: Callable[..., Path], tmp_p
     [ours] = [tensor for name, tensor in saved.items() if name.endswith(q) and "visual" not in name]
     [theirs] = [p for name, p in wanted.named_parameters() if name.endswith(q) and "visual" not in name]
     assert torch.equal(ours, theirs.bfloat16())
+
+
+def test_a_run_over_four_bits_is_merged_into_the_whole_base_and_both_are_scored(
+    checkpoint_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """The rounding of the base to 4 bits, which the adapter was trained over, is gone: the loss is close, not equal."""
+    run = drawn_run(tmp_path / "run", checkpoint_of("qwen2_vl"), {}, quantization=tiny.QUANTIZED["nf4"])
+    table = tiny.write_csv(tmp_path, [("What color?", "Red"), ("How many?", "three")])
+    found = merged(f"run={run}", f"output={tmp_path}/merged", f"data.test={table}", "dtype=bf16")
+    before, after = found.scores
+    assert (before.name, after.name) == ("as trained, over bitsandbytes_4bit", "merged")
+    assert before.metrics["loss"] != after.metrics["loss"]
+    assert after.metrics["loss"] == pytest.approx(before.metrics["loss"], rel=0.2)
+    files = [load_file(file) for file in (tmp_path / "merged").glob("*.safetensors")]
+    assert {tensor.dtype for file in files for tensor in file.values()} == {torch.bfloat16}
+    assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
 
 
 def test_rounding_that_is_as_large_as_what_was_learned_is_said(

@@ -69,6 +69,14 @@ def test_the_command_of_a_card_starts_the_same_run() -> None:
     words = ["model=auto", "model.path=OWNER/NAME", "adapter=loha", "adapter.r=3", "quantization=int8", "data=csv"]
     more = ["data.train=[a b.csv,c.csv]", "trainer.learning_rate_of={vision: 2e-6}", "task.metrics=[anls]"]
     config, _ = compose.read("train", [*words, *more, "model.system_prompt='say: no'", "data.image_separator=';'"])
+    import hydra
+    from hydra.core.global_hydra import GlobalHydra
+
+    with hydra.initialize_config_dir(str(compose.home() / "conf"), version_base="1.3"):  # as inside of a job
+        outer = GlobalHydra.instance().hydra
+        command_of.__globals__["_usual"].cache_clear()
+        command_of(config)
+        assert GlobalHydra.instance().hydra is outer
     _, script, *again = shlex.split(command_of(config))
     assert script == "src/train.py"
     assert compose.read("train", again)[0] == config

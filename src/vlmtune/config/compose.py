@@ -102,12 +102,17 @@ def parse(overrides: Sequence[str]) -> list[Any]:
 
 
 def compose(command: str, overrides: Sequence[str], *, multirun: bool = False) -> DictConfig:
-    """Hydra's composition of `conf/<command>.yaml` with normalised overrides. Raises ConfigError."""
+    """Hydra's composition of `conf/<command>.yaml` with normalised overrides. Raises ConfigError.
+
+    It can be asked for inside a Hydra job too, whose own state is put back.
+    """
     import hydra
+    from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
 
     logger = logging.getLogger("hydra")
-    level = logger.level
+    level, outer = logger.level, GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
     logger.setLevel(logging.ERROR)
     try:
         with hydra.initialize_config_dir(str(home() / "conf"), version_base=VERSION_BASE):
@@ -119,6 +124,7 @@ def compose(command: str, overrides: Sequence[str], *, multirun: bool = False) -
         raise ConfigError(_reason(error)) from error
     finally:
         logger.setLevel(level)  # the caller's
+        GlobalHydra.instance().hydra = outer
 
 
 def _reason(error: Exception) -> str:

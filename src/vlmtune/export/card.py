@@ -38,7 +38,6 @@ def write(merged: Merged, command: list[str]) -> Path:
         way=_way(merged),
         dtype=str(merged.dtype).removeprefix("torch."),
         difference=merged.difference.sentence,
-        stored=merged.stored,
         scored=[model.cells() for model in scored],
         columns=[*scored[0].metrics] if scored else [],
         confidence=f"{CONFIDENCE:.0%}",

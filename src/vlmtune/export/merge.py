@@ -22,7 +22,7 @@ from torch import Tensor
 from vlmtune import display, durable
 from vlmtune.config.schema import Config
 from vlmtune.errors import ConfigError
-from vlmtune.export import card, hub, opening, proof, scoring
+from vlmtune.export import card, gguf, hub, opening, proof, scoring
 from vlmtune.export.merged import Merged
 from vlmtune.export.options import DENSITY, SPARSE, Options
 from vlmtune.export.rows import Rows, rows_of
@@ -72,6 +72,8 @@ def merge(options: Options, config: Config, *, scored: bool, command: Sequence[s
         if rows.scored is not None:
             merged.rows, merged.fingerprint = len(rows.scored), rows.scored.fingerprint()
         card.write(merged, [*command])  # after the checksums, so that its owner may edit it
+        if options.gguf is not None:
+            gguf.convert(target, options.gguf, dtype)
         merged.address = hub.push(target, options)
     return merged
 

@@ -35,7 +35,5 @@ class Merged:
     """Rows that they were scored on."""
     fingerprint: str = ""
     """Of these rows."""
-    stored: str | None = None
-    """How it was quantized after that."""
     address: str | None = None
     """Where it was uploaded to."""

@@ -33,15 +33,21 @@ class Opened:
 
 
 def unquantized(config: Config, run: Path) -> Config:
-    """`config` with the base model of `run` as it is stored, and written as its own family's code reads it."""
+    """`config` with the base model of `run` as it is stored, and written as its own family's code reads it.
+
+    Raises ModelError where the model can't be found.
+    """
+    from vlmtune.models.explain import explained
     from vlmtune.prompt.hub import is_original_internvl2
 
     plain = copy.deepcopy(config)
     plain.quantization = MethodConfig()
     if plain.model.fresh is not None:
         plain.model = dataclasses.replace(plain.model, path=str(run / "base"), fresh=None)
-    elif is_original_internvl2(plain.model):
-        plain.model.save_layout = "original"
+        return plain
+    with explained(plain.model):
+        if is_original_internvl2(plain.model):
+            plain.model.save_layout = "original"
     return plain
 
 
@@ -95,7 +101,7 @@ def check_base(model: Any, config: Config, sources: Sequence[Source]) -> None:
 
     own = base_files(model, str(config.model.path))
     for source in sources:
-        if "@None" not in source.base and source.base != own:
+        if source.noted and source.base != own:
             raise ConfigError(
                 f"{source.run}: was trained over another base model ({source.base}) than model.path="
                 f"{config.model.path} ({own}); set model.path and model.revision to those of that run"

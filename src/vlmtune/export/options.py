@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from vlmtune.config.schema import number, one_of
 from vlmtune.errors import nearest
@@ -45,6 +46,9 @@ class Options:
     public: bool = False
     """Whether that repository is public if it is new."""
 
+    gguf: str | None = None
+    """llama.cpp's convert_hf_to_gguf.py, to write GGUF files with."""
+
     @property
     def folders(self) -> list[str]:
         return self.runs or ([self.run] if self.run else [])
@@ -77,6 +81,8 @@ def problems_of(options: Options, *, has_data: bool) -> list[str]:
         found.append(f"weights={options.weights}: leave nothing of any adapter")
     wrong = [name for name in options.methods if name not in METHODS]
     found += [f"methods: {name}: {nearest(name, METHODS)}" for name in wrong]
+    if options.gguf and not Path(options.gguf).expanduser().is_file():
+        found.append(f"gguf={options.gguf}: no such file; give the path of llama.cpp's convert_hf_to_gguf.py")
     if options.methods and not has_data:
         found.append("methods: need rows to be compared on; set data.test=FILE")
     return found + _useless(options)

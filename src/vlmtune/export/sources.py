@@ -32,7 +32,9 @@ class Source:
     adapter: dict[str, Any]
     """PEFT's adapter_config.json."""
     base: str
-    """What identifies the weights that it was trained over."""
+    """What it was trained over: what identifies its weights, or its name where the run did not note that."""
+    noted: bool
+    """Whether the run noted it."""
 
     @property
     def kind(self) -> str:
@@ -58,7 +60,7 @@ def read(folder: str) -> Source:
     noted = run / "environment.json"
     base = read_json(noted).get("base_model") if noted.is_file() else None
     named = f"{OmegaConf.select(config, 'model.path')}@{OmegaConf.select(config, 'model.revision')}"
-    return Source(run, model, config, read_json(model / CONFIG), str(base or named))
+    return Source(run, model, config, read_json(model / CONFIG), str(base or named), base is not None)
 
 
 def read_all(options: Options) -> list[Source]:
