@@ -147,8 +147,8 @@ class TrainerConfig:
     keep_checkpoints: int = number(2, least=1)
     """Number of newest checkpoints to keep; the best one is kept as well."""
     best_metric: str | None = None
-    """A metric such as `eval/exact_match` (higher is better) or `eval/loss` (lower is better): the model saved at the
-    end is the one from the checkpoint where it was best."""
+    """A metric such as `eval/exact_match` (higher is better), or `eval/loss` or `eval/cer` (lower is better): the model
+    saved at the end is the one from the checkpoint where it was best."""
     early_stopping_patience: int | None = number(None, least=1)
     """Stop training after this many evaluations in a row without a better `best_metric`; null: never."""
     nonfinite: str = one_of("stop", "skip")

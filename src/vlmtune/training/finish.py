@@ -106,8 +106,8 @@ class Finish:
         try:
             with _optional("predictions.csv"):
                 if final is not None:
-                    metric, rows = run.config.task.metrics[0], run.splits["validation"]
-                    runfolder.write_predictions(folder / "predictions.csv", rows, final, metric)
+                    rows, metrics = run.splits["validation"], run.config.task.metrics
+                    runfolder.write_predictions(folder / "predictions.csv", rows, final, metrics)
             with _optional("model/README.md"):
                 card.write(folder, run.config, result, {name: len(split) for name, split in run.splits.items()})
             with _optional("report.html"):
