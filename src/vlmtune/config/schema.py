@@ -287,6 +287,9 @@ class TaskConfig:
     metrics: list[str] = field(default_factory=lambda: ["exact_match"])
     """Metrics of `vlmtune.metrics`, or dotted paths of your own functions `f(prediction, references) -> float`; the
     first is the run's objective."""
+    slices: list[str] = field(default_factory=list)
+    """Columns of the table: evaluations also show the metrics for each of their values. Without a column of that name,
+    `answer_length`, `question_kind` (its first two words) and `image_size` (megapixels) are known too."""
     caption_prompt: str = "Describe the image."
     """The question for rows without one."""
 

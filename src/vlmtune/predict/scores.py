@@ -23,6 +23,7 @@ def evaluate_run(folder: str, config: Config, output: str | None) -> str:
     from vlmtune.data import table
     from vlmtune.evaluation.evaluate import evaluate
     from vlmtune.launch import signals
+    from vlmtune.record import slices
 
     target = None if output is None else output_file(output, inputs_of(config.data), Path(folder))
     split = "validation" if config.data.test is None else "test"
@@ -30,6 +31,7 @@ def evaluate_run(folder: str, config: Config, output: str | None) -> str:
         config.data = of_test_rows(config.data)
     with signals.ending_at_once(), display.logging_to(None):
         rows = table.load(config.data, config.task, config.trainer.seed, (split,))[split]
+        slices.check(rows, config)
         if target is not None and rows.frame is not None:
             ours = (ANSWER, *score_columns(config.task.metrics))
             refuse_columns(rows.frame.columns, ours, str(getattr(config.data, split) or split))
@@ -48,8 +50,10 @@ def evaluate_run(folder: str, config: Config, output: str | None) -> str:
             )
         if target is not None:
             warn_of_formulas(target, found.predictions)
+    by_kind = "\n" + slices.tables(slices.sliced(rows, found, config)) if config.task.slices else ""
     title = f"{len(rows)} {split} rows" + (f", {len(rows.bad)} more skipped" if rows.bad else "")
-    return display.table(title, ("metric", "value"), [(name, f"{value:.4f}") for name, value in found.metrics.items()])
+    values = [(name, f"{value:.4f}") for name, value in found.metrics.items()]
+    return display.table(title, ("metric", "value"), values) + by_kind
 
 
 @contextmanager
