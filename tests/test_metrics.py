@@ -11,6 +11,7 @@ from vlmtune.metrics import (
     METRICS,
     anls,
     exact_match,
+    lower_is_better,
     resolve,
     rouge_l,
     score,
@@ -20,14 +21,19 @@ from vlmtune.metrics import (
 )
 from vlmtune.metrics import texts as metrics
 
+TEXTS = {name: metric for name, metric in METRICS.items() if not name.startswith(("cider_d", "field_", "box_"))}
 
-@pytest.mark.parametrize("metric", METRICS.values(), ids=METRICS)
-def test_every_metric_is_1_for_the_answer_and_0_for_another(metric: metrics.Metric) -> None:
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_every_metric_tells_the_answer_from_another(name: str) -> None:
     """A single reference is the usual case; VQA's published formula alone scores 0 on it."""
-    assert metric("Blue circle", ["blue circle"]) == 1
-    assert metric("", ["blue circle"]) == 0
-    assert metric("xyz", ["blue circle"]) == 0
-    assert metric("xyz", ["blue circle", "xyz"]) == (0.5 if metric in (vqa_accuracy, vqa_accuracy_lenient) else 1)
+    metric, lower = METRICS[name], lower_is_better(name)
+    right, wrong = (0, 1) if lower else (1, 0)
+    assert metric("blue circle", ["blue circle"]) == right
+    assert metric("", ["blue circle"]) == wrong
+    assert metric("xyz", ["blue circle"]) == (wrong if name != "wer" else 1)
+    half = 0.5 if metric in (vqa_accuracy, vqa_accuracy_lenient) else right
+    assert metric("xyz", ["blue circle", "xyz"]) == half
 
 
 @pytest.mark.parametrize(

@@ -150,8 +150,11 @@ def _trained(config: Config, folder: Path | None) -> dict[str, Any]:
 
 def _built_and_fitted(config: Config, folder: Path | None) -> dict[str, Any]:
     from vlmtune.data import table
+    from vlmtune.record import slices
 
     splits = table.load(config.data, config.task, config.trainer.seed)  # checked before anything heavy is imported
+    for name in sorted({"validation", "test"} & splits.keys()):
+        slices.check(splits[name], config)
     if config.trainer.best_metric and "validation" not in splits:
         raise ConfigError("trainer.best_metric: needs rows to evaluate; set data.validation(_fraction)")
     log.info("fine-tuning %s for %s", config.model.name, config.task.name)

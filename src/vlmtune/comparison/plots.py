@@ -128,10 +128,11 @@ def _cost(found: Comparison, by: str, entries: list[Entry], costs: list[float], 
     wide = ticks(min(costs), max(costs), most=5)
     x = scale(wide[0], wide[-1], LEFT + 16, WIDTH - RIGHT - 16)
     _, y = _heights(found)
+    sign = -1 if found.lower_is_better else 1
     means = [entry.scores[found.metrics[0]].mean for entry in entries]
-    corners, best = list[str](), -math.inf
-    for cost, mean in sorted(zip(costs, means, strict=True), key=lambda pair: (pair[0], -pair[1])):
-        if mean > best:
+    corners, best = list[str](), -sign * math.inf
+    for cost, mean in sorted(zip(costs, means, strict=True), key=lambda pair: (pair[0], -sign * pair[1])):
+        if sign * mean > sign * best:
             corners += [f"{x(cost)},{y(best)}"] * bool(corners) + [f"{x(cost)},{y(mean)}"]
             best = mean
     axis = Axis([x(cost) for cost in costs], [(x(tick), shown(tick)) for tick in wide])

@@ -88,6 +88,8 @@ class Comparison:
     images: int
     confidence: float
     notes: list[str]
+    lower_is_better: bool = False
+    """Of the metric that ranks."""
 
 
 def compare(
@@ -108,12 +110,13 @@ def compare(
     metrics = _metrics([read.run for group in groups for read in group], metric)
     common = list(rows.of_group(groups[0]))
     measured = {name: _measured(groups, name, common) for name in metrics}
-    best = int(np.argmax(measured[metrics[0]][0].mean(axis=0)))
+    signs = {name: -1 if groups[0][0].run.lower_is_better(name) else 1 for name in metrics}
+    best = int(np.argmax(signs[metrics[0]] * measured[metrics[0]][0].mean(axis=0)))
     images = _images(groups[0], common)
-    judged = {name: _judged(*found, images, best, confidence, seed) for name, found in measured.items()}
-    order = sorted(range(len(groups)), key=lambda at: (at != best, -judged[metrics[0]][at].mean))
+    judged = {name: _judged(*found, images, best, confidence, seed, signs[name]) for name, found in measured.items()}
+    order = sorted(range(len(groups)), key=lambda at: (at != best, -signs[metrics[0]] * judged[metrics[0]][at].mean))
     entries = [_entry(groups[at], {name: judged[name][at] for name in metrics}) for at in order]
-    made = Comparison(entries, left_out, metrics, keys, common, len(set(images)), confidence, [])
+    made = Comparison(entries, left_out, metrics, keys, common, len(set(images)), confidence, [], signs[metrics[0]] < 0)
     made.notes.extend(notes(made))
     return made
 
@@ -150,8 +153,8 @@ def _metrics(runs: Sequence[Run], wanted: str | None) -> list[str]:
 
 
 def _has(run: Run, metric: str) -> bool:
-    """Whether a run's rows have scores of the metric: a user's own one is only known where it came first."""
-    return metric in METRICS or run.metrics[:1] == [metric]
+    """Whether a run's rows have scores of the metric: those of a user's own one are only known from predictions.csv."""
+    return metric in METRICS or metric in run.scored
 
 
 def _images(group: Sequence[Rows], keys: Sequence[Key]) -> list[object]:
@@ -168,9 +171,15 @@ def _measured(groups: list[list[Rows]], metric: str, keys: Sequence[Key]) -> tup
 
 
 def _judged(
-    values: Floats, spreads: list[float | None], images: list[object], best: int, confidence: float, seed: int
+    values: Floats,
+    spreads: list[float | None],
+    images: list[object],
+    best: int,
+    confidence: float,
+    seed: int,
+    sign: int,
 ) -> list[Score]:
-    """The scores of all entries on one metric, from `[rows, entries]`."""
+    """The scores of all entries on one metric, from `[rows, entries]`. `sign`: -1 where lower is better, else 1."""
     rng = np.random.default_rng(seed)
     sums, counts = statistics.per_image(values, images)
     drawn = statistics.bootstrap(sums, counts, rng, DRAWS)
@@ -181,7 +190,7 @@ def _judged(
         low, high = statistics.interval(drawn[:, at], sums[:, at], counts, confidence)
         apart = statistics.interval(drawn[:, at] - drawn[:, best], differences[:, at], counts, confidence)
         difference = float(differences[:, at].sum() / counts.sum())
-        verdict = "best" if at == best else _verdict(difference, p_values[at], 1 - confidence)
+        verdict = "best" if at == best else _verdict(sign * difference, p_values[at], 1 - confidence)
         single = at != best and spread is None and spreads[best] is None
         exact = _mcnemar(values[:, at], values[:, best]) if single else None
         mean = float(sums[:, at].sum() / counts.sum())
@@ -223,7 +232,7 @@ def notes(found: Comparison) -> list[str]:
         again = f"{typed('evaluate')} run={shlex.quote(str(best.runs[0].folder))} data.test=FILE"
         said.append(
             f"{best.name} is the best of {count} on these rows, and was chosen by them: its score there is biased "
-            "upward; "
+            f"{'downward' if found.lower_is_better else 'upward'}; "
             + (f"on the test rows it has {fmean(tested):.4f}" if tested else f"score it on other rows: {again}")
         )
         if all(len(entry.runs) == 1 for entry in found.entries):
@@ -233,6 +242,10 @@ def notes(found: Comparison) -> list[str]:
             )
     if count * (count - 1) / 2 > MOST_DRAWS * (1 - found.confidence):
         said.append(f"With {count} entries no difference can be told from chance; compare fewer")
+    if getattr(METRICS.get(metric), "total", None) is not None:
+        said.append(
+            f"{metric} is compared by the mean of the rows' own scores; evaluations report it of all rows together"
+        )
     cells = [row[0] for row in found.rows]
     if not any(cells):
         said.append("The rows name no images: each is taken as independent of the others")

@@ -30,9 +30,9 @@ from vlmtune.data.reader import RowReader
 from vlmtune.data.records import Record
 from vlmtune.data.table import image_root_of
 from vlmtune.errors import DataError, VlmtuneError
-from vlmtune.metrics import METRICS
+from vlmtune.metrics import METRICS, row_scores
 from vlmtune.metrics.statistics import Floats
-from vlmtune.record.outputs import ANSWER, SCORE
+from vlmtune.record.outputs import ANSWER, SCORE, score_columns
 
 log = logging.getLogger("vlmtune")
 Key = tuple[str, str, str, int]
@@ -103,14 +103,19 @@ class Rows:
 
     def scores(self, metric: str, references: References) -> list[float]:
         """The rows' scores: those of the file, or another metric's of the same answers. Raises DataError."""
-        if metric == self.run.metrics[0]:
-            return [self._score(row, number) for number, row in enumerate(self.cells, start=1)]
-        score = METRICS[metric]
-        return [score(row[ANSWER], references[key]) for key, row in zip(self.keys, self.cells, strict=True)]
+        if column := self.column(metric):
+            return [self._score(row, column, number) for number, row in enumerate(self.cells, start=1)]
+        answers = [references[key] for key in self.keys]
+        return row_scores(METRICS[metric], [row[ANSWER] for row in self.cells], answers)
 
-    def _score(self, row: dict[str, str], number: int) -> float:
+    def column(self, metric: str) -> str | None:
+        """The column of the file that has the metric's scores."""
+        columns = dict(zip(self.run.metrics, score_columns(self.run.metrics), strict=True))
+        return column if (column := columns.get(metric)) in self.cells[0] else None
+
+    def _score(self, row: dict[str, str], column: str, number: int) -> float:
         try:
-            return float(row[SCORE])
+            return float(row[column])
         except (ValueError, TypeError):
             path = self.run.folder / "predictions.csv"
             raise DataError(f"{path}: row {number} has no score; evaluate the run again") from None
@@ -180,7 +185,7 @@ def check_same(groups: Sequence[Sequence[Rows]]) -> None:
 
 def references(groups: Sequence[Sequence[Rows]], metric: str) -> References:
     """The right answers of all rows, as the first group read them; none if no run needs them for this metric."""
-    if all(rows.run.metrics[0] == metric for group in groups for rows in group):
+    if all(rows.column(metric) for group in groups for rows in group):
         return {}
     return {key: record.answers for rows in groups[0] for key, record in zip(rows.keys, rows.records, strict=True)}
 

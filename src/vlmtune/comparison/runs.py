@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,9 @@ from omegaconf import OmegaConf
 from vlmtune.config import saved, sweep_file
 from vlmtune.config.trial_names import SEED
 from vlmtune.errors import CheckpointError, ConfigError
+from vlmtune.metrics import METRICS, lower_is_better
 from vlmtune.record import environment
+from vlmtune.record.outputs import score_columns
 from vlmtune.record.runfolder import read_result
 
 NO_DIFFERENCE = ("resume", "tracker", "backend", "preflight", "data.cache", "trainer.num_workers")
@@ -45,8 +48,22 @@ class Run:
 
     @property
     def metrics(self) -> list[str]:
-        """The task's metrics; the first is the one whose scores predictions.csv holds."""
+        """The task's metrics; the first is the objective."""
         return list((self.config.get("task") or {}).get("metrics") or [])
+
+    @property
+    def scored(self) -> list[str]:
+        """The metrics whose scores of each row are in predictions.csv, which of several has the first alone in runs of
+        earlier versions.
+        """
+        try:
+            header = (self.folder / "predictions.csv").open(encoding="utf-8-sig", newline="")
+        except OSError:
+            return []
+        with header:
+            present = next(csv.reader(header), [])
+        columns = zip(self.metrics, score_columns(self.metrics), strict=True)
+        return [metric for metric, column in columns if column in present]
 
     @property
     def seconds(self) -> float | None:
@@ -56,6 +73,12 @@ class Run:
     def memory(self) -> int | None:
         """Peak bytes: of the device, or of main memory where there was none."""
         return environment.peak_bytes(self.result.get("memory") or {})
+
+    def lower_is_better(self, metric: str) -> bool:
+        """Code that the run names is not imported: of a user's metric its result says it, if it was the objective."""
+        if metric in METRICS:
+            return lower_is_better(metric)
+        return self.metrics[:1] == [metric] and self.result.get("objective_is") == "minimized"
 
     def of_test(self, metric: str) -> float | None:
         return (self.result.get("metrics") or {}).get(f"test/{metric}")

@@ -150,8 +150,8 @@ class TrainerConfig:
     keep_checkpoints: int = number(2, least=1)
     """Number of newest checkpoints to keep; the best one is kept as well."""
     best_metric: str | None = None
-    """A metric such as `eval/exact_match` (higher is better) or `eval/loss` (lower is better): the model saved at the
-    end is the one from the checkpoint where it was best."""
+    """A metric such as `eval/exact_match` (higher is better), or `eval/loss` or `eval/cer` (lower is better): the model
+    saved at the end is the one from the checkpoint where it was best."""
     early_stopping_patience: int | None = number(None, least=1)
     """Stop training after this many evaluations in a row without a better `best_metric`; null: never."""
     nonfinite: str = one_of("stop", "skip")
@@ -290,6 +290,9 @@ class TaskConfig:
     metrics: list[str] = field(default_factory=lambda: ["exact_match"])
     """Metrics of `vlmtune.metrics`, or dotted paths of your own functions `f(prediction, references) -> float`; the
     first is the run's objective."""
+    slices: list[str] = field(default_factory=list)
+    """Columns of the table: evaluations also show the metrics for each of their values. Without a column of that name,
+    `answer_length`, `question_kind` (its first two words) and `image_size` (megapixels) are known too."""
     caption_prompt: str = "Describe the image."
     """The question for rows without one."""
 

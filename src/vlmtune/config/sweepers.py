@@ -11,6 +11,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
 from vlmtune.errors import ConfigError, nearest, to_install
+from vlmtune.metrics import lower_is_better
 
 KEY = "hydra/sweeper"
 OPTUNA = "optuna"
@@ -33,8 +34,8 @@ class Optuna:
     objectives: list[str] | None = None
     """Null: the first of task.metrics. Else keys of result.json's metrics (eval/loss), `memory` or `seconds`."""
     direction: Any = None
-    """maximize or minimize, or a list of them for several objectives; null: less loss, memory and seconds, more of
-    everything else."""
+    """maximize or minimize, or a list of them for several objectives; null: less memory, seconds,
+    loss and errors (cer, wer), more of everything else."""
     sampler: str = "tpe"
     """tpe, gp (better with few trials, slower with many), nsgaii (for several objectives and many trials) or random."""
     seed: int | None = 0
@@ -96,10 +97,10 @@ def _of_objectives(given: DictConfig) -> list[str]:
     return problems
 
 
-def directions(settings: Optuna) -> list[str]:
-    """maximize or minimize for each objective."""
+def directions(settings: Optuna, metric: str) -> list[str]:
+    """maximize or minimize for each objective. `metric`: the first of task.metrics, the objective if none is named."""
     if settings.direction is not None:
         return [settings.direction] if isinstance(settings.direction, str) else list(settings.direction)
     return [
-        "minimize" if name in COSTS or name.endswith("/loss") else "maximize" for name in settings.objectives or [""]
+        "minimize" if name in COSTS or lower_is_better(name) else "maximize" for name in settings.objectives or [metric]
     ]

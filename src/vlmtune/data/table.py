@@ -26,6 +26,7 @@ from vlmtune.data.source import Source, source_of
 from vlmtune.data.sources.files import read_table
 from vlmtune.data.splits import Split
 from vlmtune.errors import ConfigError, DataError, nearest
+from vlmtune.metrics import FITS, misfits
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -84,7 +85,21 @@ def load(
     found = _audited(tables, config, task, answers_required, seed)
     if holds_out:  # even if validation is not wanted, so that training rows are the same in every call
         found["train"], found["validation"] = hold_out(found["train"], config.validation_fraction, seed)
-    return {name: limited(found[name], name, config, seed) for name in splits if name in found}
+    wanted_splits = {name: limited(found[name], name, config, seed) for name in splits if name in found}
+    if answers_required:
+        _refuse_misfits(wanted_splits, task)
+    return wanted_splits
+
+
+def _refuse_misfits(found: Mapping[str, Split], task: TaskConfig) -> None:
+    """Raise DataError, with the first rows of them, for answers that one of the metrics can't score."""
+    if not any(name in FITS for name in task.metrics):
+        return
+    rows = [record for name, split in found.items() if name != "train" for record in split.records]
+    problems = [f"{row.place}: {why}" for row in rows for why in misfits(task.metrics, row.answers)]
+    if problems:
+        more = [f"... and {len(problems) - 5} more"] * (len(problems) > 5)
+        raise DataError([*problems[:5], *more, "choose another metric (task.metrics), or correct the answers"])
 
 
 # ---------------------------------------------------------------- the source

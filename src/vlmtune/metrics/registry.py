@@ -6,10 +6,15 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 
 from vlmtune.errors import ConfigError, nearest
+from vlmtune.metrics.boxes import box_f1, box_iou, no_boxes
+from vlmtune.metrics.captions import bleu_4, cider_d
+from vlmtune.metrics.corpus import Corpus, References, Texts
+from vlmtune.metrics.reading import cer, wer
 from vlmtune.metrics.texts import anls, exact_match, relaxed_accuracy, relaxed_accuracy_lenient, rouge_l, token_f1
+from vlmtune.metrics.trees import anls_star, field_f1, no_object
 from vlmtune.metrics.vqa import vqa_accuracy, vqa_accuracy_lenient
 
-Metric = Callable[[str, Sequence[str]], float]
+Metric = Callable[[str, Sequence[str]], float] | Corpus
 
 
 METRICS: dict[str, Metric] = {
@@ -21,7 +26,38 @@ METRICS: dict[str, Metric] = {
     "relaxed_accuracy_lenient": relaxed_accuracy_lenient,
     "token_f1": token_f1,
     "rouge_l": rouge_l,
+    "cider_d": cider_d,
+    "bleu_4": bleu_4,
+    "cer": cer,
+    "wer": wer,
+    "anls_star": anls_star,
+    "field_f1": field_f1,
+    "box_iou": box_iou,
+    "box_f1": box_f1,
 }
+FITS: dict[str, Callable[[str], str | None]] = {"field_f1": no_object, "box_iou": no_boxes, "box_f1": no_boxes}
+"""Why a metric can't score a reference; those that are not here take any text."""
+
+
+def lower_is_better(name: str) -> bool:
+    """Of `loss`, or a metric of `task.metrics`; with its split (`eval/cer`) or without.
+
+    A user's function says so by an attribute: `def seconds_off(...): ...; seconds_off.lower_is_better = True`. One that
+    can't be imported here counts as one where higher is better.
+    """
+    own = name.rpartition("/")[2]
+    if own == "loss":
+        return True
+    try:
+        return bool(getattr(resolve([own])[own], "lower_is_better", False))
+    except ConfigError:
+        return False
+
+
+def misfits(names: Sequence[str], references: Sequence[str]) -> list[str]:
+    """Why these metrics can't score a row with these references."""
+    found = [(name, text, FITS[name](text)) for name in names if name in FITS for text in references]
+    return [f"{name} can't score the answer: {text[:60]!r} {why}" for name, text, why in found if why]
 
 
 def resolve(names: Sequence[str]) -> dict[str, Metric]:
@@ -56,15 +92,29 @@ def _own_function(path: str) -> Metric:
     return function  # type: ignore[no-any-return]
 
 
+def row_scores(metric: Metric, predictions: Texts, references: References) -> list[float]:
+    """The score of each row; each has at least one reference."""
+    if isinstance(metric, Corpus):
+        return metric.rows(predictions, references)
+    return [float(metric(*row)) for row in zip(predictions, references, strict=True)]
+
+
+def value_of(metric: Metric, predictions: Texts, references: References, scores: Sequence[float]) -> float:
+    """A metric's value for some rows, of which there is at least one. `scores`: the rows' own, as `row_scores` gave
+    them for these and perhaps more rows.
+    """
+    if isinstance(metric, Corpus):
+        return metric.of(predictions, references, scores)
+    return sum(scores) / len(scores)
+
+
 def score(
-    metrics: Mapping[str, Metric], predictions: Sequence[str], references: Sequence[Sequence[str]]
+    metrics: Mapping[str, Metric], predictions: Texts, references: References
 ) -> tuple[dict[str, float], list[dict[str, float]]]:
-    """Apply each metric to each row: the means over all rows, and the rows' own scores in order.
+    """Apply each metric: its value for all rows, and the rows' own scores in order.
 
     There is at least one row, and each row has at least one reference.
     """
-    rows = [
-        {name: float(metric(prediction, answers)) for name, metric in metrics.items()}
-        for prediction, answers in zip(predictions, references, strict=True)
-    ]
-    return {name: sum(row[name] for row in rows) / len(rows) for name in metrics}, rows
+    found = {name: row_scores(metric, predictions, references) for name, metric in metrics.items()}
+    values = {name: value_of(metrics[name], predictions, references, scores) for name, scores in found.items()}
+    return values, [{name: scores[row] for name, scores in found.items()} for row in range(len(predictions))]

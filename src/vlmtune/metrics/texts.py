@@ -1,6 +1,6 @@
 """How good one answer is: functions of a prediction and its reference answers, from 0 (wrong) to 1 (right).
 
-This module is imported while a config is checked, so it imports the standard library alone.
+This module is imported while a config is checked, so it imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+
+from vlmtune.metrics.distance import levenshtein
 
 TRAILING_PUNCTUATION = ".,;:!?。"
 ASCII_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -59,19 +61,8 @@ def anls(prediction: str, references: Sequence[str]) -> float:
 def _similarity(prediction: str, reference: str) -> float:
     left, right = (" ".join(text.lower().split()) for text in (prediction, reference))
     longer = max(len(prediction.upper()), len(reference.upper()))  # `ß` counts twice, as in the script
-    similarity = 1 - _levenshtein(left, right) / longer if longer else 1.0
+    similarity = 1 - levenshtein(left, right) / longer if longer else 1.0
     return similarity if similarity >= ANLS_THRESHOLD else 0.0
-
-
-def _levenshtein(left: str, right: str) -> int:
-    """Fewest insertions, deletions and substitutions of characters that turn `left` into `right`."""
-    row = list(range(len(right) + 1))
-    for i, a in enumerate(left, start=1):
-        above = enumerate(pairwise(row), start=1)
-        row = [i]
-        for j, (diagonal, up) in above:
-            row.append(min(up + 1, row[-1] + 1, diagonal + (a != right[j - 1])))
-    return row[-1]
 
 
 def relaxed_accuracy(prediction: str, references: Sequence[str]) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -10,19 +10,20 @@ from vlmtune.config.schema import Config
 from vlmtune.data.splits import Split
 from vlmtune.predict.predictor import Predictor
 from vlmtune.predict.rows import inputs_of, of_test_rows
-from vlmtune.record.outputs import ANSWER, SCORE, Rows, Scored, output_file, refuse_columns, warn_of_formulas
+from vlmtune.record.outputs import ANSWER, Rows, Scored, output_file, refuse_columns, score_columns, warn_of_formulas
 
 
 def evaluate_run(folder: str, config: Config, output: str | None) -> str:
     """Score a finished run on `data.test`, or on its validation rows if that is not set. Returns the scores as a table.
 
-    `output`: a CSV file for the rows with answer_predictions and score. Raises DataError for rows that can't be used.
+    `output`: a CSV file for the rows with answer_predictions and scores. Raises DataError for rows that can't be used.
     """
     from vlmtune import display
     from vlmtune.batching.layout import Layout
     from vlmtune.data import table
     from vlmtune.evaluation.evaluate import evaluate
     from vlmtune.launch import signals
+    from vlmtune.record import slices
 
     target = None if output is None else output_file(output, inputs_of(config.data), Path(folder))
     split = "validation" if config.data.test is None else "test"
@@ -30,11 +31,13 @@ def evaluate_run(folder: str, config: Config, output: str | None) -> str:
         config.data = of_test_rows(config.data)
     with signals.ending_at_once(), display.logging_to(None):
         rows = table.load(config.data, config.task, config.trainer.seed, (split,))[split]
+        slices.check(rows, config)
         if target is not None and rows.frame is not None:
-            refuse_columns(rows.frame.columns, (ANSWER, SCORE), str(getattr(config.data, split) or split))
+            ours = (ANSWER, *score_columns(config.task.metrics))
+            refuse_columns(rows.frame.columns, ours, str(getattr(config.data, split) or split))
         predictor = Predictor(Path(folder), config)
         here = target if predictor.engine.is_main_process else None
-        with predictor.at_work(), _scored_rows(here, rows, config.task.metrics[0]) as done:
+        with predictor.at_work(), _scored_rows(here, rows, config.task.metrics) as done:
             found = evaluate(
                 predictor.model,
                 predictor.encoder,
@@ -47,27 +50,43 @@ def evaluate_run(folder: str, config: Config, output: str | None) -> str:
             )
         if target is not None:
             warn_of_formulas(target, found.predictions)
+    by_kind = "\n" + slices.tables(slices.sliced(rows, found, config)) if config.task.slices else ""
     title = f"{len(rows)} {split} rows" + (f", {len(rows.bad)} more skipped" if rows.bad else "")
-    return display.table(title, ("metric", "value"), [(name, f"{value:.4f}") for name, value in found.metrics.items()])
+    values = [(name, f"{value:.4f}") for name, value in found.metrics.items()]
+    return display.table(title, ("metric", "value"), values) + by_kind
 
 
 @contextmanager
-def _scored_rows(target: Path | None, split: Split, metric: str) -> Iterator[Callable[[int, list[str]], None] | None]:
-    """Write rows with their scores to `target`, if there is one, as they are answered."""
-    from vlmtune.metrics import resolve
+def _scored_rows(
+    target: Path | None, split: Split, metrics: Sequence[str]
+) -> Iterator[Callable[[int, list[str]], None] | None]:
+    """Write rows with their scores to `target`, if there is one, as they are answered; scores that depend on other rows
+    come when all are.
+    """
+    from vlmtune.metrics import resolve, score
     from vlmtune.record.runfolder import frame_of
 
     if target is None:
         yield None
         return
-    answers, [function] = Scored(frame_of(split)), resolve([metric]).values()
+    answers, functions = Scored(frame_of(split), columns=score_columns(metrics)), resolve(metrics)
+    whole = not all(getattr(function, "row_by_row", True) for function in functions.values())
+
+    def scored(rows: range) -> None:
+        texts = [answers.texts[row] for row in rows]
+        found = score(functions, texts, [split.records[row].answers for row in rows])[1]
+        answers.scores |= {row: [*scores.values()] for row, scores in zip(rows, found, strict=True)}
+
     with closing(Rows(target, answers)) as rest:
 
         def done(start: int, texts: list[str]) -> None:
-            for row, text in enumerate(texts, start):
-                answers.texts[row] = text
-                answers.scores[row] = float(function(text, list(split.records[row].answers)))
+            answers.texts |= dict(enumerate(texts, start))
+            if not whole:
+                scored(range(start, start + len(texts)))
             rest.write(start + len(texts))
 
         yield done
+        if whole:
+            scored(range(len(split)))
+            rest.again()
         rest.finish()

@@ -32,6 +32,11 @@ FORMULA = re.compile(r"[=@\t\r]|[+-](?![\d.,]*\d%?$)")
 """What a spreadsheet takes for a formula; a signed number is none."""
 
 
+def score_columns(metrics: Sequence[str]) -> list[str]:
+    """The columns of rows' scores: `score` for the first metric, `score_NAME` for each other one."""
+    return [SCORE if place == 0 else f"{SCORE}_{name}" for place, name in enumerate(metrics)]
+
+
 # ---------------------------------------------------------------- before anything is computed
 
 
@@ -174,11 +179,16 @@ class Answers:
 class Scored(Answers):
     """Answers with their scores."""
 
-    scores: dict[int, float] = field(default_factory=dict)
+    columns: Sequence[str] = (SCORE,)
+    scores: dict[int, Sequence[float]] = field(default_factory=dict)
+    """By row, one for each column."""
 
     def table(self, start: int = 0, stop: int | None = None) -> pd.DataFrame:
         part = super().table(start, stop)
-        part[SCORE] = [self.scores.get(row) for row in range(start, start + len(part))]
+        none = [None] * len(self.columns)
+        rows = [self.scores.get(row, none) for row in range(start, start + len(part))]
+        for place, column in enumerate(self.columns):
+            part[column] = [row[place] for row in rows]
         return part
 
 
@@ -202,13 +212,19 @@ class Rows:
     def _write(self, stop: int) -> None:
         self.file = self.file or open_new(self.partial)
         if self.with_reasons != bool(self.answers.reasons):  # the first row that failed brings a column more
-            self.file.seek(0)
-            self.file.truncate()
-            self.written, self.with_reasons = 0, True
+            self.again()
+            self.with_reasons = True
         part = as_cells(self.answers.table(self.written, stop))
         self.file.write(part.to_csv(index=False, header=self.written == 0))
         self.file.flush()
         self.written = stop
+
+    def again(self) -> None:
+        """Begin the file again: what is written of its rows has changed."""
+        if self.file is not None:
+            self.file.seek(0)
+            self.file.truncate()
+        self.written = 0
 
     def finish(self) -> None:
         """Write the rest, and give the file its name."""

@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,9 +19,10 @@ from vlmtune.config.schema import Config, plain
 from vlmtune.data.splits import Split
 from vlmtune.errors import CheckpointError, failure_of, naming
 from vlmtune.launch import signals
+from vlmtune.metrics import lower_is_better
 from vlmtune.record import environment
 from vlmtune.record.metrics_file import read_metrics
-from vlmtune.record.outputs import ANSWER, SCORE, as_cells
+from vlmtune.record.outputs import ANSWER, as_cells, score_columns
 
 if TYPE_CHECKING:  # they import torch, and a run that fails at once should not wait for it
     from vlmtune.evaluation.evaluate import Evaluation
@@ -41,6 +42,7 @@ def make_result(
     return {
         "status": status,
         "objective": metrics.get(f"eval/{objective}"),
+        "objective_is": "minimized" if lower_is_better(objective) else "maximized",
         "steps": progress.step,
         "examples": progress.examples,
         "skipped_steps": progress.skipped,
@@ -152,18 +154,20 @@ def _absolute(path: str) -> str:
     return f"{Path(place).expanduser().absolute()}{colon}{split}" if Path(place).expanduser().is_dir() else path
 
 
-def write_predictions(path: Path, split: Split, found: Evaluation, metric: str) -> None:
-    """Write the split's own columns, answer_predictions and the score, in row order.
+def write_predictions(path: Path, split: Split, found: Evaluation, metrics: Sequence[str]) -> None:
+    """Write the split's own columns, answer_predictions and the scores, in row order: `score` is that of the first of
+    `metrics`, `score_NAME` that of another.
 
     A column of the input that has one of these names is kept as NAME_before.
     """
-    frame = frame_of(split)
-    for name in (ANSWER, SCORE):
+    frame, columns = frame_of(split), dict(zip(score_columns(metrics), metrics, strict=True))
+    for name in (ANSWER, *columns):
         if name in frame.columns:
             log.warning("%s: the input's column %s is kept as %s_before", path, name, name)
-    frame = frame.rename(columns={name: f"{name}_before" for name in (ANSWER, SCORE)})
+    frame = frame.rename(columns={name: f"{name}_before" for name in (ANSWER, *columns)})
     frame[ANSWER] = found.predictions
-    frame[SCORE] = [scores[metric] for scores in found.scores]
+    for column, metric in columns.items():
+        frame[column] = [scores[metric] for scores in found.scores]
     write_table(path, frame)
 
 

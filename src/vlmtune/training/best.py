@@ -6,6 +6,7 @@ import logging
 import math
 
 from vlmtune.evaluation.evaluate import Evaluation
+from vlmtune.metrics import lower_is_better
 from vlmtune.training.loop import StepReport
 from vlmtune.training.saving import Saving
 from vlmtune.training.scoring import Scoring
@@ -43,7 +44,7 @@ class Best:
         value = found.metrics[name]
         if not math.isfinite(value):
             log.warning("%s is %s at step %d, which is never the best", name, value, progress.step)
-        elif progress.best is None or (value < progress.best if name == "loss" else value > progress.best):
+        elif progress.best is None or (value < progress.best if lower_is_better(name) else value > progress.best):
             progress.best, progress.best_step, progress.since_best = value, progress.step, 0
             self.saving.save()
             return found

@@ -14,7 +14,7 @@ from vlmtune.evaluation.evaluate import Evaluation
 from vlmtune.launch import session
 from vlmtune.metrics.statistics import mean_intervals
 from vlmtune.prompt.image_cache import PixelStore
-from vlmtune.record import card, environment, report, runfolder
+from vlmtune.record import card, environment, report, runfolder, slices
 from vlmtune.training.best import Best
 from vlmtune.training.journal import Journal
 from vlmtune.training.model_folder import save_model, whole_state
@@ -34,6 +34,7 @@ class Finish:
     def __post_init__(self) -> None:
         self.scoring, self.saving = self.best.scoring, self.best.saving
         self.stopping = self.scoring.stopping
+        self.slices: dict[str, slices.Slices] = {}
 
     def __call__(self) -> dict[str, Any]:
         """Choose and save the model, evaluate it, write result.json, predictions.csv and report.html.
@@ -59,6 +60,8 @@ class Finish:
         status = "completed" if self.stopping.signal is None else "interrupted"
         memory = session.most_of_ranks(environment.memory(), run.engine)
         result = runfolder.make_result(status, self.saving.progress, metrics, run.config.task.metrics[0], memory)
+        if self.slices:
+            result["slices"] = self.slices
         if self.stopping.signal is not None:
             result["signal"] = self.stopping.signal
         if run.writes:
@@ -88,12 +91,19 @@ class Finish:
             if self.scoring.validates:
                 final = final or self.scoring.evaluate("after training")
                 metrics |= {f"eval/{name}": value for name, value in final.metrics.items()}
+                self._slice("validation", "eval", final)
             if "test" in self.run.splits:
                 tested = self.scoring.evaluate("on the test rows", "test")
                 metrics |= {f"test/{name}": value for name, value in tested.metrics.items()}
+                self._slice("test", "test", tested)
         if self.stopping.signal is not None:
             self._save_for_resume()
         return metrics, final
+
+    def _slice(self, split: str, prefix: str, found: Evaluation) -> None:
+        if self.run.config.task.slices and self.run.writes:
+            self.slices[prefix] = slices.sliced(self.run.splits[split], found, self.run.config)
+            log.info("%s rows\n%s", split, slices.tables(self.slices[prefix]))
 
     def _save_for_resume(self) -> None:
         """Save what `resume=` needs to evaluate, where `_choose` has not."""
@@ -108,8 +118,8 @@ class Finish:
         try:
             with _optional("predictions.csv"):
                 if final is not None:
-                    metric, rows = run.config.task.metrics[0], run.splits["validation"]
-                    runfolder.write_predictions(folder / "predictions.csv", rows, final, metric)
+                    rows, metrics = run.splits["validation"], run.config.task.metrics
+                    runfolder.write_predictions(folder / "predictions.csv", rows, final, metrics)
             with _optional("model/README.md"):
                 sizes = {name: len(split) for name, split in run.splits.items()}
                 card.write(folder, run.config, result, sizes, self._intervals(final))

@@ -91,6 +91,7 @@ RULES: dict[str, Rule] = {
     "task.caption_prompt": Rule.FIXED,
     "task.metrics": Rule.RECORDED,
     "task.name": Rule.FREE,
+    "task.slices": Rule.FREE,
     "tracker": Rule.FREE,
     "trainer.auto_micro_batch": Rule.FREE,
     "trainer.batch_size": Rule.RECORDED,

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from vlmtune import display
+from vlmtune.metrics import lower_is_better
 from vlmtune.trials.trial import Trial
 from vlmtune.trials.watched import Watched
 
@@ -16,20 +17,25 @@ class Overview:
     """What the trials' folders say, as of the last `read`."""
 
     def __init__(self, trials: Sequence[Trial], metric: str):
-        """`metric`: the name in task.metrics of what the sweep compares; a greater value is better."""
+        """`metric`: the name in task.metrics of what the sweep compares."""
         self.metric = metric.rpartition(".")[2]
+        self.sign = -1 if lower_is_better(metric) else 1
         self.watched = [Watched(trial, metric) for trial in trials]
         self.now = time.monotonic()
         self.best: Watched | None = None
-        """The one with the greatest value so far; the first of equals."""
+        """The one with the best value so far; the first of equals."""
 
     def read(self) -> None:
         """Read what is new in the folders."""
         self.now = time.monotonic()
         for each in self.watched:
             each.read(self.now)
-        scored = [each for each in self.watched if each.trial.state != "failed" and _value(each) > -math.inf]
-        self.best = max(scored, key=_value, default=None)
+        scored = [each for each in self.watched if each.trial.state != "failed" and self._value(each) > -math.inf]
+        self.best = max(scored, key=self._value, default=None)
+
+    def _value(self, each: Watched) -> float:
+        """The greater, the better."""
+        return self.sign * each.metric if each.metric is not None and math.isfinite(each.metric) else -math.inf
 
     def counts(self) -> str:
         """How many trials ended, and how long the others will take."""
@@ -68,10 +74,6 @@ class Overview:
         ranked = [*running, *([self.best] if self.best else []), *ended, *self.watched]
         numbers = list(dict.fromkeys(each.trial.number for each in ranked))[:most]
         return [each for each in self.watched if each.trial.number in numbers]
-
-
-def _value(each: Watched) -> float:
-    return each.metric if each.metric is not None and math.isfinite(each.metric) else -math.inf
 
 
 def _ended(each: Watched) -> float:

@@ -43,7 +43,7 @@ def search(config: DictConfig, arguments: Sequence[str], launch: Launch) -> None
     settings, folder = _settings(config), Path(config.hydra.sweep.dir).absolute()
     distributions, fixed = space.split(settings.params, arguments)
     folder.mkdir(parents=True, exist_ok=True)
-    study = _study(settings, folder)
+    study = _study(settings, folder, config.task.metrics[0])
     at_once = _at_once(config.hydra.launcher)
     if config.hydra.launcher.get("retry_failed"):
         _repeat_failed(study)
@@ -65,8 +65,8 @@ def _settings(config: DictConfig) -> sweepers.Optuna:
     return sweepers.Optuna(**{str(key): value for key, value in given.items()})
 
 
-def _study(settings: sweepers.Optuna, folder: Path) -> Study:
-    """The study of this sweep, or a new one."""
+def _study(settings: sweepers.Optuna, folder: Path, metric: str) -> Study:
+    """The study of this sweep, or a new one. `metric`: the first of task.metrics."""
     import optuna
     from sqlalchemy import URL
 
@@ -75,7 +75,7 @@ def _study(settings: sweepers.Optuna, folder: Path) -> Study:
     return optuna.create_study(
         storage=storage,
         study_name=settings.study_name,
-        directions=sweepers.directions(settings),  # type: ignore[arg-type]  # checked in config.sweepers
+        directions=sweepers.directions(settings, metric),  # type: ignore[arg-type]  # checked in config.sweepers
         load_if_exists=True,
     )
 
