@@ -34,7 +34,8 @@ def command_of(config: Config) -> str:
             }
     before = dict(_leaves(usual))
     now = dict(_leaves(own))
-    changed = {key: now.get(key) for key in [*now, *before] if key not in NOT_SHOWN and now.get(key) != before.get(key)}
+    gone = [key for key in before if key not in now and not any(f"{n}.".startswith(f"{key}.") for n in now)]
+    changed = {key: now.get(key) for key in [*now, *gone] if key not in NOT_SHOWN and now.get(key) != before.get(key)}
     words += [shlex.quote(f"{key}={_typed(value)}") for key, value in changed.items()]
     return " ".join(["python src/train.py", *words])
 
