@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vlmtune.config.schema import Config
 from vlmtune.data.splits import Split
 from vlmtune.predict.predictor import Predictor
 from vlmtune.predict.rows import inputs_of, of_test_rows
 from vlmtune.record.outputs import ANSWER, Rows, Scored, output_file, refuse_columns, score_columns, warn_of_formulas
+
+if TYPE_CHECKING:
+    from vlmtune.evaluation.evaluate import Evaluation
 
 
 def evaluate_run(folder: str, config: Config, output: str | None) -> str:
@@ -33,8 +37,8 @@ def evaluate_run(folder: str, config: Config, output: str | None) -> str:
         rows = table.load(config.data, config.task, config.trainer.seed, (split,))[split]
         slices.check(rows, config)
         if target is not None and rows.frame is not None:
-            ours = (ANSWER, *score_columns(config.task.metrics))
-            refuse_columns(rows.frame.columns, ours, str(getattr(config.data, split) or split))
+            place, ours = str(getattr(config.data, split) or split), score_columns(config.task.metrics)
+            refuse_columns(rows.frame.columns, (ANSWER, *ours), place)
         predictor = Predictor(Path(folder), config)
         here = target if predictor.engine.is_main_process else None
         with predictor.at_work(), _scored_rows(here, rows, config.task.metrics) as done:
@@ -50,10 +54,18 @@ def evaluate_run(folder: str, config: Config, output: str | None) -> str:
             )
         if target is not None:
             warn_of_formulas(target, found.predictions)
-    by_kind = "\n" + slices.tables(slices.sliced(rows, found, config)) if config.task.slices else ""
+    return _shown(rows, split, found, config)
+
+
+def _shown(rows: Split, split: str, found: Evaluation, config: Config) -> str:
+    """The metrics of all rows, and of each slice."""
+    from vlmtune import display
+    from vlmtune.record import slices
+
     title = f"{len(rows)} {split} rows" + (f", {len(rows.bad)} more skipped" if rows.bad else "")
     values = [(name, f"{value:.4f}") for name, value in found.metrics.items()]
-    return display.table(title, ("metric", "value"), values) + by_kind
+    whole = display.table(title, ("metric", "value"), values)
+    return "\n".join([whole, *slices.tables(slices.sliced(rows, found, config))])
 
 
 @contextmanager

@@ -102,11 +102,11 @@ def _metrics(rows: Sequence[int], records: Sequence[Record], found: Evaluation, 
     return values
 
 
-def tables(slices: Slices) -> str:
+def tables(slices: Slices) -> list[str]:
     """One table for each column, its most frequent values first."""
     made = []
     for column, values in slices.items():
         names = list(next(iter(values.values())))
         rows = [(value, *(f"{each[name]:.4g}" for name in names)) for value, each in values.items()]
         made.append(display.table(f"by {column}", (column, *names), rows))
-    return "\n".join(made)
+    return made

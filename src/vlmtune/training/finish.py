@@ -103,7 +103,7 @@ class Finish:
     def _slice(self, split: str, prefix: str, found: Evaluation) -> None:
         if self.run.config.task.slices and self.run.writes:
             self.slices[prefix] = slices.sliced(self.run.splits[split], found, self.run.config)
-            log.info("%s rows\n%s", split, slices.tables(self.slices[prefix]))
+            log.info("%s rows\n%s", split, "\n".join(slices.tables(self.slices[prefix])))
 
     def _save_for_resume(self) -> None:
         """Save what `resume=` needs to evaluate, where `_choose` has not."""
