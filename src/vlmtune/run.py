@@ -36,10 +36,7 @@ from vlmtune.training.agreement import agree
 
 
 def build(config: Config, splits: dict[str, Split], folder: Path | None) -> setup.Setup:
-    """Everything that a run needs, checked on its own rows. `folder`: the run folder, on the first process.
-
-    Raises VlmtuneError for everything that the user can fix.
-    """
+    """Everything that a run needs, checked on its own rows. `folder`: on the first process. Raises VlmtuneError."""
     # processes and number types
     engine = session.engine(config)
     folder = agree(folder, config, splits, engine)

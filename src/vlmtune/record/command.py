@@ -14,7 +14,8 @@ from vlmtune.config import compose
 from vlmtune.config.paths import quoted
 from vlmtune.config.schema import OPEN_GROUPS, Config, plain
 
-NOT_SHOWN = ("resume", "preflight")
+NOT_SHOWN = ("resume", "preflight", "model.architecture")
+"""Beginnings of keys that don't decide what a run learns."""
 
 
 def command_of(config: Config) -> str:
@@ -35,8 +36,8 @@ def command_of(config: Config) -> str:
     before = dict(_leaves(usual))
     now = dict(_leaves(own))
     gone = [key for key in before if key not in now and not any(f"{n}.".startswith(f"{key}.") for n in now)]
-    changed = {key: now.get(key) for key in [*now, *gone] if key not in NOT_SHOWN and now.get(key) != before.get(key)}
-    words += [shlex.quote(f"{key}={_typed(value)}") for key, value in changed.items()]
+    shown = [key for key in [*now, *gone] if not key.startswith(NOT_SHOWN) and now.get(key) != before.get(key)]
+    words += [shlex.quote(f"{key}={_typed(now.get(key))}") for key in shown]
     return " ".join(["python src/train.py", *words])
 
 
