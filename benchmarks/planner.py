@@ -20,7 +20,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent / "src"), str(HERE.parent / "tests")]
-WIDE = {"hidden_size": 640, "intermediate_size": 2560, "num_hidden_layers": 14, "num_attention_heads": 10}
+WIDE = {"hidden_size": 640, "intermediate_size": 2560, "num_hidden_layers": 14, "num_attention_heads": 40}
 """The language model of each family: 14 layers, so that the prediction is extrapolated."""
 LORA = ["adapter=lora", "adapter.r=16"]
 ALL = ["adapter=none", "trainer.learning_rate=1e-5"]
@@ -105,7 +105,7 @@ def run(family: str, words: list[str], folder: Path) -> tuple[int, int]:
 
     model, table = folder / family, folder / "rows.csv"
     if not model.exists():
-        tiny.TEXT.update(WIDE)
+        tiny.TEXT.update(WIDE, num_key_value_heads=20)
         tiny.build(family, model)
     if not table.exists():
         tiny.write_csv(folder, [("How many circles are there in the picture?", "three small circles")] * 192)

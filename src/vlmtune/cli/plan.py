@@ -63,7 +63,7 @@ def _read(composed: DictConfig, overrides: list[str]) -> tuple[Options, Config]:
     except ConfigError as error:
         problems += error.problems
     try:
-        run = OmegaConf.masked_copy(composed, [key for key in composed if key != "plan"])
+        run = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "plan"])
         config = strict(compose.of_run(run, overrides))
         if config.resume:
             problems.append("resume: a plan is for a new run; leave it out")

@@ -85,9 +85,10 @@ def _rows(
     """What is known of the rows, and a function from a config to its batches."""
     if records is not None and processor is not None:
         return _of_processor(config, processor, records)
+    found: Lengths | str
     if records is not None:
-        found = estimated(records, config, architecture)
-        longest = row_of(found, records)
+        found = known = estimated(records, config, architecture)
+        longest = row_of(known, records)
     else:
         image = row.image or shape_of(architecture).tokens(config.model.image.max_tokens)
         longest = Row(image, row.text, row.answer)
@@ -95,7 +96,9 @@ def _rows(
 
     def batches_of(changed: Config) -> Batches:
         most = changed.model.image.max_tokens
-        return assumed(architecture, dataclasses.replace(longest, image=min(longest.image, most or longest.image)))
+        return assumed(
+            architecture, dataclasses.replace(longest, image=min(longest.image or 0, most or longest.image or 0))
+        )
 
     return found, batches_of
 

@@ -58,7 +58,7 @@ def unknown(figures: dict[str, Any], plain: Any, prefix: str) -> list[str]:
     for key, value in figures.items():
         if key == "model_type":
             continue
-        part = getattr(plain, key, None)
+        part: Any = getattr(plain, key, None)
         if isinstance(value, dict) and key in getattr(plain, "sub_configs", {}):
             own = value.get("model_type", part.model_type)
             problems += unknown(value, part if own == part.model_type else _plain(own, prefix + key), f"{prefix}{key}.")

@@ -74,7 +74,8 @@ TOKENS = ("image_token_id", "image_token_index", "pad_token_id")
 class Fixed:
     """Every image has one size (LLaVA 1.5, Gemma 3, PaliGemma), and so many tokens."""
 
-    in_text, types = True, ()
+    in_text = True
+    types: tuple[str, ...] = ()
 
     def __init__(self, architecture: Any, count: int, types: tuple[str, ...] = ()):
         self.count, self.types, self.vision = count, types, architecture.vision_config
