@@ -14,7 +14,7 @@ from vlmtune.metrics.texts import normalise
 
 FENCED = re.compile(r"^\s*```(?:json)?\s*\n(.*?)\n?\s*```\s*$", re.DOTALL)
 MISSING = object()
-EMPTY = (None, {}, [], "")
+EMPTY: tuple[Any, ...] = (None, {}, [], "")
 
 
 def read(text: str) -> Any:
