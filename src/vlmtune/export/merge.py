@@ -30,6 +30,7 @@ from vlmtune.export.sources import Source, read_all
 from vlmtune.launch import session, signals
 from vlmtune.launch.engine import Engine
 from vlmtune.memory import TRAINING, memory_advice
+from vlmtune.metrics import lower_is_better
 from vlmtune.models.combining import Way, combine, merge_into_base
 from vlmtune.prompt.encode import Encoder
 from vlmtune.training.model_folder import write_model
@@ -155,7 +156,8 @@ def choose(
             opened.model.set_adapter(opened.names[0])
             opened.model.delete_adapter(way.method)
         metric = config.task.metrics[0]
-        tried = [max(found, key=lambda each: each[0].metrics[metric])[1]]
+        best = min if lower_is_better(metric) else max
+        tried = [best(found, key=lambda each: each[0].metrics[metric])[1]]
         log.info("%s has the best %s and is written", tried[0].method, metric)
     combine(opened.model, opened.names, options.shares, tried[0], "combined")
     opened.model.requires_grad_(False)

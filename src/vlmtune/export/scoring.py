@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlmtune.config.schema import Config
 from vlmtune.data.splits import Records, images_of
+from vlmtune.metrics import averaged
 from vlmtune.metrics.statistics import mean_intervals
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ class Scored:
     name: str
     metrics: dict[str, float]
     intervals: dict[str, tuple[float, float]]
-    """BCa intervals of the task's metrics; the loss has none."""
+    """BCa intervals of the task's metrics that are means over rows."""
     predictions: Sequence[str] = ()
 
     def cells(self) -> list[str]:
@@ -42,7 +43,8 @@ def score(name: str, model: Any, encoder: Encoder, records: Records, config: Con
     from vlmtune.evaluation.evaluate import evaluate
 
     found = evaluate(model, encoder, records, config, engine, title=f"evaluating {name}")
-    return Scored(name, found.metrics, mean_intervals(found.scores, images_of(records), CONFIDENCE), found.predictions)
+    intervals = mean_intervals(found.scores, averaged(config.task.metrics), images_of(records), CONFIDENCE)
+    return Scored(name, found.metrics, intervals, found.predictions)
 
 
 def table(title: str, found: Sequence[Scored]) -> str:

@@ -6,7 +6,9 @@ From 0 to 1, but for CIDEr-D (to 10) and error rates, where 0 is best.
 from vlmtune.metrics.registry import (
     FITS,
     METRICS,
+    PERFECT,
     Metric,
+    averaged,
     lower_is_better,
     misfits,
     resolve,
@@ -20,8 +22,10 @@ from vlmtune.metrics.vqa import vqa_accuracy, vqa_accuracy_lenient
 __all__ = [
     "FITS",
     "METRICS",
+    "PERFECT",
     "Metric",
     "anls",
+    "averaged",
     "exact_match",
     "lower_is_better",
     "misfits",

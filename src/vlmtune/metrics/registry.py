@@ -35,6 +35,8 @@ METRICS: dict[str, Metric] = {
     "box_iou": box_iou,
     "box_f1": box_f1,
 }
+PERFECT = {"cider_d": 10.0}
+"""The score of a perfect answer where it is not 1, or 0 where lower is better."""
 FITS: dict[str, Callable[[str], str | None]] = {"field_f1": no_object, "box_iou": no_boxes, "box_f1": no_boxes}
 """Why a metric can't score a reference; those that are not here take any text."""
 
@@ -52,6 +54,12 @@ def lower_is_better(name: str) -> bool:
         return bool(getattr(resolve([own])[own], "lower_is_better", False))
     except ConfigError:
         return False
+
+
+def averaged(names: Sequence[str]) -> list[str]:
+    """Those of these metrics whose value is the mean of the rows' scores."""
+    found = resolve(names)
+    return [name for name in names if getattr(found[name], "total", None) is None]
 
 
 def misfits(names: Sequence[str], references: Sequence[str]) -> list[str]:

@@ -68,10 +68,13 @@ def interval(drawn: Floats, sums: Floats, rows: Floats, confidence: float) -> tu
 
 
 def mean_intervals(
-    scores: Sequence[Mapping[str, float]], images: Sequence[Hashable], confidence: float = 0.95, draws: int = 2000
+    scores: Sequence[Mapping[str, float]],
+    names: Sequence[str],
+    images: Sequence[Hashable],
+    confidence: float = 0.95,
+    draws: int = 2000,
 ) -> dict[str, tuple[float, float]]:
-    """The BCa interval of each metric's mean, from its scores per row. `images`: the image of each row."""
-    names = [*scores[0]]
+    """The BCa interval of the mean of each metric in `names`, from scores per row. `images`: the image of each row."""
     sums, rows = per_image(np.array([[row[name] for name in names] for row in scores]), images)
     drawn = bootstrap(sums, rows, np.random.default_rng(0), draws)
     return {name: interval(drawn[:, at], sums[:, at], rows, confidence) for at, name in enumerate(names)}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from vlmtune.metrics import PERFECT
 from vlmtune.record import pages
 from vlmtune.record.drawing import HEIGHT, PLOT, WIDTH, Chart, chart, count, gibibytes, number
 from vlmtune.record.metrics_file import read_metrics
@@ -41,7 +42,7 @@ def write(folder: Path, result: dict[str, Any], images: ImageOf | None = None, t
         metrics=_before_and_after(metrics),
         charts=_charts(history, metrics),
         timings=_timings(history),
-        samples=_samples(folder / "predictions.csv", _columns(config), images, texts),
+        samples=_samples(folder / "predictions.csv", _columns(config), images, texts, _ends(config, result)),
         config=config,
         size=(WIDTH, HEIGHT),
         plot=PLOT,
@@ -56,6 +57,14 @@ def _columns(config: str) -> tuple[str, str]:
     """The names of the question and answer columns in predictions.csv."""
     columns = ((yaml.safe_load(config) or {}).get("data") or {}).get("columns") or {}
     return columns.get("question") or "question", columns.get("answer") or "answer"
+
+
+def _ends(config: str, result: dict[str, Any]) -> tuple[float, float]:
+    """The score of a right answer, and that of a wrong one."""
+    if result.get("objective_is") == "minimized":
+        return 0.0, 1.0
+    metrics = ((yaml.safe_load(config) or {}).get("task") or {}).get("metrics") or [""]
+    return PERFECT.get(metrics[0], 1.0), 0.0
 
 
 def _figures(result: dict[str, Any]) -> list[tuple[str, str]]:
@@ -114,7 +123,7 @@ def _charts(history: list[dict[str, Any]], metrics: dict[str, float | None]) -> 
 
 
 def _samples(
-    path: Path, columns: tuple[str, str], images: ImageOf | None, texts: TextsOf | None
+    path: Path, columns: tuple[str, str], images: ImageOf | None, texts: TextsOf | None, ends: tuple[float, float]
 ) -> list[dict[str, Any]]:
     """Some wrong and some right answers, spread over the file: neighbours often show the same image."""
     if not path.exists():
@@ -124,7 +133,7 @@ def _samples(
         rows = list(csv.DictReader(file))
     shown: list[tuple[int, str]] = []
     for verdict in ("wrong", "right", "partly right"):
-        found = [place for place, row in enumerate(rows) if _verdict(row) == verdict]
+        found = [place for place, row in enumerate(rows) if _verdict(row, *ends) == verdict]
         few = min(SAMPLES_PER_VERDICT, len(found))
         shown += [(found[i * len(found) // few], verdict) for i in range(few)]
 
@@ -145,9 +154,9 @@ def _samples(
     ]
 
 
-def _verdict(row: dict[str, str]) -> str | None:
+def _verdict(row: dict[str, str], right: float, wrong: float) -> str | None:
     """What a row's score says; None for a row that has none."""
     if not row.get("score"):
         return None
-    score = float(row["score"])
-    return "right" if score >= 1 else "wrong" if score <= 0 else "partly right"
+    share = (float(row["score"]) - wrong) / (right - wrong)
+    return "right" if share >= 1 else "wrong" if share <= 0 else "partly right"

@@ -12,6 +12,7 @@ from vlmtune.data.images import open_image
 from vlmtune.data.splits import images_of
 from vlmtune.evaluation.evaluate import Evaluation
 from vlmtune.launch import session
+from vlmtune.metrics import averaged
 from vlmtune.metrics.statistics import mean_intervals
 from vlmtune.prompt.image_cache import PixelStore
 from vlmtune.record import card, environment, report, runfolder, slices
@@ -138,7 +139,8 @@ class Finish:
     def _intervals(self, final: Evaluation | None) -> dict[str, tuple[float, float]]:
         if final is None:
             return {}
-        return mean_intervals(final.scores, images_of(self.run.splits["validation"].records))
+        names = averaged(self.run.config.task.metrics)
+        return mean_intervals(final.scores, names, images_of(self.run.splits["validation"].records))
 
     def _texts(self, row: int) -> tuple[str, str]:
         record = self.run.splits["validation"].records[row]
