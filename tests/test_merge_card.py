@@ -21,6 +21,7 @@ from vlmtune.config import compose
 from vlmtune.config.schema import ModelConfig
 from vlmtune.errors import ConfigError, StorageError
 from vlmtune.export import hub
+from vlmtune.export.card import _shown
 from vlmtune.record.command import command_of
 from vlmtune.record.licence import licence_line
 
@@ -80,6 +81,18 @@ def test_the_command_of_a_card_starts_the_same_run() -> None:
     _, script, *again = shlex.split(command_of(config))
     assert script == "src/train.py"
     assert compose.read("train", again)[0] == config
+
+
+@pytest.mark.parametrize(
+    ("word", "shown"),
+    [
+        ('++run="outputs/mine"', "run=outputs/mine"),
+        ('runs=["/home/someone/a b","two"]', "'runs=[\"a b\",two]'"),
+        ("++weights=[0.7,0.3]", "'weights=[0.7,0.3]'"),
+    ],
+)
+def test_the_command_of_a_merge_is_as_typed_without_folders(word: str, shown: str) -> None:
+    assert _shown(word) == shown
 
 
 def test_the_licence_is_that_of_the_bases_own_card(tmp_path: Path) -> None:

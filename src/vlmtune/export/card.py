@@ -10,13 +10,14 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from vlmtune.config import compose
 from vlmtune.config.adapter_source import read_json
 from vlmtune.config.strict import strict
 from vlmtune.export.merged import Merged
 from vlmtune.export.scoring import CONFIDENCE
 from vlmtune.export.sources import Source
 from vlmtune.record import card, environment
-from vlmtune.record.command import command_of
+from vlmtune.record.command import command_of, in_grammar
 from vlmtune.record.licence import licence_line
 
 Pairs = list[tuple[str, str]]
@@ -101,7 +102,5 @@ def _test_data(merged: Merged) -> str:
 
 def _shown(word: str) -> str:
     """A word of the command, without the folders of absolute paths."""
-    key, equals, value = word.partition("=")
-    opening, closing = ("[", "]") if value.startswith("[") else ("", "")
-    names = [Path(n).name if Path(n).is_absolute() else n for n in value.strip("[]").split(",")]
-    return shlex.quote(f"{key}{equals}{opening}{','.join(names)}{closing}")
+    [override] = compose.parse([word])
+    return shlex.quote(f"{override.key_or_group}={in_grammar(override.value())}")

@@ -37,7 +37,7 @@ def command_of(config: Config) -> str:
     now = dict(_leaves(own))
     gone = [key for key in before if key not in now and not any(f"{n}.".startswith(f"{key}.") for n in now)]
     shown = [key for key in [*now, *gone] if not key.startswith(NOT_SHOWN) and now.get(key) != before.get(key)]
-    words += [shlex.quote(f"{key}={_typed(now.get(key))}") for key in shown]
+    words += [shlex.quote(f"{key}={in_grammar(now.get(key))}") for key in shown]
     return " ".join(["python src/train.py", *words])
 
 
@@ -55,15 +55,15 @@ def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{name}", value
 
 
-def _typed(value: Any) -> str:
-    """A value in Hydra's grammar."""
+def in_grammar(value: Any) -> str:
+    """A value in Hydra's grammar; of an absolute path the last name."""
     if isinstance(value, str):
         text = Path(value).name if Path(value).expanduser().is_absolute() else value
         plain_word = all(letter.isalnum() or letter in "_-./" for letter in text) and text[:1].isalpha()
         word = plain_word and text.lower() not in ("null", "true", "false", "nan", "inf")
         return text if word else quoted(text)
     if isinstance(value, list | tuple):
-        return f"[{','.join(map(_typed, value))}]"
+        return f"[{','.join(map(in_grammar, value))}]"
     if isinstance(value, dict):
-        return "{" + ",".join(f"{key}:{_typed(inner)}" for key, inner in value.items()) + "}"
+        return "{" + ",".join(f"{key}:{in_grammar(inner)}" for key, inner in value.items()) + "}"
     return json.dumps(value)
