@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 META = torch.device("meta")
 aten = torch.ops.aten
+EQUAL = (aten.eq.Scalar, aten.eq.Tensor)
 INTEGER_RANGES = (aten.arange.default, aten.arange.start, aten.arange.start_step)
 
 
@@ -68,7 +69,13 @@ class Meter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         tensors = [*_tensors(args), *_tensors(kwargs.values())] if kwargs else [*_tensors(args)]
+        if func in EQUAL and tensors[0].device == META:
+            out = torch.zeros(tensors[0].shape, dtype=torch.bool)  # no pixel is exactly the 0 of a missing image
+            self._note(out)
+            return out
         if any(tensor.device == META for tensor in tensors):
+            if func is aten._to_copy.default:
+                kwargs = {name: value for name, value in kwargs.items() if name != "device"}  # to where token ids are
             if func is aten._local_scalar_dense.default and tensors[0].dtype is torch.bool:
                 return True  # whether something is as it should be: no padding, no infinite value
             if func is aten.index.Tensor or any(tensor.device != META for tensor in tensors):
