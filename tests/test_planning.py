@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from vlmtune.planning.packed import pack
 from vlmtune.planning.rows import Row, assumed, shape_of
 from vlmtune.planning.skeleton import Machine, Skeleton, build
 from vlmtune.prompt.processors import load_processor
+from vlmtune.record import environment
 
 FILES = {file.stem: file for file in sorted((home() / "conf" / "model").glob("*.yaml"))}
 FIGURES = [name for name, file in FILES.items() if "architecture:" in file.read_text()]
@@ -231,3 +233,14 @@ def test_a_run_still_refuses_the_keys_of_a_plan() -> None:
 def test_parts_of_a_skeleton_are_those_of_the_model(deep: tuple[Config, Any]) -> None:
     config, architecture = deep
     assert isinstance(build(config, architecture, CPU).parts, Parts)
+
+
+@pytest.mark.parametrize("rewrites", ["auto", "off"])
+def test_a_run_predicts_its_own_memory(
+    rewrites: str, checkpoint_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["vlmtune.planning.predicted"], "SMALL", 0)
+    monkeypatch.setattr(environment.PEAK, "predicted", 0)
+    config = tiny.config(checkpoint_of("qwen2_vl"), adapter=tiny.LORA, model={"rewrites": rewrites})
+    made = tiny.assemble(config, tiny.records(4))
+    assert environment.PEAK.predicted > sum(parameter.nbytes for parameter in made.model.parameters())

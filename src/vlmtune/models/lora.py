@@ -69,7 +69,7 @@ def in_one_step(layer: Any, x: Tensor) -> Tensor | None:
     if layer.training and not isinstance(layer.lora_dropout[names[0]], nn.Identity):
         return None
     device, dtype = x.device.type, x.dtype
-    if torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):  # torch knows no autocast for shapes alone
         dtype = torch.get_autocast_dtype(device)
     elif not dtype == base.weight.dtype == down.weight.dtype:
         return None
